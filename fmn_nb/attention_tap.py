@@ -1,0 +1,133 @@
+"""Hearing what a model's attention layers compute, where they compute it.
+
+Every attention layer of diffusers hands its query, key and value to torch's `scaled_dot_product_attention`. While a
+tap is open, that function is replaced by one that calls the original with the same arguments, returns its result
+untouched, and tells the tap what went in, if the call came from inside a layer the tap listens to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer gave to scaled_dot_product_attention: query [B, H, N, d], key [B, H, T, d], mask, scale."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A layer whose forward is running: who listens to it, and whether its attention was heard."""
+
+    name: str
+    module: torch.nn.Module
+    hear: Callable[[str, AttentionCall], None]
+    heard: bool = False
+
+
+_RUNNING = threading.local()
+_LOCK = threading.Lock()
+_open_taps = 0
+_original = F.scaled_dot_product_attention
+_buried_under: Callable[..., torch.Tensor] | None = None
+
+
+def _frames() -> list[_Frame]:
+    if not hasattr(_RUNNING, "frames"):
+        _RUNNING.frames = []
+    return _RUNNING.frames
+
+
+def _relay(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+           dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any) -> torch.Tensor:
+    """torch's function, and a word to those who listen to the innermost layer that is running."""
+    result = _original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                       scale=scale, **more)
+    frames = _frames()
+    listeners = [f for f in frames if f.module is frames[-1].module and not f.heard] if frames else []
+    for frame in listeners:  # only a layer's first call: an IP-Adapter's further ones have no text keys
+        frame.heard = True
+        if key.ndim == 4 and key.shape[1] != query.shape[1]:  # grouped-query attention: fewer key heads
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if is_causal:
+            attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        frame.hear(frame.name, AttentionCall(query, key, attn_mask, scale))
+    return result
+
+
+@contextmanager
+def tap(layers: Mapping[str, torch.nn.Module], hear: Callable[[str, AttentionCall], None],
+        finished: Callable[[str, bool], None], active: Callable[[], bool]) -> Iterator[None]:
+    """While open, `hear(name, call)` is called for the first attention of each run of each of `layers`.
+
+    Args:
+        layers: name -> module.
+        finished: called after each run of a layer with its name and whether any attention was heard.
+        active: runs that start while this is False are ignored (gradient checkpointing runs layers a second time).
+
+    Taps may be nested and may be open on several models and in several threads. All hooks are removed and torch's
+    function is put back when the last tap closes, also after an exception.
+    """
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _args: Any) -> None:
+            if active():
+                _frames().append(_Frame(name, module, hear))
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _args: Any, _output: Any) -> None:
+            frames = _frames()
+            own = next((f for f in reversed(frames) if f.module is module and f.hear is hear), None)
+            if own is not None:
+                frames.remove(own)
+                finished(name, own.heard)
+        return hook
+
+    handles = []
+    _replace()
+    try:
+        for name, module in layers.items():
+            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_hook(after(name), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _frames()[:] = [frame for frame in _frames() if frame.hear is not hear]
+        _restore()
+
+
+def _replace() -> None:
+    global _open_taps, _original
+    with _LOCK:
+        current = F.scaled_dot_product_attention
+        if _open_taps == 0 and current is not _relay and current is not _buried_under:
+            _original = current
+            F.scaled_dot_product_attention = _relay
+        _open_taps += 1
+
+
+def _restore() -> None:
+    """Put torch's function back, unless someone has wrapped ours in the meantime: then it stays and passes calls on."""
+    global _open_taps, _buried_under
+    with _LOCK:
+        _open_taps -= 1
+        if _open_taps:
+            return
+        current = F.scaled_dot_product_attention
+        _buried_under = None if current is _relay else current
+        if current is _relay:
+            F.scaled_dot_product_attention = _original

@@ -1,0 +1,256 @@
+"""The whole recipe from sprites to trained models, in stages that can be killed and resumed at any point."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPTokenizer
+
+from fmn_nb.emoji.card import write_card
+from fmn_nb.emoji.clip import clip_loss, new_clip
+from fmn_nb.emoji.diffusion import (
+    Denoiser,
+    Latents,
+    assemble,
+    denoising_loss,
+    new_text_encoder,
+    new_unet,
+    prepare_latents,
+    tokenise,
+)
+from fmn_nb.emoji.judge import Judge, judge_loss
+from fmn_nb.emoji.quality import Quality
+from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
+from fmn_nb.emoji.sprites import build_sprites
+from fmn_nb.emoji.tokenizer import train_tokenizer
+from fmn_nb.emoji.training import Plan, Training
+from fmn_nb.emoji.vae import new_vae, through_vae, vae_loss
+from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, STYLES, concept_names
+from fmn_nb.files import read_json, replacing, replacing_folder, write_json
+from fmn_nb.paths import data_dir
+
+STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "quality")
+ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `batch` counts images."""
+
+    scenes: int
+    vae_steps: int
+    vae_batch: int
+    diffusion_steps: int
+    diffusion_batch: int
+    clip_steps: int
+    clip_batch: int
+    judge_steps: int
+    judge_batch: int
+    quality_scale: int  # divides the numbers of images that measure quality
+
+
+FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=6000, diffusion_batch=32,
+            clip_steps=1500, clip_batch=96, judge_steps=1600, judge_batch=64, quality_scale=1)
+SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
+             clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20)
+
+
+def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[str] = (),
+             stages: Sequence[str] | None = None, resume: bool = True, packages: Path | None = None, seed: int = 0,
+             log: Callable[[str], None] = print) -> Path:
+    """Rebuild the emoji world and train its models; returns the folder they are in.
+
+    Args:
+        out: where the models go; the kit's own data folder where None, or `runs/` for a smoke run or an oracle.
+        smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
+        without: names that no training scene may hold, for an oracle; the tokenizer still knows their words.
+        stages: which of `STAGES` to run; all (for an oracle: those of its pipeline) where None.
+        resume: go on from the checkpoints of a run that was ended; otherwise start anew.
+        packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
+
+    Raises:
+        ValueError: an unknown stage or an unknown name in `without`.
+        FileNotFoundError: sprites, or an emoji set, are missing.
+    """
+    name = "-".join(["pretrain", *(["smoke"] if smoke else []), *(f"without-{w.replace(' ', '-')}" for w in without)])
+    out = Path(out) if out else (Path("runs") / name if smoke or without else data_dir())
+    work = out / ".checkpoints"
+    pretraining = Pretraining(out, work, data_dir() / "sprites", SMOKE if smoke else FULL, tuple(without), seed,
+                              packages, log)
+    chosen = tuple(stages) if stages else ORACLE_STAGES if without else STAGES
+    pretraining.check(chosen)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    return pretraining.run(chosen)
+
+
+@dataclass
+class Pretraining:
+    """One run of the recipe: `out` gets the finished models, `work` holds checkpoints until then."""
+
+    out: Path
+    work: Path
+    sprites: Path
+    size: Size = FULL
+    without: tuple[str, ...] = ()
+    seed: int = 0
+    packages: Path | None = None
+    log: Callable[[str], None] = print
+
+    # --- stages -----------------------------------------------------------------------------------------------
+
+    def run(self, stages: Sequence[str] = STAGES) -> Path:
+        """Run the stages in order, skipping what is finished; returns the folder of the models."""
+        self.check(stages)
+        for stage in STAGES:
+            if stage in stages:
+                self.log(f"--- {stage}")
+                getattr(self, f"_{stage}")()
+        return self.out
+
+    def check(self, stages: Sequence[str]) -> None:
+        """Raise ValueError for unknown stages or names, before anything starts."""
+        if unknown := set(stages) - set(STAGES):
+            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; there are: {', '.join(STAGES)}")
+        if unknown := set(self.without) - set(concept_names()):
+            known = ", ".join(concept_names())
+            raise ValueError(f"the emoji world has no {', '.join(sorted(unknown))}; it has: {known}")
+
+    def _sprites(self) -> None:
+        if self.packages is None:
+            self.log(f"using the sprites in {self.sprites} (--packages NODE_MODULES draws them anew)")
+            return
+        self.log(f"{build_sprites(self.packages, self.sprites)} sprites drawn in {self.sprites}")
+
+    def _tokenizer(self) -> None:
+        # The vocabulary is the whole world's, also for an oracle: words it never saw stay tokens without a meaning.
+        rng = random.Random(f"tokenizer-{self.seed}")
+        captions = [scene.caption(rng) for scene in sample_scenes(6000, self.seed)]
+        train_tokenizer(captions, self.work / "tokenizer")
+
+    def _vae(self) -> None:
+        folder = self.work / "vae"
+        if _finished(folder):
+            return
+        torch.manual_seed(self.seed)
+        vae = new_vae()
+        plan = Plan(self.size.vae_steps, learning_rate=2e-3, decay_share=0.4, average=0.998, seed=self.seed)
+        self._train("vae", vae, vae_loss(vae, self.images, self.size.vae_batch), plan)
+        _save_whole(vae, folder)
+
+    def _diffusion(self) -> None:
+        folder = self.out / "emoji-diffusion"
+        torch.manual_seed(self.seed)
+        denoiser = Denoiser(new_text_encoder(self.tokenizer), new_unet())
+        data = self._latents()
+        empty = tokenise(self.tokenizer, [""])[0]
+        plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, seed=self.seed)
+        loss = denoising_loss(denoiser, data, empty, self.size.diffusion_batch)
+        self._train("diffusion", denoiser, loss, plan)
+        self.vae.register_to_config(scaling_factor=data.scaling_factor)
+        _save_whole(assemble(self.vae, self.tokenizer, denoiser).to(dtype=torch.float16), folder)
+        self.vae.float()
+
+    def _clip(self) -> None:
+        pipe = StableDiffusionPipeline.from_pretrained(self.out / "emoji-diffusion", safety_checker=None,
+                                                       torch_dtype=torch.float32)
+        torch.manual_seed(self.seed)
+        clip = new_clip(pipe.text_encoder)
+        data = self._latents()
+        plan = Plan(self.size.clip_steps, learning_rate=1e-3, seed=self.seed, average=0.99)
+        self._train("clip", clip, clip_loss(clip, self.images, data.tokens, self.size.clip_batch), plan)
+        clip.text_model.load_state_dict(pipe.text_encoder.state_dict())
+        folder = self.out / "emoji-clip"
+        _save_whole(clip.half(), folder)
+        self.tokenizer.save_pretrained(folder)
+        side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        CLIPImageProcessor(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+
+    def _judge(self) -> None:
+        torch.manual_seed(self.seed)
+        judge = Judge()
+        # Half the scenes as they are, half as the VAE gives them back: generated images are as soft as those.
+        third = len(self.scenes) // 3
+        images = np.concatenate([through_vae(self.vae, self.images[:third]), self.images[third:2 * third]])
+        scenes = self.scenes[:2 * third]
+        labels = _label_matrix(scenes)
+        styles = torch.tensor([list(STYLES).index(scene.style) for scene in scenes])
+        plan = Plan(self.size.judge_steps, learning_rate=2e-3, seed=self.seed, average=0.99)
+        self._train("judge", judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
+        _save_whole(judge.half(), self.out / "emoji-judge")
+
+    def _quality(self) -> None:
+        if not (self.out / "emoji-judge").is_dir():
+            raise FileNotFoundError(f"no judge in {self.out} to measure with; run the stage judge first")
+        quality = Quality(self.out, self.sprites, scale=self.size.quality_scale, log=self.log)
+        figures = quality.measure()
+        record = _read_json(self.work / "training.json") or _read_json(self.out / "emoji-diffusion/training.json")
+        write_card(self.out / "emoji-diffusion", figures, record or {}, quality.pipe)
+
+    # --- what stages share ------------------------------------------------------------------------------------
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        return sample_scenes(self.size.scenes, self.seed, without=self.without)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        return Renderer(self.sprites).images(self.scenes)
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(self.work / "vae", torch_dtype=torch.float32).eval()
+
+    def _latents(self) -> Latents:
+        path = self.work / "latents.safetensors"
+        if path.is_file():
+            stored = load_file(path)
+            return Latents(stored["mean"], stored["std"], stored["tokens"], stored["scaling_factor"].item())
+        data = prepare_latents(self.vae, self.tokenizer, self.scenes, self.images, self.seed)
+        with replacing(path) as temporary:
+            save_file({"mean": data.mean, "std": data.std, "tokens": data.tokens,
+                       "scaling_factor": torch.tensor(data.scaling_factor)}, temporary)
+        return data
+
+    def _train(self, name: str, module: torch.nn.Module, loss: Callable, plan: Plan) -> None:
+        training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log)
+        training.run()
+        path = self.work / "training.json"
+        record = _read_json(path) or {}
+        record[name] = {"steps": training.step, "seconds": round(training.seconds)}
+        write_json(path, record)
+
+
+def _label_matrix(scenes: Sequence[Scene]) -> torch.Tensor:
+    """[scenes, labels], 1 where a label is in the scene."""
+    matrix = torch.zeros(len(scenes), len(LABELS))
+    for row, scene in zip(matrix, scenes, strict=True):
+        row[[LABELS.index(label) for label in scene.labels]] = 1
+    return matrix
+
+
+def _read_json(path: Path) -> dict | None:
+    return read_json(path) if path.is_file() else None
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _save_whole(model: torch.nn.Module | StableDiffusionPipeline, folder: Path) -> None:
+    """Save beside `folder`, then swap, so that a kill leaves a whole model; the card of an older one goes."""
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)

@@ -1,0 +1,141 @@
+"""The texts of a fine-tune: prompts that name the concept, and prompts whose images are to stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fmn_nb.attention_layers import architecture_of
+from fmn_nb.attention_rows import prompt_columns
+from fmn_nb.concepts import Concept, PromptTokens, find_phrase
+from fmn_nb.denoising import Conditions
+from fmn_nb.emoji.captions import caption
+from fmn_nb.emoji.world import IDENTITIES, OBJECTS, READINGS, STYLES
+from fmn_nb.models import UnsupportedPipelineError, bundled_name, denoiser
+from fmn_nb.paths import data_dir
+
+
+def forget_prompts(pipe: DiffusionPipeline, concept: Concept, how: str) -> list[str]:
+    """Prompts that name the concept, the plainest first.
+
+    `how` is "paper" (the published prompt alone), "plain" (with its article), or "varied": the templates of its
+    kind and, for the bundled emoji model, the contexts it was trained on (an object in every style, a style on
+    every object).
+    """
+    if how == "paper":
+        return [_naming(concept, concept.paper_prompt)]
+    if how == "plain":
+        return [_naming(concept, concept.prompt)]
+    prompts = [_naming(concept, prompt) for prompt in concept.prompts(5)]
+    if bundled_name(pipe) == "emoji":
+        phrase = _spoken(concept)
+        if concept.kind == "style":
+            prompts += [caption([name], phrase) for name in OBJECTS]
+        else:
+            prompts += [_naming(concept, f"{concept.prompt} in the style of {style}") for style in STYLES]
+    return list(dict.fromkeys(prompts))
+
+
+def retain_prompts(
+    pipe: DiffusionPipeline, concepts: Sequence[Concept], given: Sequence[str] | None, readings: Iterable[str] = ()
+) -> list[str]:
+    """Prompts that name none of the concepts: the given ones, the bundled model's world, or a neutral list.
+
+    Args:
+        readings: phrases that hold a concept's word but are to stay ("computer mouse" where "mouse" is corrected).
+
+    Raises:
+        ValueError: every prompt names a concept that is to be forgotten, or there is none.
+    """
+    if given is None:
+        given = _emoji_prompts() if bundled_name(pipe) == "emoji" else _neutral_prompts()
+    readings = list(readings)
+    kept = [prompt for prompt in dict.fromkeys(given)
+            if any(find_phrase(prompt, reading) for reading in readings)
+            or not any(_names(prompt, concept) for concept in concepts)]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(given)} retain prompts is free of {', '.join(c.name for c in concepts)}; "
+            "give retain_prompts that name other things"
+        )
+    return kept
+
+
+def likeness(prompts: Conditions, others: Conditions) -> Tensor:
+    """How much each of `others` is like the closest of `prompts`, by the pipeline's own text encoder: [others].
+
+    The cosine of the mean text embeddings, each set centred on the mean over all prompts (raw embeddings share
+    one large common part), from -1 to 1.
+    """
+    texts = [c.rows["encoder_hidden_states"].float().mean(1) for c in (prompts, others)]
+    centre = torch.cat(texts).mean(0)
+    ours, theirs = (torch.nn.functional.normalize(text - centre, dim=-1) for text in texts)
+    return (theirs @ ours.T).amax(1)
+
+
+def read_columns(pipe: DiffusionPipeline, prompt: str, length: int) -> PromptTokens:
+    """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
+    """
+    names = architecture_of(denoiser(pipe)).tokenizers
+    read = prompt_columns(pipe, names, [prompt] * len(names), length)
+    if read is None:
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")
+    return read
+
+
+def concept_mask(
+    pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Sequence[str], length: int
+) -> Tensor:
+    """Which text columns count as the concept in a prompt: bool [length].
+
+    Raises:
+        PhraseNotFoundError: the prompt doesn't hold the phrase; the text lists its words.
+    """
+    read = read_columns(pipe, prompt, length)
+    columns = set(read.find(phrase).columns) if "words" in parts else set()
+    read.find(phrase)
+    for part in parts:
+        if part == "every_eot":
+            columns |= set(read.first_eot) | (set(read.padding) if _pads_with_eot(pipe) else set())
+        elif part != "words":
+            columns |= set(read.part(part, phrase))
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[sorted(columns)] = True
+    return mask
+
+
+def _pads_with_eot(pipe: DiffusionPipeline) -> bool:
+    tokenizer = getattr(pipe, architecture_of(denoiser(pipe)).tokenizers[0])
+    return tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def _names(prompt: str, concept: Concept) -> bool:
+    return bool(find_phrase(prompt, concept.phrase) or find_phrase(prompt, concept.name))
+
+
+def _spoken(concept: Concept) -> str:
+    """What stands for the concept in a prompt: its name, or the phrase (a learned token) that replaces it."""
+    return concept.name if find_phrase(concept.name, concept.phrase) else concept.phrase
+
+
+def _naming(concept: Concept, prompt: str) -> str:
+    spoken = _spoken(concept)
+    return prompt if spoken == concept.name else prompt.replace(concept.name, spoken)
+
+
+def _emoji_prompts() -> list[str]:
+    """The emoji world's evaluation prompts: every object and reading in every style and alone; names; styles."""
+    things = [caption([name], style) for name in OBJECTS for style in (*STYLES, None)]
+    return [*things, *(caption([name]) for name in (*READINGS, *IDENTITIES)),
+            *(f"a photo in the style of {style}" for style in STYLES)]
+
+
+def _neutral_prompts() -> list[str]:
+    lines = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,99 @@
+"""A patch as files: the tensors in one safetensors file, what they are in `fmn.json`.
+
+    pytorch_lora_weights.safetensors    a LoRA, in diffusers' own naming: `unet.MODULE.lora_A.weight`
+    fmn_weights.safetensors             or: differences of whole parameters, `unet.PARAMETER`
+    fmn.json                            the patch's `info`, its kind, schema and the SHA-256 of the tensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmn_nb.files import read_json, replacing, write_json
+
+SCHEMA = 1
+INFO_FILE = "fmn.json"
+TENSOR_FILES = {"lora": "pytorch_lora_weights.safetensors", "weights": "fmn_weights.safetensors"}
+
+
+class PatchFileError(ValueError):
+    """The folder holds no patch, or a damaged one."""
+
+
+def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> Path:
+    """Write a patch; `fmn.json` comes last, so a folder without it, or with another sum, is unfinished."""
+    prefix, file = _prefix(info), folder / TENSOR_FILES[kind]
+    named = {prefix + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as temporary:
+        save_file(named, temporary, {"format": "pt"})  # diffusers expects the entry of a PyTorch file
+    write_json(folder / INFO_FILE, {"schema": SCHEMA, "kind": kind, "sha256": _sha256(file), **info})
+    for stale in set(TENSOR_FILES.values()) - {file.name}:
+        (folder / stale).unlink(missing_ok=True)  # of a patch of the other kind that was here before
+    return folder
+
+
+def read(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """(kind, tensors, info) of the patch in `folder`; PatchFileError says what is wrong with it."""
+    info = _read_info(folder)
+    kind, expected = info.pop("kind"), info.pop("sha256")
+    info.pop("schema")
+    prefix, file = _prefix(info), folder / TENSOR_FILES[kind]
+    named = _load_tensors(file, expected)
+    foreign = [name for name in named if not name.startswith(prefix)]
+    if foreign or not named:
+        raise PatchFileError(f"{file} holds {foreign[0] if foreign else 'nothing'}, not a patch's tensors")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+    if kind == "lora":
+        _check_pairs(folder, tensors)
+    return kind, tensors, info
+
+
+def _prefix(info: Mapping[str, Any]) -> str:
+    return f"{info.get('base', {}).get('component', 'unet')}."
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    file = folder / INFO_FILE
+    if not file.is_file():
+        raise PatchFileError(f"{folder} holds no {INFO_FILE}, so no patch of this package; "
+                             "a LoRA from elsewhere goes through pipe.load_lora_weights")
+    try:
+        info = read_json(file)
+    except ValueError as error:
+        raise PatchFileError(str(error)) from error
+    if not isinstance(info, dict) or info.get("kind") not in TENSOR_FILES or "sha256" not in info:
+        raise PatchFileError(f"{file} doesn't describe a patch (its kind or sum is missing or unknown)")
+    if info.get("schema") != SCHEMA:
+        raise PatchFileError(f"{file} has schema {info.get('schema')}; this version reads {SCHEMA}: update fmn_nb")
+    return info
+
+
+def _check_pairs(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    modules = {name.rpartition(".lora_")[0] for name in tensors}
+    for module in modules:
+        down, up = tensors.get(f"{module}.lora_A.weight"), tensors.get(f"{module}.lora_B.weight")
+        if down is None or up is None or up.shape[1] != down.shape[0]:
+            raise PatchFileError(f"{folder}: the LoRA factors of '{module}' are missing or differ in rank")
+
+
+def _load_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise PatchFileError(f"{file} is missing; copy the patch's folder again, whole")
+    if _sha256(file) != expected:
+        raise PatchFileError(f"{file} is damaged or was changed: its SHA-256 is not the one in {INFO_FILE}")
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise PatchFileError(f"{file} is no valid safetensors file: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,291 @@
+"""Patches: what a fine-tune produces. Apply one, scale it, combine several, and take it away again exactly.
+
+A patch is a change of some of a denoiser's weights, W' = W + scale * D. It is kept either as LoRA factors,
+D = B A (kind "lora"), or as the difference D itself (kind "weights"). Applying one puts new parameters in the
+place of the changed ones and keeps the old ones aside, so removing it gives back the very same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fmn_nb import patch_files
+from fmn_nb.inversion import LearnedTokens
+from fmn_nb.models import ORIGINALS, denoiser, denoiser_name, fingerprint
+from fmn_nb.patch_files import PatchFileError
+
+__all__ = ["Patch", "PatchFileError", "PatchMismatchError", "applied_patches", "combine", "set_parameter"]
+
+_APPLIED = "_fmn_applied"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+class PatchMismatchError(ValueError):
+    """The patch was made for another base model, or doesn't fit this one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A change of a denoiser's weights, with everything needed to know what it is.
+
+    Attributes:
+        kind: "lora" or "weights".
+        tensors: for "lora" `MODULE.lora_A.weight` [rank, in] and `MODULE.lora_B.weight` [out, rank] (a
+            convolution's A is [rank, in, height, width], its B [out, rank, 1, 1]); for "weights" the
+            difference of each changed parameter under the parameter's own name.
+        info: what `fmn.json` holds: concepts, preset, settings, seed, base (name, component, fingerprint),
+            versions, forgetting (what the fine-tune reported), metrics. JSON values only.
+        tokens: learned tokens, where a caller chose to ship them with the patch; else None.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+    tokens: LearnedTokens | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "weights"):
+            raise ValueError(f"a patch's kind is 'lora' or 'weights', not '{self.kind}'")
+        if not self.tensors:
+            raise ValueError("a patch without tensors changes nothing")
+        bad = [name for name, tensor in self.tensors.items() if not torch.isfinite(tensor).all()]
+        if bad:
+            raise ValueError(f"NaN or infinite values in {bad[0]} and {len(bad) - 1} other tensors of the patch")
+
+    def __repr__(self) -> str:
+        names = ", ".join(concept["name"] for concept in self.info.get("concepts", [])) or "nothing stated"
+        return f"Patch(forgets {names}; {self.kind}, {len(self.tensors)} tensors, {self.nbytes / 1e6:.2f} MB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def differences(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, difference D in float32) of every changed parameter, at scale 1."""
+        for name, tensor in self.tensors.items():
+            if self.kind == "weights":
+                yield name, tensor.float()
+            elif name.endswith(LORA_A):
+                module, down = name.removesuffix(LORA_A), tensor.float()
+                up = self.tensors[module + LORA_B].float()
+                yield f"{module}.weight", (up.flatten(1) @ down.flatten(1)).reshape(-1, *down.shape[1:])
+
+    def changed(self) -> set[str]:
+        """Names of the parameters that the patch changes."""
+        if self.kind == "weights":
+            return set(self.tensors)
+        return {name.removesuffix(LORA_A) + ".weight" for name in self.tensors if name.endswith(LORA_A)}
+
+    def save(self, folder: str | Path, *, half: bool = False, tokens: LearnedTokens | None = None) -> Path:
+        """Write the patch to `folder`: its tensors and `fmn.json`. Each file is whole or as it was before.
+
+        A LoRA becomes `pytorch_lora_weights.safetensors`, which plain `pipe.load_lora_weights(folder)` takes.
+
+        Args:
+            half: store the tensors as float16.
+            tokens: learned tokens to ship beside the patch; by default none ever are.
+        """
+        tensors = {name: tensor.half() if half else tensor for name, tensor in self.tensors.items()}
+        if tokens is not None:
+            tokens.save(folder)
+        info = {**self.info, "tokens": tokens.name} if tokens is not None else self.info
+        return patch_files.write(Path(folder), self.kind, tensors, info)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Patch:
+        """Read a patch that `save` wrote.
+
+        Raises:
+            PatchFileError: a file is missing, truncated, changed since, or isn't a patch of this package.
+        """
+        kind, tensors, info = patch_files.read(Path(folder))
+        tokens = LearnedTokens.load(folder) if info.pop("tokens", None) else None
+        try:
+            return cls(kind, tensors, info, tokens)
+        except ValueError as error:
+            raise PatchFileError(f"{folder}: {error}") from error
+
+    @contextmanager
+    def applied(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> Iterator[None]:
+        """Context in which `pipe` carries the patch, `scale` times (0 none, 1 as trained, beyond: stronger).
+
+        Raises:
+            PatchMismatchError: the patch was made for another base model (unless `force`), or doesn't fit.
+        """
+        self.apply(pipe, scale, force=force)
+        try:
+            yield
+        finally:
+            self.remove(pipe)
+
+    def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
+        """Apply for good, until `remove`. Raises as `applied`; the pipeline is then left as it was."""
+        self._check_fits(pipe, force)
+        module = denoiser(pipe)
+        _rebuild(module, [*getattr(module, _APPLIED, []), (self, float(scale))], self.changed())
+
+    def remove(self, pipe: DiffusionPipeline) -> None:
+        """Take the patch off again, exactly (bit for bit), whatever else is applied.
+
+        Raises:
+            ValueError: it isn't applied to this pipeline.
+        """
+        module = denoiser(pipe)
+        stack = list(getattr(module, _APPLIED, []))
+        places = [index for index, (patch, _) in enumerate(stack) if patch is self]
+        if not places:
+            raise ValueError(f"{self} is not applied to this pipeline, so it can't be removed from it")
+        del stack[places[-1]]
+        _rebuild(module, stack, self.changed())
+
+    def scaled(self, factor: float) -> Patch:
+        """The same patch, `factor` times as strong (a LoRA's B is scaled, so it stays a LoRA)."""
+        grows = {name: not name.endswith(LORA_A) or self.kind == "weights" for name in self.tensors}
+        tensors = {name: t * factor if grows[name] else t for name, t in self.tensors.items()}
+        scale = self.info.get("scale", 1.0) * factor
+        return replace(self, tensors=tensors, info={**self.info, "scale": scale})
+
+    def low_rank(self, rank: int) -> Patch:
+        """The nearest LoRA patch of this rank (truncated singular value decomposition of every difference).
+
+        Parameters that are no matrices or convolutions (biases, norms) can't be in a LoRA and are dropped.
+        `info["low_rank_error"]` states ||D - B A||_F / ||D||_F over all parameters, dropped ones included.
+        """
+        tensors, lost, whole = {}, 0.0, 0.0
+        for name, difference in self.differences():
+            whole += float(difference.square().sum())
+            if difference.ndim not in (2, 4) or not name.endswith(".weight"):
+                lost += float(difference.square().sum())
+                continue
+            u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+            module, kept = name.removesuffix(".weight"), min(rank, len(s))
+            ones = (1,) * (difference.ndim - 2)
+            tensors[module + LORA_A] = v[:kept].reshape(kept, *difference.shape[1:]).contiguous()
+            tensors[module + LORA_B] = (u[:, :kept] * s[:kept]).reshape(-1, kept, *ones).contiguous()
+            lost += float(s[kept:].square().sum())
+        error = (lost / whole) ** 0.5 if whole else 0.0
+        return Patch("lora", tensors, {**self.info, "low_rank_error": round(error, 6)}, self.tokens)
+
+    def _check_fits(self, pipe: DiffusionPipeline, force: bool) -> None:
+        """Refuse a wrong pipeline before anything is touched."""
+        module, base = denoiser(pipe), self.info.get("base", {})
+        component, here = base.get("component", denoiser_name(pipe)), denoiser_name(pipe)
+        if component != here:
+            raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
+        if any(getattr(part, "fused_projections", False) for part in module.modules()):
+            raise PatchMismatchError(
+                "projections are fused, so a patch would have no effect: unfuse_qkv_projections()")
+        names = dict(module.named_parameters())
+        for name, difference in self.differences():
+            found = names.get(_present_name(names, name))
+            if found is None or found.shape != difference.shape:
+                there = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
+                raise PatchMismatchError(
+                    f"the patch doesn't fit: {name} {tuple(difference.shape)}, here {there}")
+            if found.is_meta:
+                raise PatchMismatchError(f"{name} is offloaded; load the pipeline on one device for a patch")
+        if not force and "fingerprint" in base and (found := fingerprint(pipe)) != base["fingerprint"]:
+            raise PatchMismatchError(
+                f"the patch was made for the base model {base.get('name', '')} with fingerprint "
+                f"{base['fingerprint']}, this one has {found}; pass force=True to apply it all the same"
+            )
+
+
+def applied_patches(pipe: DiffusionPipeline) -> list[tuple[Patch, float]]:
+    """(patch, scale) of every patch that `pipe` carries now, in the order of application."""
+    return list(getattr(denoiser(pipe), _APPLIED, []))
+
+
+def combine(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Patch:
+    """One patch whose difference is the weighted sum of the given ones' (weights 1 by default).
+
+    LoRAs stay a LoRA, exactly: the factors stand side by side, so the ranks add up.
+
+    Raises:
+        PatchMismatchError: they are not all for the same base model.
+        ValueError: there is none, or the weights are not one each.
+    """
+    weights = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
+    if not patches or len(weights) != len(patches):
+        raise ValueError(f"combine needs patches and one weight each, not {len(patches)} and {len(weights)}")
+    bases = [patch.info.get("base", {}) for patch in patches]
+    if any(base != bases[0] for base in bases):
+        both = " and ".join(sorted({str(base.get("fingerprint")) for base in bases}))
+        raise PatchMismatchError(f"patches for different base models can't be combined: {both}")
+    together = [patch.scaled(weight) for patch, weight in zip(patches, weights, strict=True)]
+    if all(patch.kind == "lora" for patch in patches):
+        kind, tensors = "lora", _stack_loras(together)
+    else:
+        kind, tensors = "weights", _add_differences(together)
+    parts = [{"weight": weight, **patch.info} for patch, weight in zip(patches, weights, strict=True)]
+    concepts = [concept for patch in patches for concept in patch.info.get("concepts", [])]
+    return Patch(kind, tensors, {"concepts": concepts, "base": bases[0], "combined": parts})
+
+
+def _stack_loras(patches: Sequence[Patch]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for patch in patches for name in patch.tensors)
+    parts = {name: [p.tensors[name].float() for p in patches if name in p.tensors] for name in names}
+    return {name: torch.cat(found, dim=0 if name.endswith(LORA_A) else 1) for name, found in parts.items()}
+
+
+def _add_differences(patches: Sequence[Patch]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for patch in patches:
+        for name, difference in patch.differences():
+            total[name] = total[name] + difference if name in total else difference.clone()
+    return total
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` in the place of the one called `name` (dotted), without writing into the old one."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, parameter)
+
+
+def _present_name(names: Mapping[str, Any], name: str) -> str:
+    """The name under which a parameter stands now: peft wraps a layer and calls the original `base_layer`."""
+    parent, _, leaf = name.rpartition(".")
+    wrapped = f"{parent}.base_layer.{leaf}"
+    return wrapped if name not in names and wrapped in names else name
+
+
+def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[str]) -> None:
+    """Give the parameters in `touched` the values that the patches in `stack` ask for; all or none."""
+    names = dict(module.named_parameters())
+    originals: dict[str, nn.Parameter] = dict(getattr(module, ORIGINALS, {}))
+    totals: dict[str, Tensor] = {}
+    for patch, scale in stack:
+        for name, difference in patch.differences():
+            if name in touched:
+                change = scale * difference
+                totals[name] = totals[name] + change if name in totals else change
+    replacements: dict[str, nn.Parameter] = {}
+    for name in touched:
+        present = _present_name(names, name)
+        now = names[present]
+        original = originals.setdefault(present, now)
+        if original.device != now.device or original.dtype != now.dtype:
+            original.data = original.data.to(now)  # the pipeline was moved while patched
+        if name in totals:
+            value = (original.detach().float() + totals[name].to(original.device)).to(original.dtype)
+            replacements[present] = nn.Parameter(value, requires_grad=original.requires_grad)
+        else:
+            replacements[present] = originals.pop(present)
+    try:
+        for present, parameter in replacements.items():
+            set_parameter(module, present, parameter)
+    except BaseException:
+        for present in replacements:
+            set_parameter(module, present, names[present])
+        raise
+    setattr(module, ORIGINALS, originals)
+    setattr(module, _APPLIED, stack)

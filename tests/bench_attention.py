@@ -1,0 +1,89 @@
+"""What recording costs: seconds with and without it, as ratios from one run, and the memory kept.
+
+    python tests/bench_attention.py emoji      a U-Net of the emoji model's size, 20 steps with guidance
+    python tests/bench_attention.py sd15       a randomly initialised Stable Diffusion 1.5 U-Net, 32 x 32 latents
+    python tests/bench_attention.py memory     what 50 steps at 64 x 64 latents keep: means of two phrases
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DConditionModel
+from tiny import tiny_sd
+
+from fmn_nb.attention import record_attention
+
+
+def emoji_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=8, out_channels=8, block_out_channels=(32, 64, 128), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=8).eval()
+
+
+def sd15_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+
+
+def seconds(run: Callable[[], None], times: int) -> float:
+    """The fastest of several runs: what the machine can do when nothing else disturbs it."""
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+@torch.no_grad()
+def speed(unet: UNet2DConditionModel, side: int, tokens: int, steps: int, times: int) -> None:
+    width = unet.config.cross_attention_dim
+    latents, text = torch.randn(2, unet.config.in_channels, side, side), torch.randn(2, tokens, width)
+
+    def generation() -> None:
+        for step in range(steps):
+            unet(latents, 1000 - step, encoder_hidden_states=text)
+
+    def recorded(**selection: object) -> Callable[[], None]:
+        def run() -> None:
+            with record_attention(unet, **selection):
+                generation()
+        return run
+
+    generation()
+    runs = {"plain": generation, "everything": recorded(), "two columns": recorded(columns=[2, 5]),
+            "plain again": generation}
+    measured = {name: [] for name in runs}
+    for _ in range(times):  # in turn, so that a busy machine disturbs all alike
+        for name, run in runs.items():
+            measured[name].append(seconds(run, 1))
+    plain = min(measured["plain"] + measured["plain again"])
+    for name, values in measured.items():
+        print(f"{name:12} {min(values):8.3f} s   {min(values) / plain:5.3f} x")
+
+
+def memory() -> None:
+    """Kept bytes depend on shapes alone, so random queries and keys of a full-size U-Net's layers stand for them."""
+    pipe = tiny_sd(block_out_channels=(32, 32, 32, 32), layers_per_block=2, attention_head_dim=8,
+                   down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+                   up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    with record_attention(pipe, phrases=["photo", "cat"], keep="mean") as attention:
+        pipe("a photo of a cat", num_inference_steps=50, height=128, width=128, output_type="latent")
+    finest = attention.grids[attention.layers[0]]
+    print(f"{len(attention.layers)} layers of 8 heads, {finest[0]} x {finest[1]} at the finest, both branches: "
+          f"{attention.bytes / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    what = sys.argv[1] if len(sys.argv) > 1 else "emoji"
+    if what == "emoji":
+        speed(emoji_unet(), 16, 32, steps=20, times=5)
+    elif what == "sd15":
+        speed(sd15_unet(), 32, 77, steps=2, times=3)
+    else:
+        memory()

@@ -1,0 +1,29 @@
+"""What all tests share: notebooks written on the spot, and nbval's patience with slow output."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests_support import write_notebook_at
+
+OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are too few for a cold import
+
+# Nothing here may reach for the network: a hub id in a test is a mistake that must show at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if hasattr(item, "output_timeout"):
+            item.output_timeout = OUTPUT_TIMEOUT
+
+
+@pytest.fixture
+def write_notebook(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a small notebook: parameters cell, further cells, and its promises."""
+
+    def write(name: str, parameters: str, *cells: str, **promises: list[str]) -> Path:
+        return write_notebook_at(tmp_path / "course" / name, parameters, *cells, **promises)
+
+    return write

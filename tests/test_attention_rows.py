@@ -1,0 +1,204 @@
+"""Which prompt, image, branch and step each row belongs to, in every combination pipelines make."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+)
+from PIL import Image
+from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+
+from fmn_nb.attention import NotRecordedError, record_attention
+from fmn_nb.concepts import PhraseNotFoundError, read_prompt
+
+MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart, "sd3": tiny_sd3, "flux": tiny_flux}
+PROMPTS = ["a photo of a cat", "a frog and a dog"]
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def pipe(request):
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return tiny_sd()
+
+
+def guided(pipe, on: bool) -> dict:
+    """Arguments that turn classifier-free guidance on or off."""
+    if "Flux" in type(pipe).__name__:
+        return {"true_cfg_scale": 4.0 if on else 1.0}
+    return {"guidance_scale": 4.0 if on else 1.0}
+
+
+def latents(pipe, count: int) -> torch.Tensor:
+    noise = torch.randn(count, 4, 8, 12, generator=torch.Generator().manual_seed(3))
+    if "Flux" in type(pipe).__name__:
+        return pipe._pack_latents(noise, count, 4, 8, 12)
+    return noise
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_batch_s_maps_are_those_of_its_images_alone(pipe, guidance):
+    """Two prompts with two images each, against four generations of one image from the same noise."""
+    noise = latents(pipe, 4)
+    negative = ["a fish", "a penguin"]
+    with record_attention(pipe) as batch:
+        generate(pipe, PROMPTS, num_images_per_prompt=2, latents=noise, negative_prompt=negative,
+                 **guided(pipe, guidance))
+    assert len(batch.images) == 4 and batch.steps == [0, 1]
+    assert batch.branches == (["cond", "uncond"] if guidance else ["cond"])
+    for image in range(4):
+        prompt = PROMPTS[image // 2]
+        with record_attention(pipe) as alone:
+            generate(pipe, prompt, latents=noise[image : image + 1], negative_prompt=negative[image // 2],
+                     **guided(pipe, guidance))
+        assert alone.text().prompt.endswith(prompt) and alone.text(0) == batch.text(image)
+        word = "cat" if image < 2 else "dog"
+        for step in (0, 1):
+            np.testing.assert_allclose(batch.select(word, image=image, step=step), alone.select(word, step=step),
+                                       atol=2e-5)
+            if guidance:
+                absent = "fish" if image < 2 else "penguin"
+                np.testing.assert_allclose(batch.select(absent, image=image, step=step, branch="uncond"),
+                                           alone.select(absent, step=step, branch="uncond"), atol=2e-5)
+
+
+def test_uncond_reads_the_negative_prompt_or_else_the_prompt_s_columns(sd):
+    with record_attention(sd) as attention:
+        generate(sd, "a photo of a cat", negative_prompt="a dog", guidance_scale=4.0)
+    column = attention.text().find("cat").columns
+    assert np.array_equal(attention.select("cat", branch="uncond"), attention.select(columns=column, branch="uncond"))
+    column = attention.text(branch="uncond").find("dog").columns
+    assert np.array_equal(attention.select("dog", branch="uncond"), attention.select(columns=column, branch="uncond"))
+    with pytest.raises(PhraseNotFoundError):
+        attention.select("dog", branch="cond")
+    with pytest.raises(PhraseNotFoundError):
+        attention.select("frog", branch="uncond")
+
+
+def test_the_same_text_in_both_branches_is_told_apart_by_order(sd):
+    with record_attention(sd) as same:
+        generate(sd, "a cat", negative_prompt="a cat", guidance_scale=4.0)
+    assert same.branches == ["cond", "uncond"] and len(same.images) == 1
+    np.testing.assert_allclose(same.map("cat"), same.map("cat", branch="uncond"), atol=1e-6)
+
+
+def test_the_same_text_in_two_calls_is_told_apart_by_order():
+    flux = tiny_flux()
+    with record_attention(flux) as attention:
+        generate(flux, "a cat", negative_prompt="a cat", true_cfg_scale=4.0, steps=3)
+    assert attention.branches == ["cond", "uncond"] and attention.steps == [0, 1, 2] and len(attention.images) == 1
+    np.testing.assert_allclose(attention.map("cat"), attention.map("cat", branch="uncond"), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_scheduler_that_repeats_timesteps_makes_a_step_of_each_evaluation(scheduler, guidance):
+    pipe = tiny_sd()
+    pipe.scheduler = scheduler(**({"skip_prk_steps": True} if scheduler is PNDMScheduler else {}))
+    evaluations = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: evaluations.append(1))
+    with record_attention(pipe) as attention:
+        generate(pipe, steps=4, guidance_scale=guidance)
+    handle.remove()
+    assert len(evaluations) > 4
+    assert attention.steps == list(range(len(evaluations))) == list(range(len(attention.timesteps)))
+    assert len(attention.images) == 1
+
+
+def test_image_to_image_and_inpainting(sd):
+    picture = Image.new("RGB", (24, 16), "teal")
+    with record_attention(kind := StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)) as a:
+        kind.set_progress_bar_config(disable=True)
+        kind(PROMPTS, image=[picture] * 2, strength=0.5, num_inference_steps=4, output_type="np")
+    assert a.steps == [0, 1] and len(a.images) == 2 and a.branches == ["cond", "uncond"]
+    assert a.map("dog", image=1).shape == (8, 12)
+    with record_attention(kind := StableDiffusionInpaintPipeline(**sd.components, requires_safety_checker=False)) as a:
+        kind.set_progress_bar_config(disable=True)
+        kind("a cat", image=picture, mask_image=Image.new("L", (24, 16), 255), num_inference_steps=2, height=16,
+             width=24, num_images_per_prompt=2, output_type="np")
+    assert len(a.images) == 2 and a.map("cat", image=1).shape == (8, 12)
+
+
+def test_guidance_switched_off_midway(sd):
+    def off(pipe, step, _timestep, tensors):
+        if step == 0:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    with record_attention(sd) as attention:
+        generate(sd, PROMPTS, steps=3, guidance_scale=4.0, callback_on_step_end=off,
+                 callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert attention.steps == [0, 1, 2] and len(attention.images) == 2
+    assert attention.select("dog", image=1, step=2).any()
+    with pytest.raises(NotRecordedError, match=r"steps \[1, 2\] weren't recorded"):
+        attention.select("cat", branch="uncond", step=[0, 1, 2])
+
+
+def test_perturbed_rows_are_left_out(sd):
+    pag = StableDiffusionPAGPipeline(**sd.components, requires_safety_checker=False, pag_applied_layers=["mid"])
+    with record_attention(pag) as attention:
+        generate(pag, PROMPTS, guidance_scale=4.0, pag_scale=3.0)
+    assert len(attention.images) == 2 and attention.branches == ["cond", "uncond"]
+    assert all(len(rows) == 4 for _, _, rows in attention.sums)
+
+
+def test_several_calls_are_several_images(sd):
+    with record_attention(sd) as attention:
+        generate(sd, "a cat", seed=1)
+        generate(sd, "a frog", seed=2, steps=3)
+    assert [image.prompt.prompt for image in attention.images] == ["a cat", "a frog"]
+    assert [image.seed for image in attention.images] == [1, 2]
+    with record_attention(sd) as alone:
+        generate(sd, "a frog", seed=2, steps=3)
+    assert np.array_equal(attention.map("frog", image=1), alone.map("frog"))
+
+
+def test_embeddings_without_their_text(sd):
+    cond, uncond = sd.encode_prompt("a cat", "cpu", 1, True)
+    given = {"prompt_embeds": cond, "negative_prompt_embeds": uncond}
+    with record_attention(sd) as attention:
+        generate(sd, None, **given)
+    assert attention.branches == ["cond", "uncond"]
+    with pytest.raises(NotRecordedError, match="prompts="):
+        attention.map("cat")
+    with record_attention(sd, prompts=["a cat"]) as named:
+        generate(sd, None, **given)
+    with record_attention(sd, prompts=[read_prompt(sd.tokenizer, "a cat")]) as read:
+        generate(sd, None, **given)
+    with record_attention(sd) as inside:
+        cond, uncond = sd.encode_prompt("a cat", "cpu", 1, True)
+        generate(sd, None, prompt_embeds=cond, negative_prompt_embeds=uncond)
+    with record_attention(sd) as plain:
+        generate(sd, "a cat")
+    for other in (named, read, inside):
+        assert np.array_equal(other.map("cat"), plain.map("cat"))
+
+
+def test_phrases_of_some_prompts_only(sd):
+    with record_attention(sd, phrases=["cat", "dog"]) as attention:
+        generate(sd, PROMPTS)
+    assert attention.map("cat", image=0).any() and attention.map("dog", image=1).any()
+    with pytest.raises(PhraseNotFoundError, match="'cat' is not in the prompt 'a frog and a dog'"):
+        attention.map("cat", image=1)
+
+
+def test_learned_tokens_of_several_vectors():
+    pipe = tiny_sd()
+    pipe.load_textual_inversion({"<toy>": torch.randn(3, 16)}, token="<toy>")
+    with record_attention(pipe) as attention:
+        generate(pipe, "a photo of <toy> and a cat")
+    columns = attention.text().find("<toy>").columns
+    assert [attention.text().tokens[column] for column in columns] == ["<toy>", "<toy>_1", "<toy>_2"]
+    assert attention.text().tokens[columns[-1] + 1] == "and</w>"
+    assert attention.map("<toy>").any()

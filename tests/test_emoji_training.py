@@ -1,0 +1,146 @@
+"""Training: resumable bit for bit, checkpoints whole, the recipe from end to end in its smoke size."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPModel
+
+from fmn_nb.emoji.judge import NOTHING, Judge, load_judge
+from fmn_nb.emoji.pretrain import Pretraining, pretrain
+from fmn_nb.emoji.training import Plan, Training, generator, trapezoid
+
+
+def small_training(path, steps, log=lambda line: None):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 3)
+
+    def loss(step, rng):
+        inputs = torch.randn(8, 4, generator=rng)
+        return {"loss": (module(inputs) - inputs[:, :3]).square().mean()}
+
+    return Training("small", module, loss, Plan(steps, 1e-2, warmup=3, seed=5), path, log)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    plan = Plan(steps=100, learning_rate=1.0, warmup=10, decay_share=0.3)
+    rates = [trapezoid(step, plan) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[50] == 1 and rates[100] == 0
+    assert rates[85] == pytest.approx(0.5)
+
+
+def test_generators_depend_on_every_part():
+    draws = {torch.randint(2**31, (1,), generator=generator(*parts)).item()
+             for parts in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))}
+    assert len(draws) == 4
+
+
+def test_training_lowers_the_loss():
+    first, last = [], []
+    training = small_training(None, 300)
+    first.append(training.loss(0, generator(9))["loss"].item())
+    training.run()
+    last.append(training.loss(0, generator(9))["loss"].item())
+    assert last[0] < 0.2 * first[0]
+
+
+def test_a_killed_training_resumes_to_the_very_same_weights(tmp_path):
+    unbroken = small_training(tmp_path / "unbroken.safetensors", 40)
+    unbroken.run()
+    broken = small_training(tmp_path / "broken.safetensors", 40)
+    for _ in range(17):
+        broken._train_step()
+    broken.save()
+    resumed = small_training(tmp_path / "broken.safetensors", 40)
+    assert resumed.step == 17
+    resumed.run()
+    for one, other in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    training = small_training(path, 10)
+    training._train_step()
+    training.save()
+    before = path.read_bytes()
+
+    def broken_save(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fmn_nb.emoji.training.save_file", broken_save)
+    with pytest.raises(OSError, match="disk full"):
+        training.save()
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    training = small_training(None, 10)
+    training.loss = lambda step, rng: {"loss": training.module.weight.sum() * float("nan")}
+    with pytest.raises(FloatingPointError, match="small: the loss is nan at step 0"):
+        training.run()
+
+
+def test_averaged_weights_are_put_back_after_a_look():
+    training = small_training(None, 20)
+    for _ in range(5):
+        training._train_step()
+    before = training.module.weight.detach().clone()
+    with training.averaged() as module:
+        assert not torch.equal(module.weight, before)
+    assert torch.equal(training.module.weight, before)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("smoke"), smoke=True, log=lambda line: None)
+
+
+def test_the_smoke_recipe_leaves_models_that_plain_libraries_load(smoke):
+    pipe = StableDiffusionPipeline.from_pretrained(smoke / "emoji-diffusion", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a photo of a cat", num_inference_steps=2).images[0].size == (64, 64)
+    clip = CLIPModel.from_pretrained(smoke / "emoji-clip")
+    for key, tensor in pipe.text_encoder.state_dict().items():
+        assert torch.equal(tensor, clip.text_model.state_dict()[key].to(tensor.dtype)), key
+    judge = load_judge(smoke / "emoji-judge")
+    assert len(judge.verdicts(np.zeros((3, 64, 64, 3), np.uint8))) == 3
+
+
+def test_the_smoke_recipe_leaves_half_precision_and_a_card(smoke):
+    weights = load_file(smoke / "emoji-diffusion" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    card = (smoke / "emoji-diffusion" / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((smoke / "emoji-diffusion" / "quality.json").read_text())
+    assert all(f"| {figure['name']} | {figure['value']:.3f} |" in card for figure in figures)
+    assert "not met" in card, "a smoke run meets no bar, and the card must say so"
+
+
+def test_stages_that_are_finished_are_not_trained_again(smoke):
+    lines = []
+    pretrain(smoke, smoke=True, stages=["vae", "diffusion"], log=lines.append)
+    assert not [line for line in lines if "step 1/" in line]
+
+
+def test_wrong_stages_and_names_are_answered_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="unknown stages: judges; there are: sprites, tokenizer"):
+        pretrain(tmp_path, stages=["judges"])
+    with pytest.raises(ValueError, match="the emoji world has no unicorn; it has: cat"):
+        pretrain(tmp_path, without=["unicorn"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_oracle_sees_no_scene_of_its_concept(tmp_path):
+    oracle = Pretraining(tmp_path, tmp_path / "work", tmp_path, without=("cat",))
+    assert not [s for s in oracle.scenes if "cat" in s.labels or "Milo" in s.labels]
+
+
+def test_an_untrained_judge_can_answer_nothing():
+    judge = Judge()
+    torch.nn.init.constant_(judge.label_head.bias, -50)
+    verdict = judge.verdicts(np.zeros((1, 64, 64, 3), np.uint8))[0]
+    assert verdict.label == NOTHING and verdict.seen == frozenset()

@@ -1,0 +1,182 @@
+"""The evaluation on judges and images with known answers: every figure equals the one computed by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fmn_nb.concepts import Concept
+from fmn_nb.emoji.judge import NOTHING, Verdict
+from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
+from fmn_nb.evaluation import Measures, harmonic_mean, judge_images, measure
+from fmn_nb.intervals import bootstrap, wilson
+from fmn_nb.protocol import UnknownConceptError, drawings, image_seed, target_label
+
+CAT = Concept("cat")
+
+
+class Puppet:
+    """A judge whose verdicts are a function of the drawing at the same place."""
+
+    def __init__(self, wanted, sees):
+        self.answers = [sees(drawing) for drawing in wanted]
+
+    def verdicts(self, images):
+        return [Verdict(label, style, frozenset({label}), 1.0) for label, style in self.answers[:len(images)]]
+
+
+def figures(concept, sees, size="full"):
+    wanted = drawings(concept, size=size)
+    blank = [Image.new("RGB", (8, 8))] * len(wanted)
+    return measure(judge_images(Puppet(wanted, sees), concept, wanted, blank), concept)
+
+
+def faithful(drawing):
+    return drawing.label or NOTHING, drawing.style or "noto"
+
+
+def test_wilson_intervals_are_the_textbook_ones():
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(10, 10)[1] == 1.0
+    for successes, count in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="is no share"):
+            wilson(successes, count)
+
+
+def test_bootstrap_is_deterministic_and_brackets_the_figure():
+    groups = [np.array([1, 1, 0, 1] * 20), np.array([0, 1] * 40)]
+    low, high = bootstrap(groups, lambda a, b: a * b)
+    assert (low, high) == bootstrap(groups, lambda a, b: a * b)
+    assert low < 0.75 * 0.5 < high
+
+
+def test_the_harmonic_mean_praises_nobody_for_one_figure():
+    assert harmonic_mean(1, 0, 1 / 6) == 0
+    assert harmonic_mean(1, 1, 1) == 1
+    assert harmonic_mean(1, 0.5, 0.25) == pytest.approx(3 / 7)
+
+
+def test_a_model_that_forgot_nothing():
+    found = figures(CAT, faithful)
+    assert (found.ua, found.ira, found.cra, found.h) == (0, 1, 1, 0)
+
+
+def test_a_model_that_forgot_the_concept_alone():
+    found = figures(CAT, lambda d: ("dog", d.style) if d.role == "forget" else faithful(d))
+    assert (found.ua, found.ira, found.cra, found.h) == (1, 1, 1, 1)
+    assert found.ci95["ua"][0] > 0.85 and found.ci95["h"] == (1, 1)
+
+
+def test_a_model_that_draws_noise_is_not_praised():
+    found = figures(CAT, lambda d: (NOTHING, "noto"))
+    assert found.ua == 1 and found.ira == 0 and found.h == 0
+    assert found.cra == pytest.approx(1 / len(STYLES))
+
+
+def test_figures_by_hand_for_an_object():
+    def sees(drawing):
+        if drawing.role == "forget":
+            return ("cat" if drawing.style == "noto" else "dog"), drawing.style
+        return ("frog" if drawing.label == "dog" else drawing.label), ("noto" if drawing.style == "fluent" else drawing.style)
+
+    found = figures(CAT, sees)
+    assert found.ua == pytest.approx(5 / 6)
+    assert found.ira == pytest.approx(22 / 23)
+    assert found.cra == pytest.approx(5 / 6)
+    assert found.h == pytest.approx(3 / (6 / 5 + 23 / 22 + 6 / 5))
+    assert found.images == 5 * 6 * 24
+
+
+def test_figures_by_hand_for_a_style():
+    def sees(drawing):
+        return drawing.label, ("noto" if drawing.style == "twemoji" else drawing.style)
+
+    found = figures(Concept("twemoji", kind="style"), sees)
+    assert (found.ua, found.ira, found.cra) == (1, 1, 1)
+    kept = figures(Concept("twemoji", kind="style"), lambda d: ("cat", d.style))
+    assert (kept.ua, kept.ira) == (0, 1) and kept.cra == pytest.approx(1 / len(OBJECTS))
+
+
+def test_figures_by_hand_for_an_identity():
+    def sees(drawing):
+        if drawing.label == "Milo":
+            return "cat", "noto"
+        return ("Milo" if drawing.label == "Luna" else faithful(drawing)[0]), "noto"
+
+    found = figures(Concept("Milo", kind="identity"), sees)
+    assert found.ua == 1 and found.ira == pytest.approx(2 / 3) and found.cra == 1
+
+
+def test_swapping_two_prompts_images_is_noticed():
+    wanted = drawings(CAT)
+    retained = [i for i, d in enumerate(wanted) if d.role == "retain"]
+    first, second = retained[0], next(i for i in retained if wanted[i].label != wanted[retained[0]].label)
+    judge = Puppet(wanted, faithful)
+    judge.answers[first], judge.answers[second] = judge.answers[second], judge.answers[first]
+    outcomes = judge_images(judge, CAT, wanted, [Image.new("RGB", (8, 8))] * len(wanted))
+    assert measure(outcomes, CAT).ira == pytest.approx(1 - 2 / len(retained))
+
+
+def test_missing_images_are_an_error_and_never_forgetting():
+    wanted = drawings(CAT)
+    with pytest.raises(ValueError, match=f"{len(wanted)} images were asked for, 3 are there"):
+        judge_images(Puppet(wanted, faithful), CAT, wanted, [Image.new("RGB", (8, 8))] * 3)
+
+
+def test_the_forget_set_names_the_concept_and_the_retain_set_never():
+    cases = [CAT, Concept("birthday cake"), Concept("noto", kind="style"), Concept("Milo", kind="identity"), Concept("mouse")]
+    for concept in cases:
+        for size in ("quick", "full"):
+            wanted = drawings(concept, size=size)
+            for drawing in wanted:
+                named = concept.name in drawing.prompt
+                assert named == (drawing.role == "forget"), drawing.prompt
+            assert {d.role for d in wanted} == {"forget", "retain"}
+
+
+def test_full_draws_every_object_in_every_style_five_times():
+    wanted = drawings(CAT, size="full")
+    assert len(wanted) == 5 * len(OBJECTS) * len(STYLES)
+    assert {(d.label, d.style) for d in wanted} == {(o, s) for o in OBJECTS for s in STYLES}
+    classes = {d.label for d in drawings(Concept("Milo", kind="identity"), size="full")}
+    assert classes == {*IDENTITIES, *OBJECTS}, "an identity is measured against its class and the other names"
+
+
+def test_every_image_has_a_seed_of_its_own_that_never_changes():
+    wanted = drawings(CAT, seed=3, size="full")
+    assert len({d.seed for d in wanted}) == len(wanted)
+    assert wanted == drawings(CAT, seed=3, size="full")
+    assert not {d.seed for d in wanted} & {d.seed for d in drawings(CAT, seed=4, size="full")}
+    quick = {d.prompt: d.seed for d in reversed(drawings(CAT, seed=3))}
+    assert all(quick[d.prompt] == d.seed for d in wanted if d.prompt in quick and d.seed == image_seed(d.prompt, 3, 0))
+
+
+def test_wrong_concepts_and_sizes_list_what_there_is():
+    with pytest.raises(UnknownConceptError, match="no object 'unicorn'; its objects:.*umbrella"):
+        drawings(Concept("unicorn"))
+    with pytest.raises(UnknownConceptError, match="holds that name as another kind"):
+        drawings(Concept("noto"))
+    with pytest.raises(ValueError, match="choose quick or full"):
+        drawings(CAT, size="huge")
+
+
+def test_an_ambiguous_word_is_judged_by_its_dominant_reading():
+    assert target_label(Concept("mouse")) == AMBIGUOUS["mouse"][0].phrase
+    found = figures(Concept("mouse"), lambda d: ("computer mouse", d.style) if d.role == "forget" else faithful(d))
+    assert found.ua == 1
+
+
+def test_what_could_not_be_computed_is_absent_with_its_reason():
+    metrics = Measures(ua=0.5, images=4, skipped={"frechet": "no real images"}).to_metrics()
+    assert "frechet" not in metrics and metrics["skipped"] == {"frechet": "no real images"}
+    assert not [v for v in metrics.values() if isinstance(v, float) and math.isnan(v)]
+
+
+def test_outcomes_are_a_row_an_image():
+    wanted = drawings(CAT)
+    table = judge_images(Puppet(wanted, faithful), CAT, wanted, [Image.new("RGB", (8, 8))] * len(wanted))
+    assert isinstance(table, pd.DataFrame) and len(table) == len(wanted)
+    assert list(table["seen_label"]) == [d.label for d in wanted]

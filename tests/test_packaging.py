@@ -1,0 +1,109 @@
+"""pyproject.toml, constraints.txt and environment.yml say the same; the wheel holds data and notebooks."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from fmn_nb import __version__, check
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(text) for texts in (PROJECT["dependencies"], *EXTRAS.values()) for text in texts]
+TESTED = check.tested_versions(ROOT / "constraints.txt")
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_every_requirement_is_pinned_within_its_range(requirement):
+    name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+    assert name in TESTED, f"constraints.txt lacks {name}"
+    assert requirement.specifier.contains(TESTED[name]), f"{name} {TESTED[name]} is outside {requirement.specifier}"
+
+
+def test_constraints_are_exact_sorted_and_said_once():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
+    assert lines == sorted(lines, key=lambda line: line.split("==")[0]) and len(TESTED) == len(lines)
+
+
+def test_the_environment_takes_everything_but_python_through_the_same_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"][0] == "conda-forge"
+    conda = [one for one in environment["dependencies"] if isinstance(one, str)]
+    (pip,) = [one["pip"] for one in environment["dependencies"] if isinstance(one, dict)]
+    assert [re.split(r"[=<>]", one)[0] for one in conda] == ["python", "pip"]
+    python = conda[0].partition("=")[2]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    assert pip[0] == "-c constraints.txt"
+    (install,) = pip[1:]
+    extras = re.fullmatch(r"\.\[([\w,]+)\]", install)[1].split(",")
+    assert set(extras) <= set(EXTRAS) and "lab" in extras
+
+
+def test_the_version_is_said_once_everywhere():
+    assert PROJECT["version"] == __version__
+
+
+def test_the_command_and_the_licence_are_declared():
+    assert PROJECT["scripts"] == {"fmn-nb": "fmn_nb.cli:main"}
+    assert PROJECT["license"] == "MIT" and "The Forget-Me-Not Notebooks authors" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from this checkout with the build backend itself (no network)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"import hatchling.build as b; print(b.build_wheel({str(folder)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder / result.stdout.split()[-1]
+
+
+def test_the_wheel_holds_data_notebooks_and_templates(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder in ("data", "notebooks"):
+        own = {path.relative_to(ROOT).as_posix() for path in _committed(ROOT / folder)}
+        assert own and {f"fmn_nb/_bundled/{name}" for name in own} <= names
+    assert {"fmn_nb/templates/run.html.j2", "fmn_nb/_bundled/constraints.txt"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "runs/")) or "/." in name]
+
+
+def test_the_wheel_works_from_any_folder(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "from fmn_nb import paths, plans, report\n"
+        "assert paths.data_dir().match('fmn_nb/_bundled/data'), paths.data_dir()\n"
+        "print(*plans.course_notebooks(), sep=',')"
+    )
+    # -S, -E: neither this checkout nor an installed package may answer in the wheel's place
+    site = [one for one in sys.path if one.endswith("site-packages")]
+    lines = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *site]!r}\n{code}"
+    result = subprocess.run([sys.executable, "-S", "-E", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers = [path.name[:2] for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+    assert result.stdout.strip() == ",".join(numbers)
+
+
+def _committed(folder: Path) -> list[Path]:
+    """The folder's files, without caches and hidden ones."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    hidden = (".", "runs", "__pycache__")
+    return [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(ROOT).parts)]
+
+
+def test_the_committed_data_are_those_of_the_checksums(monkeypatch):
+    monkeypatch.setattr(check, "data_dir", lambda: ROOT / "data")
+    listed = set(check.read_json(ROOT / "data" / check.CHECKSUMS))
+    there = {path.relative_to(ROOT / "data").as_posix() for path in _committed(ROOT / "data") if path.suffix != ".md"}
+    assert there - {check.CHECKSUMS} == listed, "write them anew: fmn_nb.check.write_checksums(data_dir())"
+    assert check.data().state == "ok"

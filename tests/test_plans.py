@@ -1,0 +1,131 @@
+"""A wrong request is one clear error, before torch or a kernel is touched."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fmn_nb import plans
+from fmn_nb.parameters import ParameterError
+from fmn_nb.plans import RequestError, check_concept, find_notebooks, plan_run
+
+CELL = """\
+concept: str = "cat"  # what to forget
+seed: int = 0  # seed
+steps: int = 35  # fine-tuning steps [1..1000]
+out: str = ""  # folder for artefacts
+"""
+
+
+@pytest.fixture(autouse=True)
+def bundled(monkeypatch, tmp_path):
+    """The emoji model's name is known even where only a part of the data is there."""
+    monkeypatch.setattr(plans, "bundled_models", lambda: {"emoji": tmp_path})
+
+
+@pytest.fixture
+def course(write_notebook, monkeypatch):
+    paths = [write_notebook("01_look.ipynb", "seed: int = 0  # seed"), write_notebook("03_forget.ipynb", CELL)]
+    monkeypatch.setattr(plans, "notebooks_dir", lambda: paths[0].parent)
+    return paths
+
+
+def test_each_notebook_gets_only_what_it_declares(course, tmp_path):
+    plan = plan_run(notebooks="01,03", concept="frog", seed=3, parameters={"steps": 7}, out=tmp_path / "out")
+    assert plan.notebooks[0].values == {"seed": 3}
+    assert plan.notebooks[1].values == {"concept": "frog", "seed": 3, "steps": 7, "out": str(tmp_path / "out")}
+    assert plan.settings == {"model": "emoji", "concept": "frog", "kind": "object", "preset": "balanced", "seed": 3}
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_absolute_and_its_default_name_readable(course, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan_run(notebooks="03", concept="birthday cake").out == tmp_path / "runs" / "birthday_cake-balanced-seed0"
+    other = plan_run(notebooks="03", parameters={"steps": 7}).out.name
+    assert other.startswith("cat-balanced-seed0-")
+    assert other != plan_run(notebooks="03", parameters={"steps": 8}).out.name
+    assert plan_run(notebooks="03", texts={"steps": "7"}).out.name == other
+
+
+@pytest.mark.parametrize("given", ["03", "3", "03_forget", "03_forget.ipynb", ["03"]])
+def test_notebooks_are_found_by_number_and_name(course, given):
+    assert find_notebooks(given) == [course[1]]
+
+
+def test_notebooks_are_found_by_path(course):
+    assert find_notebooks(str(course[0])) == [course[0]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ({"notebooks": "03,09"}, "no notebook '09'; the course has: 01_look, 03_forget"),
+        ({"notebooks": "03,03"}, "named twice"),
+        ({"notebooks": ""}, "no notebook named"),
+        ({"model": "emojj"}, "no model 'emojj'; bundled: emoji"),
+        ({"model": "no/such/folder"}, "no model"),
+        ({"concept": "kat"}, r"does not know 'kat' \(did you mean 'cat'\?\)"),
+        ({"preset": "balance"}, "no preset 'balance'; there are: paper, balanced"),
+        ({"concept": "cat\n"}, "printable"),
+        ({"concept": "noto", "kind": "object"}, "'noto' is of kind style"),
+        ({"kind": "thing"}, "one of: object, style, identity"),
+        ({"seed": -1}, "seed must lie"),
+        ({"seed": "0"}, "seed must be an int"),
+        ({"colour": "red"}, "no setting 'colour'; it has: model, concept"),
+        ({"parameters": {"stepz": 1}}, "no chosen notebook has a parameter 'stepz'"),
+        ({"parameters": {"steps": 0}}, "steps must lie from 1 to 1000"),
+        ({"texts": {"stepz": "1"}}, "no chosen notebook has a parameter 'stepz'"),
+        ({"texts": {"steps": "1e3"}}, "steps must be an int"),
+        ({"texts": {"concept": "frog"}}, "use --concept"),
+    ],
+)
+def test_a_wrong_request_is_one_clear_error(course, request_, says):
+    with pytest.raises((RequestError, ParameterError), match=says):
+        plan_run(**{"notebooks": "01,03", **request_})
+
+
+def test_the_kind_is_found_out_and_foreign_models_take_any_concept():
+    assert [check_concept("emoji", name, None) for name in ("cat", "twemoji", "Milo", "mouse")] == [
+        "object", "style", "identity", "object",
+    ]
+    assert check_concept("owner/model", "a very particular vase", None) == "object"
+    assert check_concept("owner/model", "van gogh", "style") == "style"
+
+
+def test_folders_and_single_files_pass_as_models(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    for name in (tmp_path, tmp_path / "one.safetensors", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        plans.check_model(str(name))
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(course, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="not empty and holds no run"):
+        plan_run(notebooks="03", out=tmp_path / "mine")
+
+
+def test_what_a_notebook_needs_must_be_made_before(write_notebook, tmp_path):
+    maker = write_notebook("03_make.ipynb", "seed: int = 0  # seed", gives=["patch"])
+    user = write_notebook("04_use.ipynb", "seed: int = 0  # seed", needs=["patch"])
+    with pytest.raises(RequestError, match="04_use.ipynb needs 'patch'"):
+        plan_run(notebooks=[str(user)], out=tmp_path / "out")
+    assert len(plan_run(notebooks=[str(maker), str(user)], out=tmp_path / "out").notebooks) == 2
+
+
+def test_wrong_names_are_answered_without_torch():
+    code = (
+        "import sys; from fmn_nb import plans\n"
+        "plans.bundled_models = lambda: {'emoji': None}\n"
+        "for wrong in ({'concept': 'kat'}, {'model': 'emojj'}):\n"
+        "    try: plans.check_settings(wrong)\n"
+        "    except plans.RequestError as error: print(error)\n"
+        "try: plans.find_notebooks('99')\n"
+        "except plans.RequestError as error: print(error)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'papermill', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 3

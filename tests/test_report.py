@@ -1,0 +1,137 @@
+"""The page of a run and of a sweep: self-contained, described in words, whole in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas
+import pytest
+from PIL import Image
+
+from fmn_nb.files import write_json
+from fmn_nb.report import comparison, format_figure, format_size, write_report
+from fmn_nb.results import record, save_image
+
+PROBE = """<script>document.title = JSON.stringify({
+  overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+  images: document.images.length,
+  broken: [...document.images].filter(image => !image.naturalWidth).length,
+  undescribed: [...document.images].filter(image => !image.alt).length,
+  headings: [...document.querySelectorAll("h1, h2")].map(one => one.textContent),
+  loaded: performance.getEntriesByType("resource").filter(one => !one.name.startsWith("data:")).length,
+})</script>"""
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run's folder, written through the functions that notebooks use."""
+    out = tmp_path / "<cat> & co"
+    settings = {"model": "emoji", "concept": "cat", "kind": "object", "preset": "balanced", "seed": 1234}
+    side = {"ua": 0.04, "ira": 0.98, "cra": 0.9, "h": 0.11, "ceiling": 0.96, "images": 144, "frechet": 3.2}
+    record(out, {
+        "model": "emoji", "concept": {"name": "cat", "kind": "object"}, "preset": "balanced", "seed": 1234,
+        "versions": {"python": "3.11"},
+        "before": {**side, "ci95": {"ua": [0.0, 0.2]}},
+        "after": {**side, "ua": 1.0, "skipped": {"clip_score": "no CLIP model for this one"}},
+        "forgetting": {"steps": 35, "seconds": 9.1, "stopped_because": "all steps done", "patch_bytes": 182_344},
+    })
+    for number, colour in enumerate(("orange", "tan")):
+        save_image(out, f"before_{number}", Image.new("RGB", (64, 64), colour), alt=f"before, a {colour} square")
+        save_image(out, f"after_{number}", Image.new("RGB", (64, 64), "gray"), alt="after, a gray square")
+    save_image(out, "attention_cat", Image.new("RGB", (1600, 400), "navy"), alt="the map of <cat>")
+    write_json(out / "run.json", {
+        "status": "done", "key": "0", "settings": settings, "parameters": {"learning_rate": 1e-4},
+        "versions": {"python": "3.11"}, "started": "2026-01-01T00:00:00+00:00",
+        "notebooks": {"03_forget.ipynb": {"status": "done", "seconds": 9.5}},
+    })
+    (out / "03_forget.ipynb").write_text("{}")
+    return out
+
+
+@pytest.fixture
+def sweep_folder(tmp_path):
+    folder = tmp_path / "sweep"
+    write_json(folder / "sweep.json", {"runs": 3, "varied": ["concept"], "notebooks": ["03", "04"], "workers": 1})
+    pandas.DataFrame([
+        {"folder": "cat-1", "concept": "cat", "status": "done", "seconds": 9.0, "error": "",
+         "after.ua": 1.0, "after.ira": 0.9, "after.cra": 0.7},
+        {"folder": "frog-2", "concept": "frog", "status": "failed", "seconds": None, "error": "no <such> luck"},
+    ]).to_csv(folder / "results.csv", index=False)
+    return folder
+
+
+def test_a_runs_page_says_what_was_measured_and_what_was_not(run_folder):
+    page = write_report(run_folder).read_text()
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    for said in ("Forgetting “cat”", "1.000", "0.000 to 0.200", "H can reach 0.960", "182.3 kB", "all steps done",
+                 "after: clip_score : no CLIP model for this one", "1.00e-04", "seed 1234", "03_forget.ipynb"):
+        assert re.sub(r"\s+", " ", said) in re.sub(r"\s+", " ", text), said
+    assert "<cat>" not in page and 'alt="the map of &lt;cat&gt;"' in page
+
+
+def test_before_and_after_stand_side_by_side(run_folder):
+    alts = re.findall(r'alt="([^"]+)"', write_report(run_folder).read_text())
+    assert [alt.split()[0] for alt in alts[:4]] == ["before,", "after,", "before,", "after,"]
+    assert "orange" in alts[0] and "tan" in alts[2]
+
+
+def test_nothing_is_loaded_from_elsewhere(run_folder, sweep_folder):
+    for folder in (run_folder, sweep_folder):
+        page = write_report(folder).read_text()
+        assert not re.search(r"<script|<link|@import|url\(|src=\"(?!data:)", page)
+
+
+def test_a_failed_run_says_so_first(run_folder):
+    state = json.loads((run_folder / "run.json").read_text())
+    write_json(run_folder / "run.json", {**state, "status": "failed", "error": "03 failed in cell [4]: <KeyError>"})
+    page = write_report(run_folder).read_text()
+    assert "03 failed in cell [4]: &lt;KeyError&gt;" in page and page.index("did not finish") < page.index("Cost")
+
+
+def test_a_sweeps_page_has_a_row_a_run_and_a_point_a_measured_one(sweep_folder):
+    page = write_report(sweep_folder).read_text()
+    assert page.count("<circle") == 1 and "concept cat: forgotten 1.000, kept 0.800" in page
+    assert "2 of 3 runs in the table, 1 failed" in page and "no &lt;such&gt; luck" in page
+
+
+def test_a_measure_that_is_missing_on_one_side_is_no_zero():
+    (row,) = comparison({}, {"ua": 0.5})
+    assert row["before"] is None and row["after"] == 0.5
+
+
+def test_figures_are_written_for_readers():
+    assert [format_figure(value) for value in (0.12345, 41984, 1e-5, 0.0, "text", True)] == [
+        "0.123", "41,984", "1.00e-05", "0.000", "text", "True",
+    ]
+    assert (format_size(182_344), format_size(4_200_000)) == ("182.3 kB", "4.2 MB")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_pages_whole(run_folder, sweep_folder, tmp_path, width):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "install chromium, or leave this test out"
+    seen = _in_browser(chromium, write_report(run_folder), width, tmp_path)
+    assert seen["images"] == 5 and seen["broken"] == seen["undescribed"] == seen["loaded"] == 0
+    assert not seen["overflow"], "the page is wider than its window"
+    assert seen["headings"][:3] == ["Forgetting “cat”", "Before and after", "Where the concept's attention goes"]
+    seen = _in_browser(chromium, write_report(sweep_folder), width, tmp_path)
+    assert not seen["overflow"] and seen["loaded"] == 0
+
+
+def _in_browser(chromium: str, report: Path, width: int, tmp_path: Path) -> dict:
+    """What a script at the page's end sees once everything is laid out."""
+    page = report.with_name("probed.html")
+    page.write_text(report.read_text().replace("</body>", PROBE + "</body>"))
+    result = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )
+    title = re.search(r"<title>(\{.*?\})</title>", result.stdout, re.DOTALL)
+    assert title, result.stderr
+    return json.loads(html.unescape(title[1]))

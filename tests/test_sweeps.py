@@ -1,0 +1,271 @@
+"""Sweeps: a checked specification, a pool that survives kills, and a table equal to an unbroken sweep's."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from fmn_nb.files import write_json
+from fmn_nb.parameters import ParameterError
+from fmn_nb.plans import RequestError
+from fmn_nb.sweep_specs import SweepError, plan_sweep
+from fmn_nb.sweep_table import LiveTable, Pace, readable_time
+from fmn_nb.sweeps import attempt, earlier_row, run_sweep, threads_each, write_table
+
+CELL = """\
+model: str = "emoji"  # model
+concept: str = "cat"  # what to forget
+seed: int = 0  # seed
+steps: int = 2  # steps [1..9]
+out: str = ""  # folder
+"""
+MEASURE = """\
+from fmn_nb.results import record
+score = round((len(concept) + seed) / 10, 3)
+record(out, {"after": {"ua": score, "ira": 0.9, "cra": 0.8, "h": 0.7, "ci95": {"ua": [0.0, score]}}})
+"""
+NOT_OF_THE_TABLE = ["seconds"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder that passes as a foreign model, which takes any concept; the stub notebooks never load it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    return str(folder)
+
+
+@pytest.fixture
+def spec(write_notebook, model):
+    """A function that makes a specification of two concepts and two seeds, with a cell of the test's own."""
+
+    def make(cell: str = "pass", **more) -> dict:
+        notebook = write_notebook("03_stub.ipynb", CELL, cell, MEASURE)
+        grid = {"concept": ["cat", "frog"], "seed": [0, 1]}
+        return {"notebook": str(notebook), "fixed": {"model": model}, "grid": grid, "workers": 2, **more}
+
+    return make
+
+
+def table_of(folder: Path) -> pandas.DataFrame:
+    return pandas.read_csv(folder / "results.csv").drop(columns=NOT_OF_THE_TABLE)
+
+
+def test_a_grid_becomes_every_combination_in_named_folders(spec, tmp_path):
+    sweep = plan_sweep(spec(), tmp_path / "out")
+    assert [(plan.settings["concept"], plan.settings["seed"]) for plan in sweep.plans] == [
+        ("cat", 0), ("cat", 1), ("frog", 0), ("frog", 1),
+    ]
+    assert sweep.plans[0].out.name == f"model-cat-balanced-seed0-{sweep.plans[0].key}"
+    assert len({plan.out for plan in sweep.plans}) == 4 and sweep.varied == ("concept", "seed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_and_a_file_do_as_well(spec, tmp_path):
+    import yaml
+
+    content = {**spec(), "list": [{"concept": "cat", "steps": 3}, {"concept": "frog"}]}
+    del content["grid"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    sweep = plan_sweep(tmp_path / "mine.yaml")
+    assert sweep.folder.name == "mine" and sweep.varied == ("concept", "steps")
+    assert [plan.parameters for plan in sweep.plans] == [{"steps": 3}, {}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"grids": {}}, "no key 'grids'; the keys are: notebooks"),
+        ({"list": [{}]}, "either grid"),
+        ({"grid": None}, "grid must hold"),
+        ({"grid": {"seed": 3}}, "'seed' must be a list"),
+        ({"grid": {"seed": []}}, "'seed' must be a list with at least one"),
+        ({"grid": {"seed": [1, 1]}}, "1 of the 2 runs repeat"),
+        ({"grid": {"model": ["x/y"]}}, "'model' is fixed and varied"),
+        ({"grid": {"seed": list(range(1000)), "steps": list(range(1000))}}, "1,000,000 runs"),
+        ({"grid": {"seed": ["zero"]}}, "seed must be an int"),
+        ({"grid": {"stepz": [1]}}, "no chosen notebook has a parameter 'stepz'"),
+        ({"grid": {"steps": [1, 10]}}, "steps must lie from 1 to 9"),
+        ({"grid": {3: [1]}}, "no parameter's name"),
+        ({"workers": 0}, "workers must be"),
+        ({"cluster": {"kind": "abacus"}}, "cluster must hold a kind, one of: scheduler, local"),
+        ({"cluster": {"kind": "scheduler"}}, "needs its address"),
+        ({"workers": True}, "workers must be"),
+        ({"notebooks": ["03"]}, "either notebook or notebooks"),
+        ({"fixed": {"model": "nowhere"}}, "there is no model 'nowhere'"),
+    ],
+)
+def test_a_wrong_specification_is_refused_before_anything_is_written(spec, tmp_path, change, says):
+    with pytest.raises((SweepError, RequestError, ParameterError), match=says):
+        plan_sweep({**spec(), **change}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "- just\n- a list", "a: !!python/object/apply:os.getcwd []"])
+def test_a_file_that_is_no_specification_is_refused(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SweepError, match="bad.yaml"):
+        plan_sweep(tmp_path / "bad.yaml")
+
+
+def test_a_failed_run_is_listed_kept_and_retried_on_request(spec, tmp_path):
+    flag = tmp_path / "mended"
+    cell = f"import pathlib\nif concept == 'frog' and seed: assert pathlib.Path({str(flag)!r}).exists(), 'not yet'"
+    shown = io.StringIO()
+    sweep = plan_sweep(spec(cell), tmp_path / "out")
+    folder, failed = run_sweep(sweep, watch=LiveTable(Console(file=shown, width=200, force_terminal=True)))
+    assert [row["status"] for row in failed] == ["failed"] and "AssertionError: not yet" in failed[0]["error"]
+    table = pandas.read_parquet(folder / "results.parquet")
+    assert list(table["status"]) == ["done", "done", "done", "failed"]
+    assert list(table["after.ua"])[:3] == [0.3, 0.4, 0.4]
+    assert "not yet" in (folder / "report.html").read_text()
+    assert "4 of 4 runs" in shown.getvalue() and "AssertionError: not yet" in shown.getvalue()
+
+    before = _changed(sweep.plans[0].out)
+    flag.touch()
+    assert len(run_sweep(sweep)[1]) == 1, "a failed run is not repeated unasked"
+    assert run_sweep(sweep, retry_failed=True)[1] == []
+    assert _changed(sweep.plans[0].out) == before, "a finished run is never repeated"
+    assert list(table_of(folder)["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
+
+
+def test_a_killed_worker_loses_nothing(spec, tmp_path):
+    flags = str(tmp_path / "killed-")
+    kill_once = (
+        "import os, pathlib, signal, time\n"
+        f"flag = pathlib.Path({flags!r} + concept)\n"
+        "if seed and concept == 'cat' and not flag.exists():\n"
+        "    flag.touch(); os.kill(os.getppid(), signal.SIGKILL); time.sleep(9)"
+    )
+    folder, failed = run_sweep(plan_sweep(spec(kill_once), tmp_path / "out"), workers=1)
+    assert failed == [] and (tmp_path / "killed-cat").exists()
+    assert list(table_of(folder)["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
+    assert not list(folder.rglob("*.part*"))
+
+
+def test_a_killed_sweep_goes_on_where_it_stood(spec, tmp_path):
+    import yaml
+
+    wait = "import time; time.sleep(1.5 * seed)"
+    content = spec(wait)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "fmn_nb.cli", "sweep", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    sweep = plan_sweep(content, tmp_path / "out")
+    try:
+        _until(lambda: any(_status(plan) == "done" for plan in sweep.plans))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = {plan.out: _changed(plan.out) for plan in sweep.plans if _status(plan) == "done"}
+    assert 1 <= len(done) < 4 and not (tmp_path / "out" / "results.csv").exists()
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert done == {out: _changed(out) for out in done}, "a finished run is never repeated"
+    assert list(table_of(tmp_path / "out")["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("run.json", "{"), ("run.json", "[]"), ("run.json", '{"status": "done"}'),
+        ("metrics.json", "{}"), ("metrics.json", None),
+    ],
+)
+def test_a_damaged_run_is_not_taken_for_whole(spec, tmp_path, file, damage):
+    plan = _finished(plan_sweep(spec(), tmp_path / "out").plans[0])
+    assert earlier_row(plan, retry_failed=False)["after.ua"] == 0.3
+    if damage is None:
+        (plan.out / file).unlink()
+    else:
+        (plan.out / file).write_text(damage)
+    assert earlier_row(plan, retry_failed=False) is None
+
+
+def test_a_damaged_run_is_made_anew(spec, tmp_path):
+    plan = _finished(plan_sweep(spec(), tmp_path / "out").plans[0])
+    (plan.out / "metrics.json").write_text("{")
+    (plan.out / "images").mkdir()
+    (plan.out / "images" / "stale.png").touch()
+    assert attempt(plan) is None
+    assert earlier_row(plan, retry_failed=False)["after.ua"] == 0.3 and not (plan.out / "images").exists()
+
+
+def test_two_sweeps_never_share_a_folder(spec, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(SweepError, match="another sweep is working"):
+        run_sweep(plan_sweep(spec(), tmp_path / "out"))
+
+
+def test_the_cores_are_divided_among_workers():
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert threads_each(1) == usable and threads_each(usable) == 1 and threads_each(1000) == 1
+
+
+def test_the_time_left_is_told_after_a_few_runs(monkeypatch):
+    now = iter([0.0, 30.0, 30.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    pace = Pace(total=13, done=10, workers=2)
+    assert str(pace) == "10 of 13 runs"
+    pace.total = 33
+    for _ in range(3):
+        pace.tick()
+    assert pace.seconds_left() == 200.0 and str(pace) == "13 of 33 runs, about 3 min left"
+    assert [readable_time(seconds) for seconds in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_a_column_of_mixed_types_still_makes_a_table(tmp_path):
+    write_table(tmp_path, [{"folder": "a", "layers": "mid", "steps": 3}, {"folder": "b", "layers": 2, "steps": None}])
+    table = pandas.read_parquet(tmp_path / "results.parquet")
+    assert list(table["layers"]) == ["mid", "2"] and table["steps"].dtype == "Int64"
+
+
+def test_bookkeeping_takes_little_a_run(spec, tmp_path):
+    content = spec(grid={"seed": list(range(300))})
+    started = time.perf_counter()
+    sweep = plan_sweep(content, tmp_path / "out")
+    planned = time.perf_counter() - started
+    for plan in sweep.plans:
+        _finished(plan)
+    started = time.perf_counter()
+    assert run_sweep(sweep)[1] == []
+    assert (planned + time.perf_counter() - started) / 300 < 0.010
+
+
+def _finished(plan):
+    """Write what a finished run leaves, without its kernel."""
+    plan.out.mkdir(parents=True)
+    notebooks = {notebook.path.name: {"status": "done", "seconds": 1.5} for notebook in plan.notebooks}
+    write_json(plan.out / "run.json", {"status": "done", "key": plan.key, "notebooks": notebooks})
+    settings = plan.settings
+    write_json(plan.out / "metrics.json", {
+        "schema": 1, "model": settings["model"], "concept": {"name": settings["concept"], "kind": settings["kind"]},
+        "preset": settings["preset"], "seed": settings["seed"], "versions": {}, "after": {"ua": 0.3},
+    })
+    return plan
+
+
+def _status(plan):
+    path = plan.out / "run.json"
+    return json.loads(path.read_text())["status"] if path.exists() else None
+
+
+def _changed(folder: Path) -> int:
+    return (folder / "03_stub.ipynb").stat().st_mtime_ns
+
+
+def _until(reached, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
