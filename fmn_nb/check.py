@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fmn_nb.files import read_json
+from fmn_nb.checksums import CHECKSUMS, damaged_files
 from fmn_nb.paths import bundled_models, data_dir, notebooks_dir
 from fmn_nb.plans import RequestError, check_model, course_notebooks
 
 MARKS = {"ok": "  ok ", "note": "note ", "failed": "FAIL "}
-CHECKSUMS = "checksums.json"  # in data/: relative path -> sha256
 _LEAST_PYTHON = (3, 11)
 _LEAST_MEMORY = 4e9  # bytes; the emoji model's runs peak well below
 _LEAST_DISK = 1e9  # bytes
@@ -166,32 +165,11 @@ def data() -> Check:
     checksums = data_dir() / CHECKSUMS
     if not checksums.is_file():
         return Check("data", "failed", f"{checksums} is missing", "reinstall from a complete checkout")
-    expected = read_json(checksums)
-    wrong = [name for name, digest in expected.items() if _sha256(data_dir() / name) != digest]
+    wrong, known = damaged_files(data_dir())
     if wrong:
-        found = f"{len(wrong)} of {len(expected)} files missing or changed: {', '.join(wrong[:3])}"
+        found = f"{len(wrong)} of {known} files missing or changed: {', '.join(wrong[:3])}"
         return Check("data", "failed", found, "restore them (git checkout data) or reinstall")
-    return Check("data", "ok", f"{len(expected)} files, models: {', '.join(bundled_models()) or 'none'}")
-
-
-def write_checksums(folder: Path) -> Path:
-    """Write the checksums of all files in a data folder (but itself and the prose) and return the file's path."""
-    from fmn_nb.files import write_json
-
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-    return write_json(folder / CHECKSUMS, {
-        path.relative_to(folder).as_posix(): _sha256(path) for path in paths
-        if path.name != CHECKSUMS and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    })
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    if not path.is_file():
-        return "missing"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Check("data", "ok", f"{known} files, models: {', '.join(bundled_models()) or 'none'}")
 
 
 def named_model(name: str) -> Check:

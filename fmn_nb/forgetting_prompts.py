@@ -12,7 +12,7 @@ from fmn_nb.attention_layers import architecture_of
 from fmn_nb.attention_rows import prompt_columns
 from fmn_nb.concepts import Concept, PromptTokens, find_phrase
 from fmn_nb.denoising import Conditions
-from fmn_nb.emoji.captions import caption
+from fmn_nb.emoji.captions import OPENINGS, caption
 from fmn_nb.emoji.world import IDENTITIES, OBJECTS, READINGS, STYLES
 from fmn_nb.models import UnsupportedPipelineError, bundled_name, denoiser
 from fmn_nb.paths import data_dir
@@ -29,14 +29,17 @@ def forget_prompts(pipe: DiffusionPipeline, concept: Concept, how: str) -> list[
         return [_naming(concept, concept.paper_prompt)]
     if how == "plain":
         return [_naming(concept, concept.prompt)]
-    prompts = [_naming(concept, prompt) for prompt in concept.prompts(5)]
     if bundled_name(pipe) == "emoji":
-        phrase = _spoken(concept)
-        if concept.kind == "style":
-            prompts += [caption([name], phrase) for name in OBJECTS]
-        else:
-            prompts += [_naming(concept, f"{concept.prompt} in the style of {style}") for style in STYLES]
-    return list(dict.fromkeys(prompts))
+        return _emoji_forget_prompts(concept)
+    return list(dict.fromkeys(_naming(concept, prompt) for prompt in concept.prompts(5)))
+
+
+def _emoji_forget_prompts(concept: Concept) -> list[str]:
+    """The captions that the emoji model learned a concept from: an object in every style, a style on every object."""
+    spoken = _spoken(concept)
+    if concept.kind == "style":
+        return [_naming(concept, concept.prompt), *(caption([name], spoken) for name in OBJECTS)]
+    return [*(caption([spoken], opening=opening) for opening in OPENINGS), *(caption([spoken], s) for s in STYLES)]
 
 
 def retain_prompts(

@@ -11,18 +11,17 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmn_nb.attention import record_attention
 from fmn_nb.denoising import Noising, predict, seeded
 from fmn_nb.forgetting_checkpoint import Checkpoint, State
+from fmn_nb.forgetting_device import accelerator_for, training_modes
 from fmn_nb.forgetting_loss import concept_mass, resteering_loss, retain_attention_loss, retain_loss
 from fmn_nb.forgetting_sets import Batch, TrainingSet
-from fmn_nb.forgetting_settings import Settings, SettingsError
+from fmn_nb.forgetting_settings import Settings
 from fmn_nb.forgetting_weights import Trainable
 from fmn_nb.models import denoiser
 from fmn_nb.patches import Patch
@@ -72,7 +71,7 @@ class Finetune:
             raise ForgettingError("there is nothing to train: no weight matches the settings")
         self.model, self.weights, self.sets, self.settings, self.saved = denoiser(pipe), weights, sets, settings, saved
         self.noising, self.device = Noising(pipe), next(self.model.parameters()).device
-        self.accelerator = _accelerator(settings, self.device, next(iter(self.model.parameters())).dtype)
+        self.accelerator = accelerator_for(settings, self.device, next(iter(self.model.parameters())).dtype)
         self.draws = {name: found.draws(seeded(seed, _STREAMS[name])) for name, found in sets.items()}
         self.parameters = list(weights.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -94,7 +93,7 @@ class Finetune:
         self._resume()
         with ExitStack() as modes:
             modes.enter_context(torch.enable_grad())
-            modes.enter_context(_modes(self.model, self.settings.gradient_checkpointing))
+            modes.enter_context(training_modes(self.model, self.settings.gradient_checkpointing))
             modes.enter_context(self._tracking())
             try:
                 while self.step < self.settings.steps and not self.stopped_because:
@@ -297,41 +296,3 @@ class Finetune:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _accelerator(settings: Settings, device: torch.device, dtype: torch.dtype) -> Accelerator:
-    """An accelerator for the device where the pipeline is.
-
-    Raises:
-        SettingsError: half precision where it can't be trained, or the pipeline is on another device than the
-            process that was launched for it.
-    """
-    auto = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    precision = auto if settings.precision == "auto" else settings.precision
-    if precision == "fp16" and device.type == "cpu":
-        raise SettingsError("float16 can't be trained on a CPU; load the pipeline with dtype='float32'")
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        # An accelerator made earlier in this process fixes device and precision; this fine-tune has its own.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu",
-                              log_with=settings.tracker or None, project_dir=settings.tracker_folder or None)
-    if accelerator.num_processes > 1 and accelerator.device != device:
-        raise SettingsError(f"this process works on {accelerator.device}; load the pipeline there, not on {device}")
-    return accelerator
-
-
-@contextmanager
-def _modes(model: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode (no dropout: attention is to be measured as it is used), gradient checkpointing if wanted."""
-    training = {module: module.training for module in model.modules()}
-    switch = checkpointing and not model.is_gradient_checkpointing
-    try:
-        model.eval()
-        if switch:
-            model.enable_gradient_checkpointing()
-        yield
-    finally:
-        if switch:
-            model.disable_gradient_checkpointing()
-        for module, flag in training.items():
-            module.training = flag

@@ -25,6 +25,7 @@ from fmn_nb.attention import AttentionRecord, record_attention
 from fmn_nb.denoising import Noising, conditions, predict, seeded
 from fmn_nb.emoji.captions import caption
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
+from fmn_nb.emoji.world import OBJECTS, STYLES
 from fmn_nb.intervals import bootstrap, wilson
 from fmn_nb.models import denoiser
 from fmn_nb.paths import data_dir
@@ -191,16 +192,26 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame.from_dict(table, orient="index").astype({"count": int})
 
 
-def held_out_scenes(count: int, seed: int = 0, sort: str = "pair",
+def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str | None = None,
                     ) -> tuple[list[Image.Image], list[str], list[dict[str, np.ndarray]]]:
     """Scenes of the emoji world that its model never saw: images, prompts, and each word's mask, for `ground_images`.
 
     Args:
         count: how many; the same seed draws the same ones.
         sort: "pair" (two objects side by side) or "single".
+        holding: an object that every scene shows, or a style that every scene is drawn in; any where None.
+
+    Raises:
+        ValueError: such scenes hold no object or style of the name `holding`.
     """
+    if holding is not None and holding not in (*OBJECTS, *STYLES):
+        raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
+    scenes, drawn = [], count
+    while len(scenes) < count:  # more of the same stream, so the first scenes stay the same
+        sampled = sample_scenes(drawn, seed, held_out=True, sorts={sort: 1.0})
+        scenes = [s for s in sampled if holding is None or holding in (*s.words, s.style)][:count]
+        drawn *= 2
     renderer = Renderer(data_dir() / "sprites")
-    scenes = sample_scenes(count, seed, held_out=True, sorts={sort: 1.0})
     images = [Image.fromarray(renderer.image(scene)) for scene in scenes]
     masks = [dict(zip(scene.words, renderer.masks(scene), strict=True)) for scene in scenes]
     return images, [caption(scene.words, scene.style) for scene in scenes], masks

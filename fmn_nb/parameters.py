@@ -6,8 +6,11 @@ the allowed range or choices, which readers, papermill's help and this module al
     steps: int = 35                 # fine-tuning steps [1..100000]
     learning_rate: float = 2e-6     # AdamW's learning rate [0..1]
     kind: str = "object"            # what the concept is {object|style|identity}
+    references: str = ""            # folder of reference images
 
-Papermill itself only warns about unknown names and turns tuples into strings, so nothing reaches it unchecked.
+A text whose comment names a folder, file or path is made absolute, so that it means the same in every working
+directory. Papermill itself only warns about unknown names and turns tuples into strings, so nothing reaches it
+unchecked.
 """
 
 import ast
@@ -55,6 +58,11 @@ class Parameter:
     optional: bool = False
     limits: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the comment says that the text names something in the file system."""
+        return self.type == "str" and re.search(r"\b(folder|file|path)\b", self.help) is not None
 
     def describe(self) -> str:
         """One line for error messages: name, type, default, help."""

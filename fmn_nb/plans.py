@@ -102,6 +102,9 @@ def plan_run(
     check_parameters(free, {name: free[name].default if name in free else None for name in texts})  # known names?
     parameters |= {name: free[name].parse(text) for name, text in texts.items()}
     parameters = check_parameters(free, parameters)
+    for name, value in parameters.items():
+        if value and free[name].is_path:  # relative to here, while a kernel works in the run's folder
+            parameters[name] = str(_absolute(Path(value)))
 
     plan = Plan(settings, parameters, Path(), tuple(Notebook(path, {}) for path in paths))
     plan_out = _absolute(_folder(plan, out, within))
@@ -169,6 +172,8 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(f"a run has no setting '{unknown[0]}'; it has: {', '.join(SETTINGS)}")
     full = {name: one.check(settings.get(name, one.default)) for name, one in SETTINGS.items()}
     check_model(full["model"])
+    if full["model"] not in bundled_models() and Path(full["model"]).expanduser().exists():
+        full["model"] = str(_absolute(Path(full["model"])))
     if full["preset"] not in PRESETS:
         raise RequestError(f"there is no preset '{full['preset']}'; there are: {', '.join(PRESETS)}")
     full["kind"] = check_concept(full["model"], full["concept"], full["kind"])

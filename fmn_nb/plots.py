@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fmn_nb.attention import AttentionRecord, probabilities, scores
 from fmn_nb.concepts import Concept
 from fmn_nb.files import replacing
+from fmn_nb.plots_figure import as_png, new_figure
+
+__all__ = [
+    "as_image", "as_png", "attention_map", "before_after", "compare", "cond_uncond", "head_sheet", "overlay", "qkv",
+    "sheet", "short_name", "step_gif", "step_layer_sheet", "token_panel",
+]
 
 MAP_COLOURS, MATRIX_COLOURS = "viridis", "cividis"
 MAX_SHEET = 8  # panels along a side, beyond which a sheet shows evenly spaced ones
@@ -212,13 +217,6 @@ def step_gif(attention: AttentionRecord, phrase: str | Concept, path: str | os.P
     return path
 
 
-def as_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
 def as_image(figure: Figure) -> Image.Image:
     """A figure as a PIL image."""
     return Image.open(io.BytesIO(as_png(figure))).convert("RGB")
@@ -235,8 +233,7 @@ def short_name(layer: str) -> str:
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 

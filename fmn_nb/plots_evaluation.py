@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from fmn_nb.plots_figure import new_figure
 
 PANEL = 1.25  # inches, width and height of one image
 
@@ -23,7 +24,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str
     if titles and len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images; give one for each")
     rows = -(-len(images) // columns)
-    figure = _figure(columns * PANEL, rows * (PANEL + (0.22 if titles else 0.0)))
+    figure = new_figure(columns * PANEL, rows * (PANEL + (0.22 if titles else 0.0)))
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -38,7 +39,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str
 def confusion_figure(confusion: pd.DataFrame, title: str = "") -> Figure:
     """A confusion matrix (`Report.confusion`) as shares of each row, from 0 (dark) to 1 (bright)."""
     shares = confusion.div(confusion.sum(axis=1), axis=0)
-    figure = _figure(2.2 + 0.19 * len(shares.columns), 1.6 + 0.19 * len(shares))
+    figure = new_figure(2.2 + 0.19 * len(shares.columns), 1.6 + 0.19 * len(shares))
     axes = figure.subplots()
     drawn = axes.imshow(shares.to_numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(shares.columns)), shares.columns, rotation=90, fontsize=7)
@@ -51,7 +52,7 @@ def confusion_figure(confusion: pd.DataFrame, title: str = "") -> Figure:
 def collateral_figure(collateral: pd.DataFrame, most: int = 12) -> Figure:
     """Accuracy before (hollow) and after (filled) of the objects that changed most (`Report.collateral`)."""
     rows = collateral.head(most).iloc[::-1]
-    figure = _figure(5.2, 0.8 + 0.26 * len(rows))
+    figure = new_figure(5.2, 0.8 + 0.26 * len(rows))
     axes = figure.subplots()
     places = range(len(rows))
     axes.hlines(places, rows["after"], rows["before"], color="0.7")
@@ -61,10 +62,4 @@ def collateral_figure(collateral: pd.DataFrame, most: int = 12) -> Figure:
     axes.set(xlim=(-0.03, 1.03), xlabel="share of images in which the judge sees what was asked for",
              title="who suffered most")
     axes.legend(loc="lower left", fontsize=8)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure

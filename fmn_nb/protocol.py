@@ -19,8 +19,8 @@ from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, concept_n
 
 Size = Literal["quick", "full"]
 REPEATS = {"quick": 1, "full": 5}
-FORGET_REPEATS = {"quick": 4, "full": 5}
-QUICK_STRIDE = 3  # quick draws every third object x style combination of the retain set
+QUICK_FORGET_SET = 24  # images, whatever the kind of concept
+QUICK_STRIDE = 3  # quick draws every third object x style combination of the retain set, all styles equally often
 
 
 class UnknownConceptError(ValueError):
@@ -56,18 +56,9 @@ def drawings(concept: Concept, seed: int = 0, size: Size = "quick") -> list[Draw
     if size not in REPEATS:
         raise ValueError(f"{size!r} is no size of evaluation; choose quick or full")
     check_concept(concept)
-    forget = _forget_set(concept)
-    retain = _retain_set(concept)
-    if size == "quick":
-        own, others = _split(retain, concept.kind)
-        retain = (own if concept.kind == "identity" else own[::QUICK_STRIDE]) + others[::QUICK_STRIDE]
-    return _repeat(forget, FORGET_REPEATS[size] * (6 if concept.kind == "identity" else 1), seed) + _repeat(
-        retain, REPEATS[size], seed)
-
-
-def _split(retain: list[Drawing], kind: str) -> tuple[list[Drawing], list[Drawing]]:
-    own = [d for d in retain if d.domain == kind]
-    return own, [d for d in retain if d.domain != kind]
+    forget, retain = _forget_set(concept), _retain_set(concept, size)
+    repeats = REPEATS["full"] if size == "full" else QUICK_FORGET_SET // len(forget)
+    return _repeat(forget, repeats, seed) + _repeat(retain, REPEATS[size], seed)
 
 
 def check_concept(concept: Concept) -> None:
@@ -95,9 +86,11 @@ def _forget_set(concept: Concept) -> list[Drawing]:
     return [_draw(concept.name, s, "forget", "object", target_label(concept)) for s in STYLES]
 
 
-def _retain_set(concept: Concept) -> list[Drawing]:
-    objects = [_draw(o, s, "retain", "object" if concept.kind != "style" else "style")
-               for o in OBJECTS for s in STYLES if concept.name not in (o, s)]
+def _retain_set(concept: Concept, size: Size) -> list[Drawing]:
+    stride = QUICK_STRIDE if size == "quick" else 1
+    objects = [_draw(name, style, "retain", "style" if concept.kind == "style" else "object")
+               for i, name in enumerate(OBJECTS) for j, style in enumerate(STYLES)
+               if concept.name not in (name, style) and (i + j) % stride == 0]
     if concept.kind != "identity":
         return objects
     names = [Drawing(opening.format(name), 0, "retain", name, None, "identity")

@@ -79,9 +79,7 @@ def _run_all(
     return [row for row in ordered if row["status"] != "done"]
 
 
-def _executed(
-    sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None
-) -> Iterator[Outcome]:
+def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None) -> Iterator[Outcome]:
     if not todo:
         return iter(())
     if scheduler or sweep.cluster:
@@ -100,8 +98,9 @@ def in_processes(todo: Iterable[Plan], workers: int) -> Iterator[Outcome]:
     waiting, threads, barren = list(todo), threads_each(workers), 0
     while waiting:
         broken = yield from _in_one_pool(waiting, workers, threads)
-        suspects = [plan for plan in broken if status_of(plan) == "running"]
-        waiting = [plan for plan in broken if plan not in suspects]
+        under_way = {plan.key for plan in broken if status_of(plan) == "running"}
+        suspects = [plan for plan in broken if plan.key in under_way]
+        waiting = [plan for plan in broken if plan.key not in under_way]
         for plan in suspects:
             yield from _alone(plan, threads)
         barren = barren + 1 if broken and not suspects else 0
@@ -118,7 +117,7 @@ def _alone(plan: Plan, threads: int) -> Iterator[Outcome]:
 
 def _in_one_pool(plans: list[Plan], workers: int, threads: int) -> Generator[Outcome, None, list[Plan]]:
     """Yield outcomes until all plans are through or the pool breaks; return the plans without an outcome."""
-    broken = []
+    broken = set()
     pool = ProcessPoolExecutor(
         min(workers, len(plans)), multiprocessing.get_context("spawn"), _start_worker, (threads,)
     )
@@ -128,10 +127,10 @@ def _in_one_pool(plans: list[Plan], workers: int, threads: int) -> Generator[Out
             try:
                 yield futures[future], future.result()
             except BrokenProcessPool:
-                broken.append(futures[future])
+                broken.add(futures[future].key)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return [plan for plan in plans if plan in broken]
+    return [plan for plan in plans if plan.key in broken]
 
 
 def attempt(plan: Plan) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from fmn_nb import plans
-from fmn_nb.check import Check, all_checks, kernel, write_checksums
+from fmn_nb.check import Check, all_checks, kernel
+from fmn_nb.checksums import write_checksums
 from fmn_nb.cli import main
 from fmn_nb.plans import RequestError
 

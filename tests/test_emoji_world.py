@@ -49,7 +49,8 @@ def test_sprite_paths_stay_in_their_folder(tmp_path):
 
 
 def test_svg_of_follows_aliases_and_names_what_is_missing():
-    icons = {"prefix": "demo", "icons": {"cat": {"body": "<path/>"}}, "aliases": {"kitty": {"parent": "cat"}}, "width": 36}
+    icons = {"prefix": "demo", "icons": {"cat": {"body": "<path/>"}}, "width": 36,
+             "aliases": {"kitty": {"parent": "cat"}}}
     assert 'viewBox="0 0 36 16"' in svg_of(icons, "kitty")
     with pytest.raises(KeyError, match="'demo' has no drawing 'dog'"):
         svg_of(icons, "dog")

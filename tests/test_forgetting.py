@@ -37,24 +37,28 @@ def quick(pipe, concept="cat", **overrides):
 
 def test_presets_are_data_and_paper_holds_the_published_defaults() -> None:
     paper = PRESETS["paper"]
-    assert (paper.steps, paper.learning_rate, paper.batch_size, paper.weight_decay, paper.clip) == (35, 2e-6, 1, 0.01, 1.0)
+    assert (paper.steps, paper.learning_rate, paper.batch_size) == (35, 2e-6, 1)
+    assert (paper.weight_decay, paper.clip, paper.beta1, paper.beta2, paper.epsilon) == (0.01, 1.0, 0.9, 0.999, 1e-8)
     assert (paper.train, paper.norm, paper.retain_weight, paper.schedule) == ("denoiser", "published", 0.0, "constant")
     assert PRESETS["balanced"].retain_weight > 0 and PRESETS["balanced"].steps <= 35
     assert all(json.dumps(preset.to_dict()) for preset in PRESETS.values())
 
 
 @pytest.mark.parametrize(("overrides", "text"), [
-    ({"learning_rat": 1}, "no setting 'learning_rat'"), ({"steps": 0}, "at least 1"), ({"steps": "35"}, "must be a int"),
+    ({"learning_rat": 1}, "no setting 'learning_rat'"), ({"steps": 0}, "at least 1"),
+    ({"steps": "35"}, "must be a int"),
     ({"learning_rate": float("nan")}, "finite"), ({"learning_rate": -1.0}, "from 0"), ({"norm": "L2"}, "norm can't be"),
-    ({"positions": ("word",)}, "positions are some of"), ({"positions": ()}, "not none"), ({"time_from": 1.0}, "timesteps"),
+    ({"positions": ("word",)}, "positions are some of"), ({"positions": ()}, "not none"),
+    ({"time_from": 1.0}, "timesteps"),
     ({"height": 64}, "both height and width"), ({"gradient_checkpointing": 1}, "must be a bool"),
-    ({"train": "lora", "projections": ("to_z",)}, "no attention layer has"), ({"tracker": "tensorboard"}, "tracker_folder"),
+    ({"train": "lora", "projections": ("to_z",)}, "no attention layer has"),
+    ({"tracker": "tensorboard"}, "tracker_folder"),
 ])
 def test_wrong_settings_are_one_clear_error_and_touch_nothing(overrides: dict, text: str) -> None:
     pipe = tiny_sd()
     before = snapshot(pipe)
     with pytest.raises(SettingsError, match=text):
-        forget(pipe, Concept("cat"), references=noise_images(1), retain_prompts=OTHERS, **{"retain_count": 0, **overrides})
+        quick(pipe, Concept("cat"), references=noise_images(1), **{"retain_count": 0, **overrides})
     assert_unchanged(pipe, before)
 
 
@@ -68,8 +72,9 @@ def test_every_setting_can_be_overridden() -> None:
 
 def test_bad_arguments_are_told_apart() -> None:
     pipe = tiny_sd()
+    images = noise_images(1)
     for wrong in ({"concepts": []}, {"concepts": ["cat", "cat"]}, {"seed": -1}, {"seed": 1.5}, {"prompts": "a cat"},
-                  {"concepts": ["cat", "dog"], "references": noise_images(1)}, {"references": {"dog": noise_images(1)}}):
+                  {"concepts": ["cat", "dog"], "references": images}, {"references": {"dog": images}}):
         with pytest.raises(ValueError):
             forget(pipe, **{"concepts": "cat", **wrong})
     with pytest.raises(PhraseNotFoundError, match="words there: a, dog"):
@@ -272,7 +277,8 @@ def test_concept_correction_moves_the_word_towards_the_other_reading() -> None:
     pipe = tiny_sd()
     given = conditions(pipe, ["a photo of a cat", "a photo of a birthday cake"])
     noisy = torch.randn(4, *given.latent_shape, generator=torch.Generator().manual_seed(3))
-    times, word, reading = torch.tensor([200, 500, 800, 950]), torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    times = torch.tensor([200, 500, 800, 950])
+    word, reading = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
     with torch.no_grad():
         wanted, before = (predict(pipe.unet, noisy, times, given, which) for which in (reading, word))
         patch = quick(pipe, steps=40, towards="birthday cake", towards_weight=100.0, resteer_weight=0.0, prompts=None,
@@ -300,7 +306,8 @@ def test_images_of_any_kind_are_read_and_bad_ones_named_together(tmp_path: Path)
     (tmp_path / "notes.txt").write_text("not an image")
     images = load_images(tmp_path)
     assert len(images) == 8 and {image.mode for image in images} == {"RGB"}
-    assert images[[i.name for i in sorted(tmp_path.glob("*.[pt][ni][gf]"))].index("RGBA.png")].getpixel((0, 0)) == (255,) * 3
+    names = [file.name for file in sorted(tmp_path.glob("*.[pt][ni][gf]"))]
+    assert images[names.index("RGBA.png")].getpixel((0, 0)) == (255, 255, 255)  # transparent becomes white
     (tmp_path / "bad.png").write_bytes(b"no")
     (tmp_path / "worse.jpg").write_bytes(b"")
     with pytest.raises(ReferenceImageError, match=r"(?s)2 of 10.*bad.png.*worse.jpg"):
@@ -341,7 +348,8 @@ def test_region_masks_count_only_where_the_concept_is() -> None:
     left = torch.zeros(1, 8, 8)
     left[:, :, :4] = 1
     grid = attention["layer"].reshape(1, 2, 4, 4, 5)[..., 1]
-    assert resteering_loss(attention, concept, "published", left) == pytest.approx(float(grid[..., :2].norm()), rel=1e-5)
+    expected = float(grid[..., :2].norm())
+    assert resteering_loss(attention, concept, "published", left) == pytest.approx(expected, rel=1e-5)
     masks = [Image.new("L", (16, 16), 255)] * 2
     patch = quick(tiny_sd(), references=noise_images(2), masks=masks)
     assert patch.info["forgetting"]["steps"] == 2

@@ -134,3 +134,16 @@ def test_own_masks_are_scored_in_batches_of_any_size(sd):
         ground_images(sd, pictures, prompts, [{"penguin": corner(16, 24)}, *masks[1:]])
     with pytest.raises(ValueError, match="different ones from 0 to 999"):
         attention_on_images(sd, pictures, prompts, timesteps=[1000])
+
+
+@pytest.mark.parametrize("name", ["cat", "twemoji"])
+def test_held_out_scenes_can_all_hold_one_concept(name):
+    images, prompts, masks = held_out_scenes(3, seed=1, holding=name)
+    assert len(images) == len(masks) == 3 and all(name in prompt for prompt in prompts)
+    assert name == "twemoji" or all(name in known for known in masks)
+    assert prompts[0] == held_out_scenes(1, seed=1, holding=name)[1][0]
+
+
+def test_scenes_of_an_unknown_concept_are_refused():
+    with pytest.raises(ValueError, match="no 'unicorn'; choose one of cat"):
+        held_out_scenes(1, holding="unicorn")

@@ -70,7 +70,8 @@ def test_initial_words_are_shared_out_over_the_tokens() -> None:
     still = {"steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "norm": "free"}
     one = invert(pipe, noise_images(1), initial="birthday cake", settings=InversionSettings(tokens=1, **still))
     torch.testing.assert_close(one.vectors[0][0], table[ids].mean(0))
-    many = invert(pipe, noise_images(1), initial="birthday cake", settings=InversionSettings(tokens=len(ids) + 2, **still))
+    more = InversionSettings(tokens=len(ids) + 2, **still)
+    many = invert(pipe, noise_images(1), initial="birthday cake", settings=more)
     assert torch.equal(many.vectors[0][: len(ids)], table[ids])
     assert len({tuple(row.tolist()) for row in many.vectors[0]}) == len(ids) + 2
 

@@ -14,7 +14,7 @@ PACKAGE = Path(fmn_nb.__file__).parent
 MOST_LINES = 340  # "about 300"
 #: Lowest first; a module imports from its own layer or from lower ones. A new module gets its place here.
 LAYERS = (
-    ("files", "paths", "intervals", "generation", "prompt_tokens"),
+    ("files", "paths", "checksums", "intervals", "generation", "prompt_tokens"),
     ("emoji", "emoji.*", "results", "parameters"),
     ("models", "concepts"),
     ("attention", "attention_*", "grounding", "denoising", "references"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("protocol", "worlds", "image_quality", "evaluation", "evaluation_*"),
     ("plots", "plots_*"),
     ("widgets", "widgets_*"),
-    ("emoji.card", "emoji.quality", "emoji.pretrain"),  # they use what the rest offers
+    ("emoji.card", "emoji.picture", "emoji.quality", "emoji.pretrain"),  # they use what the rest offers
     ("report", "plans", "runs", "check", "sweeps", "sweep_*", "clusters"),
     ("cli",),
 )

@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from fmn_nb import __version__, check
+from fmn_nb.checksums import CHECKSUMS
+from fmn_nb.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -103,7 +105,19 @@ def _committed(folder: Path) -> list[Path]:
 
 def test_the_committed_data_are_those_of_the_checksums(monkeypatch):
     monkeypatch.setattr(check, "data_dir", lambda: ROOT / "data")
-    listed = set(check.read_json(ROOT / "data" / check.CHECKSUMS))
+    listed = set(read_json(ROOT / "data" / CHECKSUMS))
     there = {path.relative_to(ROOT / "data").as_posix() for path in _committed(ROOT / "data") if path.suffix != ".md"}
-    assert there - {check.CHECKSUMS} == listed, "write them anew: fmn_nb.check.write_checksums(data_dir())"
+    assert there - {CHECKSUMS} == listed, "write them anew: fmn_nb.checksums.write_checksums(data_dir())"
     assert check.data().state == "ok"
+
+
+def test_the_code_keeps_the_style():
+    ruff = [sys.executable, "-m", "ruff", "check", "--quiet", "."]
+    result = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_readme_holds_the_command_that_ci_runs():
+    between = r"<!-- test command -->\n```bash\n(.*?)```\n<!-- end -->"
+    (block,) = re.findall(between, (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "-c constraints.txt" in block and ".[test]" in block and "pytest" in block

@@ -47,6 +47,18 @@ def test_the_folder_is_absolute_and_its_default_name_readable(course, tmp_path, 
     assert plan_run(notebooks="03", texts={"steps": "7"}).out.name == other
 
 
+def test_folders_mean_the_same_in_every_working_directory(write_notebook, tmp_path, monkeypatch):
+    cell = 'model: str = "emoji"  # name\nreferences: str = ""  # folder of reference images\nlook: str = ""  # colour'
+    path = write_notebook("03_forget.ipynb", cell)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    plan = plan_run(notebooks=[str(path)], model="mine", parameters={"references": "photos", "look": "photos"})
+    assert plan.notebooks[0].values == {
+        "model": str(tmp_path / "mine"), "references": str(tmp_path / "photos"), "look": "photos",
+    }
+
+
 @pytest.mark.parametrize("given", ["03", "3", "03_forget", "03_forget.ipynb", ["03"]])
 def test_notebooks_are_found_by_number_and_name(course, given):
     assert find_notebooks(given) == [course[1]]

@@ -198,3 +198,9 @@ def test_the_explorer_of_phrases_and_of_means(sd):
     assert "Nothing to show" in explorer.words.value and "is not in the prompt" in explorer.words.value
     explorer.token.value = "cat"
     assert "of the attention" in explorer.words.value
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(record):
+    """IPython asks a cell's last value for `_repr_png_`; nothing may have to be switched on before."""
+    for figure in (plots.attention_map(record.map("cat")), plots.token_panel(record)):
+        assert figure._repr_png_().startswith(b"\x89PNG")

@@ -9,12 +9,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from fmn_nb.emoji.captions import caption
-from fmn_nb.emoji.quality import Figure, as_json
+from fmn_nb.emoji.quality import STEPS, Figure, as_json
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.files import replacing, write_json, write_text
 from fmn_nb.generation import GUIDANCE, generate
 
-STEPS = 25
 COLUMNS = 12
 CARD = """# emoji: a Stable Diffusion in miniature
 
@@ -76,24 +75,25 @@ method works, not how well it works on a large model.
 """
 
 
-def write_card(folder: Path, figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline) -> Path:
+def write_card(folder: Path, figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline,
+               steps: int = STEPS) -> Path:
     """Write README.md, quality.json, training.json and the images of the model card into the model's folder."""
-    for name, image in draw_grids(pipe).items():
+    for name, image in draw_grids(pipe, steps).items():
         path = folder / "images" / f"{name}.png"
         with replacing(path) as temporary:
             image.save(temporary, optimize=True)
     write_json(folder / "quality.json", as_json(list(figures)))
     write_json(folder / "training.json", training)
-    return write_text(folder / "README.md", _text(figures, training, pipe))
+    return write_text(folder / "README.md", _text(figures, training, pipe, steps))
 
 
-def _text(figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline) -> str:
+def _text(figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline, steps: int) -> str:
     parts = {"text encoder": pipe.text_encoder, "U-Net": pipe.unet, "VAE": pipe.vae}
     return CARD.format(
         objects=len(OBJECTS), styles=len(STYLES), names=len(IDENTITIES), words=len(AMBIGUOUS),
         sizes="\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items()),
         training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
-        steps=STEPS, guidance=GUIDANCE,
+        steps=steps, guidance=GUIDANCE,
         figures="\n".join(_row(f) for f in figures),
         style_names=", ".join(STYLES), identity_names=", ".join(IDENTITIES), word_names=", ".join(AMBIGUOUS),
     )
@@ -105,7 +105,7 @@ def _row(figure: Figure) -> str:
     return f"| {figure.name} | {figure.value:.3f} | {interval} | {figure.count} | {figure.bar_text} | {met} |"
 
 
-def draw_grids(pipe: StableDiffusionPipeline) -> dict[str, Image.Image]:
+def draw_grids(pipe: StableDiffusionPipeline, steps: int = STEPS) -> dict[str, Image.Image]:
     """The card's grids by name, each drawn from fixed seeds."""
     names = list(OBJECTS)
     pairs = [(names[i % 24], names[(7 * i + 5) % 24], list(STYLES)[i % 6]) for i in range(2 * COLUMNS)]
@@ -115,7 +115,7 @@ def draw_grids(pipe: StableDiffusionPipeline) -> dict[str, Image.Image]:
         "identities": ([caption([n]) for n in IDENTITIES for _ in range(6)], 6),
         "ambiguous": ([caption([w]) for w in AMBIGUOUS for _ in range(COLUMNS)], COLUMNS),
     }
-    return {name: grid(generate(pipe, texts, range(len(texts)), steps=STEPS), columns)
+    return {name: grid(generate(pipe, texts, range(len(texts)), steps=steps), columns)
             for name, (texts, columns) in prompts.items()}
 
 

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
+from fmn_nb.checksums import write_checksums
 from fmn_nb.emoji.card import write_card
 from fmn_nb.emoji.clip import clip_loss, new_clip
 from fmn_nb.emoji.diffusion import (
@@ -28,6 +29,7 @@ from fmn_nb.emoji.diffusion import (
     tokenise,
 )
 from fmn_nb.emoji.judge import Judge, judge_loss
+from fmn_nb.emoji.picture import write_picture
 from fmn_nb.emoji.quality import Quality
 from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
 from fmn_nb.emoji.sprites import build_sprites
@@ -36,9 +38,10 @@ from fmn_nb.emoji.training import Plan, Training
 from fmn_nb.emoji.vae import new_vae, through_vae, vae_loss
 from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, STYLES, concept_names
 from fmn_nb.files import read_json, replacing, replacing_folder, write_json
+from fmn_nb.models import load
 from fmn_nb.paths import data_dir
 
-STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "quality")
+STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "quality", "picture")
 ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
 
 
@@ -56,12 +59,13 @@ class Size:
     judge_steps: int
     judge_batch: int
     quality_scale: int  # divides the numbers of images that measure quality
+    quality_steps: int
 
 
-FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=6000, diffusion_batch=32,
-            clip_steps=1500, clip_batch=96, judge_steps=1600, judge_batch=64, quality_scale=1)
+FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4700, diffusion_batch=32,
+            clip_steps=1500, clip_batch=96, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=25)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
-             clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20)
+             clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20, quality_steps=2)
 
 
 def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[str] = (),
@@ -83,9 +87,9 @@ def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[
     """
     name = "-".join(["pretrain", *(["smoke"] if smoke else []), *(f"without-{w.replace(' ', '-')}" for w in without)])
     out = Path(out) if out else (Path("runs") / name if smoke or without else data_dir())
-    work = out / ".checkpoints"
-    pretraining = Pretraining(out, work, data_dir() / "sprites", SMOKE if smoke else FULL, tuple(without), seed,
-                              packages, log)
+    work = out.parent / "checkpoints" / out.name  # beside the models, so that no package takes it along
+    sprites = (out if packages else data_dir()) / "sprites"
+    pretraining = Pretraining(out, work, sprites, SMOKE if smoke else FULL, tuple(without), seed, packages, log)
     chosen = tuple(stages) if stages else ORACLE_STAGES if without else STAGES
     pretraining.check(chosen)
     if not resume:
@@ -191,10 +195,18 @@ class Pretraining:
     def _quality(self) -> None:
         if not (self.out / "emoji-judge").is_dir():
             raise FileNotFoundError(f"no judge in {self.out} to measure with; run the stage judge first")
-        quality = Quality(self.out, self.sprites, scale=self.size.quality_scale, log=self.log)
+        quality = Quality(self.out, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
         figures = quality.measure()
         record = _read_json(self.work / "training.json") or _read_json(self.out / "emoji-diffusion/training.json")
-        write_card(self.out / "emoji-diffusion", figures, record or {}, quality.pipe)
+        write_card(self.out / "emoji-diffusion", figures, record or {}, quality.pipe, self.size.quality_steps)
+
+    def _picture(self) -> None:
+        pipe = load(self.out / "emoji-diffusion")
+        small = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2}
+        write_picture(pipe, self.out / "pictures" / "before-after.png", self.size.quality_steps,
+                      **(small if self.size is SMOKE else {}))
+        if self.out == data_dir():
+            write_checksums(self.out)
 
     # --- what stages share ------------------------------------------------------------------------------------
 

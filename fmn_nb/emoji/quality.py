@@ -9,18 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from PIL import Image
+from diffusers import StableDiffusionPipeline
 
-from fmn_nb.attention import record_attention
 from fmn_nb.emoji.captions import caption
-from fmn_nb.emoji.diffusion import NOISE_SCHEDULE, tokenise
 from fmn_nb.emoji.judge import Judge, Verdict, load_judge
-from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
-from fmn_nb.emoji.vae import encode, through_vae
+from fmn_nb.emoji.scenes import Renderer, sample_scenes
+from fmn_nb.emoji.vae import through_vae
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.generation import generate
+from fmn_nb.grounding import ground_images, held_out_scenes
 from fmn_nb.intervals import Z95, wilson
 from fmn_nb.models import load
 
@@ -60,11 +57,12 @@ def share(name: str, outcomes: Iterable[bool], low: float, high: float = 1.0) ->
 
 @dataclass
 class Quality:
-    """Measures the models in a data folder. `scale` divides the numbers of images, for a quick look."""
+    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps."""
 
     data: Path
     sprites: Path
     scale: int = 1
+    steps: int = STEPS
     log: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
@@ -98,7 +96,7 @@ class Quality:
 
     def generated(self) -> list[Figure]:
         """Every object in every style, five seeds."""
-        wanted = [(o, s) for o in OBJECTS for s in STYLES for _ in range(max(1, 5 // self.scale))]
+        wanted = [(o, s) for o in OBJECTS for s in STYLES for _ in range(5)][::self.scale]
         verdicts = self._draw([caption([o], s) for o, s in wanted], "generated")
         return [share("generated: object", (v.label == o for v, (o, _) in zip(verdicts, wanted, strict=True)), 0.97),
                 share("generated: style", (v.style == s for v, (_, s) in zip(verdicts, wanted, strict=True)), 0.93)]
@@ -129,35 +127,21 @@ class Quality:
 
     def pointing(self) -> list[Figure]:
         """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
-        scenes = sample_scenes(200 // self.scale, HELD_OUT_SEED, held_out=True, sorts={"pair": 1.0})
-        hits = [hit for scene in scenes for hit in self._pointing_hits(scene)]
-        return [share("attention: pointing game", hits, 0.9)]
-
-    @torch.no_grad()
-    def _pointing_hits(self, scene: Scene) -> list[bool]:
-        prompt = caption(scene.words, scene.style)
-        mean, _ = encode(self.pipe.vae, self.renderer.images([scene]))
-        latents = mean * self.pipe.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        timestep = torch.tensor([POINTING_TIMESTEP])
-        noisy = DDPMScheduler(**NOISE_SCHEDULE).add_noise(latents, noise, timestep)
-        text = self.pipe.text_encoder(tokenise(self.pipe.tokenizer, [prompt])).last_hidden_state
-        with record_attention(self.pipe, prompts=[prompt]) as attention:
-            self.pipe.unet(noisy, timestep, text)
-        masks = self.renderer.masks(scene)
-        maps = [np.asarray(attention.map(word)) for word in scene.words]
-        return [_points_into(found, mask) for found, mask in zip(maps, masks, strict=True)]
+        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
+                               timesteps=(POINTING_TIMESTEP,))
+        return [share("attention: pointing game", scores["pointing"], 0.9)]
 
     def speed(self) -> list[Figure]:
-        prompts = [caption([o], s) for o in OBJECTS for s in STYLES]
+        prompts = [caption([o], s) for o in OBJECTS for s in STYLES][::self.scale]
         started = time.perf_counter()
         generate(self.pipe, prompts, range(len(prompts)), steps=20)
         seconds = time.perf_counter() - started
-        return [Figure("seconds for 144 images of 20 steps", seconds, seconds, seconds, len(prompts), (0.0, 60.0))]
+        name = f"seconds for {len(prompts)} images of 20 steps"
+        return [Figure(name, seconds, seconds, seconds, len(prompts), (0.0, 60.0))]
 
     def _draw(self, prompts: list[str], purpose: str) -> list[Verdict]:
         offset = sum(purpose.encode()) * 1000
-        images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=STEPS)
+        images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=self.steps)
         return self.judge.verdicts(images)
 
 
@@ -167,12 +151,6 @@ def _psnr_figure(images: np.ndarray, restored: np.ndarray) -> Figure:
     half = Z95 * decibels.std(ddof=1) / np.sqrt(len(decibels))
     mean = float(decibels.mean())
     return Figure("VAE: PSNR in dB, mean of the images", mean, mean - half, mean + half, len(decibels), (26.0, np.inf))
-
-
-def _points_into(attention_map: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether the map's maximum, brought to the mask's size, lies in the mask."""
-    resized = Image.fromarray(attention_map.astype(np.float32)).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
-    return bool(mask[np.unravel_index(np.asarray(resized).argmax(), mask.shape)])
 
 
 def row(figure: Figure) -> str:

@@ -147,8 +147,8 @@ class Renderer:
 
     def __init__(self, sprites: Path) -> None:
         self._sprites = load_sprites(sprites)
-        self._silhouettes = {key: silhouette(sprite) for key, sprite in self._sprites.items()}
         self._resized = lru_cache(maxsize=None)(self._resize)
+        self._silhouette = lru_cache(maxsize=None)(lambda label, style: silhouette(self._sprites[label, style]))
 
     def _resize(self, label: str, style: str, size: int) -> Image.Image:
         return self._sprites[label, style].resize((size, size), Image.Resampling.LANCZOS)
@@ -170,7 +170,7 @@ class Renderer:
         masks = np.zeros((len(scene.items), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         for mask, item in zip(masks, scene.items, strict=True):
             layer = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
-            outline = self._silhouettes[item.label, scene.style]
+            outline = self._silhouette(item.label, scene.style)
             layer.paste(outline.resize((item.size, item.size), Image.Resampling.BOX), (item.x, item.y))
             mask[:] = np.asarray(layer) >= 128
         return masks

@@ -1,0 +1,35 @@
+"""A matplotlib figure that a notebook shows by itself, and that leaves no trace in pyplot."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DPI = 100
+
+
+class InlineFigure(Figure):
+    """A Figure that Jupyter shows as a PNG when it is a cell's last value.
+
+    Plain figures are shown only once pyplot's inline backend runs, which also keeps every figure open and changes
+    settings for the whole session.
+    """
+
+    def _repr_png_(self) -> bytes:
+        return as_png(self)
+
+
+def new_figure(width: float, height: float) -> InlineFigure:
+    """An empty figure of that many inches, laid out so that nothing overlaps."""
+    figure = InlineFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
