@@ -4,6 +4,7 @@
 """
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
@@ -19,8 +20,14 @@ _HOME = {
     "Patch": "patches",
     "PatchMismatchError": "patches",
     "combine": "patches",
+    "applied_patches": "patches",
+    "PatchFileError": "patch_files",
     "forget": "forgetting",
     "PRESETS": "forgetting",
+    "SettingsError": "forgetting",
+    "invert": "inversion",
+    "LearnedTokens": "inversion",
+    "generate": "generation",
     "evaluate": "evaluation",
     "Report": "evaluation",
     "record": "results",
@@ -28,11 +35,17 @@ _HOME = {
     "run": "runs",
 }
 _MODULES = (
-    "attention concepts emoji evaluation files forgetting grounding inversion models parameters patches paths plots "
-    "references report results runs sweeps widgets"
+    "attention concepts denoising emoji evaluation files forgetting generation grounding inversion models "
+    "parameters patches paths plots references report results runs sweeps widgets"
 ).split()
 
 __all__ = ["__version__", *_HOME]
+
+
+# Whenever diffusers' pipelines are imported, transformers remarks twice that torchvision is missing. Nothing here needs
+# it, and a notebook's first output should not be a warning: this one remark is dropped, all others pass.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda remark: "requires torchvision" not in remark.getMessage())
 
 
 def __getattr__(name: str) -> Any:

@@ -103,6 +103,8 @@ def check(model: str) -> None:
 @click.option("--stages", metavar="A,B", help="Only these stages of the recipe.  [default: all]")
 @click.option("--smoke", is_flag=True, help="The whole recipe in under a minute; the models learn next to nothing.")
 @click.option("--resume/--restart", default=True, show_default=True, help="Go on where a killed training stood.")
+@click.option("--start-from", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A finished pipeline's folder, to train it further.")
 @click.option("--packages", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A node_modules "
               "folder with the emoji sets, to rasterise the sprites anew.  [default: the committed sprites]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and training.")

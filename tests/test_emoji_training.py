@@ -126,6 +126,18 @@ def test_stages_that_are_finished_are_not_trained_again(smoke):
     assert not [line for line in lines if "step 1/" in line]
 
 
+def test_a_finished_pipeline_can_be_trained_further(smoke, tmp_path):
+    further = pretrain(tmp_path / "further", smoke=True, stages=["tokenizer", "vae", "diffusion"],
+                       start_from=smoke / "emoji-diffusion", log=lambda line: None)
+    old, new = (load_file(folder / "emoji-diffusion" / "unet" / "diffusion_pytorch_model.safetensors")
+                for folder in (smoke, further))
+    assert all((old[key].float() - new[key].float()).abs().max() < 0.05 for key in old), "it did not start there"
+    assert any(not torch.equal(old[key], new[key]) for key in old)
+    vaes = [load_file(folder / "emoji-diffusion" / "vae" / "diffusion_pytorch_model.safetensors")
+            for folder in (smoke, further)]
+    assert all(torch.equal(vaes[0][key], vaes[1][key]) for key in vaes[0])
+
+
 def test_wrong_stages_and_names_are_answered_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="unknown stages: judges; there are: sprites, tokenizer"):
         pretrain(tmp_path, stages=["judges"])

@@ -99,7 +99,7 @@ def load_judge(folder: Path) -> Judge:
     """The judge saved in `folder`, in evaluation mode; FileNotFoundError when there is none."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no judge in {folder}; build it with: fmn-nb pretrain --stages judge")
-    return Judge.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    return Judge.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def judge_loss(judge: Judge, images: np.ndarray, labels: Tensor, styles: Tensor, batch: int):

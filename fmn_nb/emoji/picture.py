@@ -21,15 +21,15 @@ CONCEPT, NEIGHBOUR = "cat", "frog"
 PROMPTS = ([CONCEPT, NEIGHBOUR], "noto"), ([CONCEPT], "twemoji"), ([NEIGHBOUR], "twemoji")
 
 
-def draw_picture(pipe: StableDiffusionPipeline, steps: int, **settings: Any) -> Figure:
+def draw_picture(pipe: StableDiffusionPipeline, sampling_steps: int, **settings: Any) -> Figure:
     """Above the base model, below the same model after forgetting "cat", from the same noise; `settings`: of `forget`.
 
     Columns: two objects, the map of "cat" on them, the concept alone, the neighbour alone.
     """
     patch = forget(pipe, CONCEPT, seed=0, **settings)
-    before = _row(pipe, steps)
+    before = _row(pipe, sampling_steps)
     with patch.applied(pipe):
-        after = _row(pipe, steps)
+        after = _row(pipe, sampling_steps)
     return _figure(before, after)
 
 
@@ -59,9 +59,9 @@ def _figure(before: tuple[list[Image.Image], np.ndarray], after: tuple[list[Imag
     return figure
 
 
-def write_picture(pipe: StableDiffusionPipeline, path: Path, steps: int, **settings: Any) -> Path:
+def write_picture(pipe: StableDiffusionPipeline, path: Path, sampling_steps: int, **settings: Any) -> Path:
     """Draw the picture and write it as PNG to `path`."""
-    figure = draw_picture(pipe, steps, **settings)
+    figure = draw_picture(pipe, sampling_steps, **settings)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

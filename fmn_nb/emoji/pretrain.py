@@ -63,14 +63,14 @@ class Size:
 
 
 FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4700, diffusion_batch=32,
-            clip_steps=1500, clip_batch=96, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=25)
+            clip_steps=700, clip_batch=64, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=20)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20, quality_steps=2)
 
 
 def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[str] = (),
-             stages: Sequence[str] | None = None, resume: bool = True, packages: Path | None = None, seed: int = 0,
-             log: Callable[[str], None] = print) -> Path:
+             stages: Sequence[str] | None = None, resume: bool = True, start_from: Path | None = None,
+             packages: Path | None = None, seed: int = 0, log: Callable[[str], None] = print) -> Path:
     """Rebuild the emoji world and train its models; returns the folder they are in.
 
     Args:
@@ -78,6 +78,8 @@ def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[
         smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
         without: names that no training scene may hold, for an oracle; the tokenizer still knows their words.
         stages: which of `STAGES` to run; all (for an oracle: those of its pipeline) where None.
+        start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the diffusion stage starts from,
+            to train it further where its checkpoints are gone.
         resume: go on from the checkpoints of a run that was ended; otherwise start anew.
         packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
 
@@ -89,11 +91,14 @@ def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[
     out = Path(out) if out else (Path("runs") / name if smoke or without else data_dir())
     work = out.parent / "checkpoints" / out.name  # beside the models, so that no package takes it along
     sprites = (out if packages else data_dir()) / "sprites"
-    pretraining = Pretraining(out, work, sprites, SMOKE if smoke else FULL, tuple(without), seed, packages, log)
+    pretraining = Pretraining(out, work, sprites, SMOKE if smoke else FULL, tuple(without), seed, packages, log=log)
     chosen = tuple(stages) if stages else ORACLE_STAGES if without else STAGES
     pretraining.check(chosen)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
+    if start_from is not None:
+        pretraining.take_over(start_from)
+        chosen = tuple(stage for stage in chosen if stage not in ("tokenizer", "vae"))
     return pretraining.run(chosen)
 
 
@@ -108,6 +113,7 @@ class Pretraining:
     without: tuple[str, ...] = ()
     seed: int = 0
     packages: Path | None = None
+    start: StableDiffusionPipeline | None = None
     log: Callable[[str], None] = print
 
     # --- stages -----------------------------------------------------------------------------------------------
@@ -120,6 +126,12 @@ class Pretraining:
                 self.log(f"--- {stage}")
                 getattr(self, f"_{stage}")()
         return self.out
+
+    def take_over(self, folder: Path) -> None:
+        """Start from a finished pipeline: its tokenizer and VAE stay, its text encoder and U-Net are trained on."""
+        self.start = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+        self.start.tokenizer.save_pretrained(self.work / "tokenizer")
+        _save_whole(self.start.vae, self.work / "vae")
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise ValueError for unknown stages or names, before anything starts."""
@@ -154,19 +166,20 @@ class Pretraining:
     def _diffusion(self) -> None:
         folder = self.out / "emoji-diffusion"
         torch.manual_seed(self.seed)
-        denoiser = Denoiser(new_text_encoder(self.tokenizer), new_unet())
+        denoiser = (Denoiser(self.start.text_encoder, self.start.unet) if self.start
+                    else Denoiser(new_text_encoder(self.tokenizer), new_unet()))
         data = self._latents()
         empty = tokenise(self.tokenizer, [""])[0]
         plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, seed=self.seed)
         loss = denoising_loss(denoiser, data, empty, self.size.diffusion_batch)
         self._train("diffusion", denoiser, loss, plan)
         self.vae.register_to_config(scaling_factor=data.scaling_factor)
-        _save_whole(assemble(self.vae, self.tokenizer, denoiser).to(dtype=torch.float16), folder)
+        _save_whole(assemble(self.vae.half(), self.tokenizer, denoiser.half()), folder)
         self.vae.float()
 
     def _clip(self) -> None:
         pipe = StableDiffusionPipeline.from_pretrained(self.out / "emoji-diffusion", safety_checker=None,
-                                                       torch_dtype=torch.float32)
+                                                       dtype=torch.float32)
         torch.manual_seed(self.seed)
         clip = new_clip(pipe.text_encoder)
         data = self._latents()
@@ -202,6 +215,7 @@ class Pretraining:
 
     def _picture(self) -> None:
         pipe = load(self.out / "emoji-diffusion")
+        pipe.set_progress_bar_config(disable=True)
         small = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2}
         write_picture(pipe, self.out / "pictures" / "before-after.png", self.size.quality_steps,
                       **(small if self.size is SMOKE else {}))
@@ -224,7 +238,7 @@ class Pretraining:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(self.work / "vae", torch_dtype=torch.float32).eval()
+        return AutoencoderKL.from_pretrained(self.work / "vae", dtype=torch.float32).eval()
 
     def _latents(self) -> Latents:
         path = self.work / "latents.safetensors"
@@ -266,3 +280,8 @@ def _save_whole(model: torch.nn.Module | StableDiffusionPipeline, folder: Path) 
     """Save beside `folder`, then swap, so that a kill leaves a whole model; the card of an older one goes."""
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
+        for config in temporary.rglob("config.json"):
+            # Transformers loads in the dtype named here, diffusers in float32: a pipeline needs one and the same.
+            settings = read_json(config)
+            if "dtype" in settings:
+                write_json(config, {**settings, "dtype": "float32"})

@@ -21,7 +21,7 @@ from fmn_nb.grounding import ground_images, held_out_scenes
 from fmn_nb.intervals import Z95, wilson
 from fmn_nb.models import load
 
-STEPS = 25
+STEPS = 20
 POINTING_TIMESTEP = 300
 HELD_OUT_SEED = 1
 
@@ -67,6 +67,7 @@ class Quality:
 
     def __post_init__(self) -> None:
         self.pipe: StableDiffusionPipeline = load(str(self.data / "emoji-diffusion"))
+        self.pipe.set_progress_bar_config(disable=True)
         self.judge: Judge = load_judge(self.data / "emoji-judge")
         self.renderer = Renderer(self.sprites)
 
@@ -102,13 +103,13 @@ class Quality:
                 share("generated: style", (v.style == s for v, (_, s) in zip(verdicts, wanted, strict=True)), 0.93)]
 
     def identities(self) -> list[Figure]:
-        names = [name for name in IDENTITIES for _ in range(40 // self.scale)]
+        names = [name for name in IDENTITIES for _ in range(20)][::self.scale]
         verdicts = self._draw([caption([name]) for name in names], "identities")
         return [share("generated: identities", (v.label == n for v, n in zip(verdicts, names, strict=True)), 0.9)]
 
     def pairs(self) -> list[Figure]:
         rng = random.Random("pairs")
-        pairs = [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50 // self.scale)]
+        pairs = [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)][::self.scale]
         verdicts = self._draw([caption(names, style) for names, style in pairs], "pairs")
         both = [set(names) <= v.seen for v, (names, _) in zip(verdicts, pairs, strict=True)]
         return [share("generated: two objects, both seen", both, 0.85)]
@@ -116,7 +117,7 @@ class Quality:
     def ambiguous(self) -> list[Figure]:
         figures = []
         for word, (dominant, overshadowed) in AMBIGUOUS.items():
-            prompts = [caption([word], style) for style in STYLES for _ in range(20 // self.scale)]
+            prompts = [caption([word], style) for style in STYLES for _ in range(12)][::self.scale]
             labels = [v.label for v in self._draw(prompts, word)]
             figures.append(share(f"'{word}': dominant reading", (x == dominant.phrase for x in labels), 0.7, 0.95))
             rest = [x for x in labels if x != dominant.phrase]
