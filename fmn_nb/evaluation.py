@@ -205,8 +205,12 @@ def _with_quality(measures: Measures, wanted: Sequence[Drawing], images: list[Im
     retained = [(d, image) for d, image in zip(wanted, images, strict=True) if d.role == "retain"]
     kept = [image for _, image in retained]
     real = world.real_images([d for d, _ in retained])
-    score = clip_score(world.clip, world.clip_tokenizer, kept, [d.prompt for d, _ in retained])
-    return Measures(**{**vars(measures), "frechet": frechet_distance(world.judge, real, kept), "clip_score": score})
+    found = {**vars(measures), "frechet": frechet_distance(world.judge, real, kept)}
+    try:
+        found["clip_score"] = clip_score(world.clip, world.clip_tokenizer, kept, [d.prompt for d, _ in retained])
+    except FileNotFoundError as missing:
+        found["skipped"] = {**measures.skipped, "clip_score": str(missing)}
+    return Measures(**found)
 
 
 def attention_mass(pipe: DiffusionPipeline, concept: Concept, drawing: Drawing, steps: int = STEPS) -> float:

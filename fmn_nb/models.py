@@ -9,12 +9,16 @@ text encoder or three.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from fmn_nb.paths import bundled_models
 
@@ -95,10 +99,11 @@ def load(
     """
     source, dtype, device = resolve(name), parse_dtype(dtype), torch.device(device or default_device())
     try:
-        if isinstance(source, Path) and source.is_file():
-            pipe = _load_single_file(source, dtype, config)
-        else:
-            pipe = _load_diffusers(source, dtype)
+        with _without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
+            if isinstance(source, Path) and source.is_file():
+                pipe = _load_single_file(source, dtype, config)
+            else:
+                pipe = _load_diffusers(source, dtype)
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         where = "on the hub or in its cache (is the name right, the network there?)" if source == name else "there"
         raise ModelLoadError(f"the model '{name}' could not be loaded from what is {where}: {error}") from error
@@ -120,6 +125,19 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Load without the progress bars that diffusers and transformers show for files already here."""
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _load_diffusers(source: str | Path, dtype: torch.dtype) -> DiffusionPipeline:

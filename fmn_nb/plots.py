@@ -40,7 +40,7 @@ def attention_map(values: np.ndarray, title: str = "attention", limit: float | N
 
 def overlay(image: Image.Image, values: np.ndarray, title: str = "attention", opacity: float = 0.6) -> Figure:
     """A generated image, the map [height, width] laid over it, and the map alone with its scale."""
-    figure, (plain, laid, alone) = _figure(1, 3, 8.4, 2.9)
+    figure, (plain, laid, alone) = _figure(1, 3, 7.2, 2.5)
     extent = (0, image.width, image.height, 0)
     for axes, name in ((plain, "the image"), (laid, f"{title} over the image")):
         axes.imshow(image, extent=extent)
@@ -119,7 +119,7 @@ def compare(first: np.ndarray, second: np.ndarray, names: tuple[str, str]) -> Fi
     """
     if first.shape != second.shape:
         raise ValueError(f"maps of {first.shape} and {second.shape}: give both the same size=(height, width)")
-    figure, axes = _figure(1, 3, 8.4, 2.9)
+    figure, axes = _figure(1, 3, 7.2, 2.5)
     limit = float(max(first.max(), second.max()))
     for place, values, name in zip(axes, (first, second), names, strict=False):
         _draw_map(figure, place, values, f"{name}\nmean {values.mean():.1%}", limit, with_scale=True)
@@ -175,7 +175,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], *, row_names: Sequence[st
     """
     across = max(len(row) for row in rows)
     height, width = next(m for row in rows for m in row if m is not None).shape
-    panel = 1.25
+    panel = 1.1
     left = 1.4 if row_names else 0.2
     figure, places = _figure(len(rows), across, across * panel + left,
                              len(rows) * (panel * height / width + (0.45 if titles else 0.15)) + 0.6)
@@ -184,6 +184,8 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], *, row_names: Sequence[st
         row, column = divmod(index, across)
         place.set_xticks([])
         place.set_yticks([])
+        if row == 0 and column_names and not titles:
+            place.set_title(column_names[column], fontsize=8)
         values = rows[row][column] if column < len(rows[row]) else None
         if values is None:
             place.set_axis_off()
@@ -192,8 +194,6 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], *, row_names: Sequence[st
         place.imshow(values, cmap=MAP_COLOURS, vmin=0, vmax=top or 1)
         if titles:
             place.set_title(titles[sum(len(r) for r in rows[:row]) + column], fontsize=8)
-        elif row == 0 and column_names:
-            place.set_title(column_names[column], fontsize=8)
         if column == 0 and row_names:
             place.set_ylabel(f"{row_names[row]}\n(0 to {top:.2g})", fontsize=7, rotation=0, ha="right", va="center")
     return figure

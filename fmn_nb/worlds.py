@@ -30,6 +30,8 @@ class EmojiWorld:
 
     @cached_property
     def clip(self) -> CLIPModel:
+        if not (self.data / "emoji-clip").is_dir():
+            raise FileNotFoundError(f"no CLIP in {self.data}; build it with: fmn-nb pretrain --stages clip")
         return CLIPModel.from_pretrained(self.data / "emoji-clip", dtype="float32").eval()
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib
 import numpy as np
 import pytest
@@ -204,3 +206,16 @@ def test_a_notebook_shows_a_figure_without_pyplot(record):
     """IPython asks a cell's last value for `_repr_png_`; nothing may have to be switched on before."""
     for figure in (plots.attention_map(record.map("cat")), plots.token_panel(record)):
         assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_notebook_s_smaller_picture_keeps_the_colours(record):
+    figure = plots.cond_uncond(record, "cat")
+    full, small = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int)
+                   for png in (plots.as_png(figure), figure._repr_png_()))
+    assert len(figure._repr_png_()) < len(plots.as_png(figure)) and abs(full - small).max() < 24
+
+
+def test_a_sheet_names_all_columns_where_its_first_row_is_short():
+    values = np.ones((2, 2))
+    figure = plots.sheet([[values, None], [values, values]], column_names=["head 0", "head 1"])
+    assert [axes.get_title() for axes in figure.axes] == ["head 0", "head 1", "", ""]
