@@ -184,8 +184,8 @@ PRESETS: dict[str, Settings] = {
         train="denoiser", positions=("words", "every_eot"), norm="published", prompts="paper",
         retain_weight=0.0, learning_rate=2e-6, batch_size=1, reference_count=10, steps=35,
     ),
-    # A small LoRA, every column that a causal text encoder can carry the concept into, and a retain term. Rate and weight
-    # were found on the emoji model; for a large model start from a learning rate of about 1e-4.
+    # A small LoRA, every column that a causal text encoder can carry the concept into, and a retain term. Rate and
+    # weight were found on the emoji model; for a large model start from a learning rate of about 1e-4.
     "balanced": Settings(positions=("words", "later", "first_eot", "padding"), learning_rate=1e-2, retain_weight=10.0),
 }
 

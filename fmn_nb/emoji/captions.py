@@ -36,11 +36,11 @@ def caption(names: Sequence[str], style: str | None = None, background: str | No
 
 
 def random_caption(names: Sequence[str], style: str | None, background: str, rng: random.Random) -> str:
-    """A caption drawn from the templates; three in four name the style, one in three the background."""
+    """A caption drawn from the templates; nine in ten name the style, one in three the background."""
     names = [_variant(name, rng) for name in names]
     return caption(
         names,
-        style=style if style and rng.random() < 0.75 else None,
+        style=style if style and rng.random() < 0.9 else None,
         background=background if rng.random() < 0.33 else None,
         opening=rng.choice(OPENINGS[:1] * (FAVOURED - 1) + OPENINGS),
         style_phrase=rng.choice(STYLE_PHRASES),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -16,6 +15,7 @@ from fmn_nb.emoji.captions import caption
 from fmn_nb.files import replacing
 from fmn_nb.forgetting import forget
 from fmn_nb.generation import generate
+from fmn_nb.plots_figure import new_figure
 
 CONCEPT, NEIGHBOUR = "cat", "frog"
 PROMPTS = ([CONCEPT, NEIGHBOUR], "noto"), ([CONCEPT], "twemoji"), ([NEIGHBOUR], "twemoji")
@@ -41,8 +41,7 @@ def _row(pipe: StableDiffusionPipeline, steps: int) -> tuple[list[Image.Image], 
 
 
 def _figure(before: tuple[list[Image.Image], np.ndarray], after: tuple[list[Image.Image], np.ndarray]) -> Figure:
-    figure = Figure(figsize=(8.4, 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 4.4)
     panels = figure.subplots(2, 4)
     titles = ("a cat and a frog", 'where "cat" is looked at', "a cat", "a frog")
     limit = float(before[1].max())

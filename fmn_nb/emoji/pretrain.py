@@ -62,7 +62,7 @@ class Size:
     quality_steps: int
 
 
-FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4700, diffusion_batch=32,
+FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=6500, diffusion_batch=32,
             clip_steps=700, clip_batch=64, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=20)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20, quality_steps=2)
@@ -170,7 +170,7 @@ class Pretraining:
                     else Denoiser(new_text_encoder(self.tokenizer), new_unet()))
         data = self._latents()
         empty = tokenise(self.tokenizer, [""])[0]
-        plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, seed=self.seed)
+        plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, decay_share=0.4, seed=self.seed)
         loss = denoising_loss(denoiser, data, empty, self.size.diffusion_batch)
         self._train("diffusion", denoiser, loss, plan)
         self.vae.register_to_config(scaling_factor=data.scaling_factor)

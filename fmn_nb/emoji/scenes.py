@@ -21,7 +21,7 @@ from fmn_nb.emoji.sprites import load_sprites
 from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE, OBJECTS, STYLES
 
 #: how often a training scene is of each sort
-SHARES = {"single": 0.38, "pair": 0.42, "identity": 0.08, "ambiguous": 0.12}
+SHARES = {"single": 0.47, "pair": 0.33, "identity": 0.06, "ambiguous": 0.14}
 HELD_OUT_SHARE = 0.1
 BARE_WORD_SHARE = 0.7  # of an ambiguous word's scenes; the others' captions say the reading
 
