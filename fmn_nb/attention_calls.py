@@ -59,6 +59,8 @@ class CallLog:
         text = text if isinstance(text, torch.Tensor) else None
         timestep = arguments.get("timestep")
         timestep = 0.0 if timestep is None else float(torch.as_tensor(timestep).flatten()[0])
+        if arguments.get("skip_layers") and self.generation is not None:  # skip-layer guidance: no branch of its own
+            return Call(self._step, (None,) * len(latents), None, latent_size(self.denoiser, arguments), False)
         fresh = self._begin_generation()
         again = not fresh and timestep == self._timestep
         rows = self.generation.rows_of(text, len(latents), self._branches_of_step if again else set())

@@ -14,6 +14,8 @@ import math
 
 import torch
 
+MOST_AT_ONCE = 2**27  # probabilities that `column_shares` computes in one go: half a gibibyte
+
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, N, H * d] -> [B, H, N, d].
@@ -54,6 +56,19 @@ def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | N
             return logits.softmax(dim=-1)
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
         return logits.softmax(dim=-1).nan_to_num(nan=0.0)
+
+
+def column_shares(query: torch.Tensor, key: torch.Tensor, columns: slice, mask: torch.Tensor | None = None,
+                  scale: float | None = None) -> torch.Tensor:
+    """`probabilities(...)[..., columns]`, some heads at a time where those of all keys would take gigabytes, as in
+    joint attention on large images; the mask is [B, H, N, T]."""
+    heads = query.shape[1]
+    at_once = max(1, MOST_AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
+    if at_once >= heads:
+        return probabilities(query, key, mask, scale)[..., columns]
+    masks = [None] * -(-heads // at_once) if mask is None else mask.split(at_once, dim=1)
+    parts = zip(query.split(at_once, dim=1), key.split(at_once, dim=1), masks, strict=True)
+    return torch.cat([probabilities(q, k, m, scale)[..., columns] for q, k, m in parts], dim=1)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,

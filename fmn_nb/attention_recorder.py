@@ -18,7 +18,7 @@ from fmn_nb.attention_layers import (
     text_columns,
     text_layers,
 )
-from fmn_nb.attention_maths import probabilities
+from fmn_nb.attention_maths import column_shares
 from fmn_nb.attention_record import AttentionRecord
 from fmn_nb.attention_rows import Row, watch_prompts
 from fmn_nb.attention_selection import Selection, column_table
@@ -151,7 +151,7 @@ class Recorder(AttentionRecord):
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])[rows][:, heads, pixels]
         query, key = query[rows][:, heads, pixels], key[rows][:, heads]
-        return probabilities(query, key, mask, heard.scale)[..., text]
+        return column_shares(query, key, text, mask, heard.scale)
 
     def _note_layer(self, name: str, heads: int, pixels: int, latents: tuple[int, int] | None) -> None:
         """Note a layer's heads and its grid, which may change in differentiable mode."""
@@ -282,17 +282,27 @@ class Recorder(AttentionRecord):
             MissedLayersError: names the layers.
             NotRecordedError: none of the selected steps or branches ran.
         """
-        missed = [entry.layer for entry in self.coverage() if entry.state == "missed"]
+        missed = [entry for entry in self.coverage() if entry.state == "missed"]
         if missed:
-            kinds = {type(getattr(self.denoiser.get_submodule(name), "processor", None)).__name__ for name in missed}
-            raise MissedLayersError(
-                f"attention of {', '.join(missed)} couldn't be heard: {', '.join(sorted(kinds))} doesn't call torch's "
-                "scaled_dot_product_attention. Use disable_attention_slicing(), "
-                "disable_xformers_memory_efficient_attention() or set_default_attn_processor() on the model, "
-                "or leave these layers out with layers=[...]")
+            raise MissedLayersError(_why_missed(self.denoiser, missed))
         if self.timesteps and not self.selection.differentiable and not self.sums:
             raise NotRecordedError(f"nothing matched the selection: {len(self.timesteps)} steps ran, with branches "
                                    f"{', '.join(sorted(self.log.branches))}")
+
+
+def _why_missed(denoiser: torch.nn.Module, missed: Sequence[LayerCoverage]) -> str:
+    """Names the layers that couldn't be heard, and what to do about it."""
+    names = ", ".join(entry.layer for entry in missed)
+    otherwise = "or leave these layers out with layers=[...]"
+    if not any(entry.runs for entry in missed):
+        return (f"attention of {names} couldn't be heard: the model ran past these layers' hooks, as a compiled one "
+                f"does. Record the model as it was before torch.compile, {otherwise}")
+    kinds = {type(getattr(denoiser.get_submodule(entry.layer), "processor", None)).__name__ for entry in missed}
+    calls = ("disable_attention_slicing", "disable_xformers_memory_efficient_attention",
+             "set_default_attn_processor", "reset_attention_backend")
+    ways = ", ".join(f"{call}()" for call in calls if hasattr(denoiser, call))
+    return (f"attention of {names} couldn't be heard: {', '.join(sorted(kinds))} doesn't call torch's "
+            f"scaled_dot_product_attention. Try {ways or 'its usual attention processor'} on the model, {otherwise}")
 
 
 def _grid(name: str, pixels: int, latents: tuple[int, int] | None, joint: bool) -> tuple[int, int]:

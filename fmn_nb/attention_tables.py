@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,48 @@ def describe(attention_map: np.ndarray, name: str = "the phrase") -> str:
     peak = place((row + 0.5) / values.shape[0], (column + 0.5) / values.shape[1])
     return (f"{name!r} gets {values.mean():.1%} of the attention on average and {values.max():.1%} at its peak, at the "
             f"{peak}; the tenth of the image that looks at it most holds {top.sum() / values.sum():.0%} of it.")
+
+
+def describe_tokens(masses: Sequence[tuple[str, float]], words: Collection[str]) -> str:
+    """A sentence on how the tokens share the attention: (token, mass) of each, and which of the tokens are words."""
+    name, most = max(masses, key=lambda one: one[1])
+    own = [one for one in masses if one[0] in words]
+    sentence = f"Of {len(masses)} tokens {name!r} gets most attention ({most:.1%})"
+    if not own or name in words:
+        return sentence + "."
+    word, share = max(own, key=lambda one: one[1])
+    return f"{sentence}, of the words {word!r} ({share:.1%})."
+
+
+def describe_rows(rows: Sequence[Sequence[np.ndarray | None]], row_names: Sequence[str],
+                  column_names: Sequence[str]) -> str:
+    """A clause for each row of a sheet of maps: which column has the largest mean, and which the smallest."""
+    clauses = []
+    for name, row in zip(row_names, rows, strict=True):
+        means = {column: float(values.mean()) for column, values in zip(column_names, row, strict=False)
+                 if values is not None}
+        most, least = max(means, key=means.get), min(means, key=means.get)
+        rest = f", least at {least} ({means[least]:.1%})" if least != most else ""
+        clauses.append(f"{name}: most at {most} ({means[most]:.1%}){rest}")
+    return "Mean attention by row. " + "; ".join(clauses) + "."
+
+
+def describe_pair(first: np.ndarray, second: np.ndarray, names: tuple[str, str]) -> str:
+    """A sentence on two maps of one shape: their means, and where they differ most."""
+    difference = np.asarray(first, dtype=float) - second
+    row, column = np.unravel_index(np.abs(difference).argmax(), difference.shape)
+    where = place((row + 0.5) / difference.shape[0], (column + 0.5) / difference.shape[1])
+    return (f"On average {first.mean():.1%} {names[0]} and {second.mean():.1%} {names[1]}; the largest difference is "
+            f"{difference[row, column]:+.1%}, at the {where}.")
+
+
+def describe_qkv(shares: np.ndarray, tokens: Sequence[str]) -> str:
+    """A sentence on one head's attention [pixels, tokens]: who is looked at most, and by how many pixels."""
+    mass, winners = shares.mean(axis=0), shares.argmax(axis=1)
+    most, often = int(mass.argmax()), int(np.bincount(winners, minlength=len(tokens)).argmax())
+    return (f"Of {len(tokens)} tokens {tokens[most]!r} gets most attention ({mass[most]:.0%} on average); for "
+            f"{(winners == often).sum()} of the {len(shares)} pixels shown {tokens[often]!r} has the largest share. "
+            "Each row of A sums to 1.")
 
 
 def place(down: float, right: float) -> str:

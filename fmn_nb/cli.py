@@ -1,5 +1,6 @@
 """The command `fmn-nb`. Only click is imported here: `fmn-nb --help` answers at once, the rest when it is needed."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,42 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 
         chosen = None if stages is None else [stage.strip() for stage in stages.split(",")]
         click.echo(f"models: {build(without=without, stages=chosen, log=click.echo, **options)}")
+
+
+@main.command()
+@click.option("--model", default="emoji", show_default=True, help="The emoji model, or a folder with one of its kind.")
+@click.option("--concepts", metavar="A,B", help="Names or groups: objects, styles, identities, words.  [default: all]")
+@click.option("--presets", default="balanced,paper", show_default=True, help="Which to compare.")
+@click.option("--seeds", default="0", show_default=True, metavar="A,B", help="One job for each concept, preset, seed.")
+@click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
+              help="Images of each job.")
+@click.option("--out", type=click.Path(path_type=Path), help="The results' folder.  [default: the kit's data/results]")
+@click.option("--limit", type=click.IntRange(0), help="Do at most so many jobs, then write the table of what is there.")
+@click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
+@click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
+@click.option("--attack/--no-attack", default=False, show_default=True, help="Try a concept inversion on each patch.")
+@click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
+def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, model: str, attack: bool,
+              limit: int | None, note: str, **request: str | None) -> None:
+    """The results table of all concepts: forgotten, kept, cost. Resumable; finished jobs are never repeated."""
+    with plain_errors():
+        from fmn_nb.benchmark_plan import SETTINGS_FILE, plan, read_overrides
+        from fmn_nb.paths import data_dir
+
+        out = out or data_dir() / "results"
+        usual = out / SETTINGS_FILE
+        lists = {name: [item.strip() for item in (request[name] or "").split(",") if item.strip()]
+                 for name in ("concepts", "presets", "seeds")}
+        lists["seeds"] = [int(seed) for seed in lists["seeds"]]
+        overrides = read_overrides(file or (usual if usual.is_file() else None), single, lists["presets"])
+        jobs = plan(**lists, size=request["size"], overrides=overrides)
+
+        from fmn_nb.benchmark import Bench, InversionBudget, run_benchmark
+
+        bench = Bench.of(model, out, attack=InversionBudget() if attack else None)
+        command = shlex.join(["fmn-nb", *sys.argv[1:]])
+        click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ Settings and presets are in `forgetting_settings`, the losses in `forgetting_los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,11 @@ from diffusers import DiffusionPipeline
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import seeded
 from fmn_nb.forgetting_checkpoint import Checkpoint, CheckpointError
+from fmn_nb.forgetting_offload import Absent, offloaded
 from fmn_nb.forgetting_sets import TrainingSet, forget_set, retain_set, towards_set
 from fmn_nb.forgetting_settings import PRESETS, Settings, SettingsError, settings_for
-from fmn_nb.forgetting_steps import Finetune, ForgettingError, Progress
+from fmn_nb.forgetting_steps import Callback, Finetune, ForgettingError, Progress
+from fmn_nb.forgetting_stops import periodic_judge
 from fmn_nb.forgetting_weights import trainable
 from fmn_nb.models import denoiser, denoiser_name, fingerprint
 from fmn_nb.patches import Patch, applied_patches
@@ -32,10 +34,11 @@ from fmn_nb.references import Images, Latents
 from fmn_nb.results import versions
 
 __all__ = [
-    "PRESETS", "CheckpointError", "ForgettingError", "Progress", "Settings", "SettingsError", "forget", "settings_for",
+    "PRESETS", "CheckpointError", "ForgettingError", "Progress", "Settings", "SettingsError", "forget",
+    "periodic_judge", "settings_for",
 ]
 
-_NOT_IDENTITY = ("checkpoint_every", "tracker", "tracker_folder")
+_NOT_IDENTITY = ("checkpoint_every", "offload", "tracker", "tracker_folder")
 
 
 def forget(
@@ -45,7 +48,7 @@ def forget(
     references: Images | Mapping[str, Images] | None = None,
     preset: str | Settings = "balanced",
     seed: int = 0,
-    callback: Callable[[Progress], str | None] | None = None,
+    callback: Callback | None = None,
     checkpoint: str | Path | None = None,
     prompts: Sequence[str] | None = None,
     retain_prompts: Sequence[str] | None = None,
@@ -54,6 +57,8 @@ def forget(
     **overrides: Any,
 ) -> Patch:
     """Fine-tune until the concept gets no more attention; the result is a patch, the pipeline stays as it is.
+
+    Under `accelerate launch` every process calls this alike, its pipeline on its own device; all get the same patch.
 
     Args:
         pipe: a diffusers pipeline; its weights, modes and scheduler are the same afterwards, bit for bit, also
@@ -64,7 +69,7 @@ def forget(
         preset: a name in `PRESETS`, or settings of your own.
         seed: of everything random; the same seed gives the same patch on the same machine.
         callback: called after each step with a `Progress`; while it runs, `pipe` is as trained so far. A text that
-            it returns ends the fine-tune for that reason.
+            it returns ends the fine-tune for that reason (`periodic_judge` makes one that asks a judge).
         checkpoint: a folder to save the state to. A run that finds its own state there goes on from it and ends in
             the same patch as one that never stopped.
         prompts: prompts to learn from instead of the preset's; each must hold the (single) concept's phrase.
@@ -91,19 +96,17 @@ def forget(
     base = {"name": str(pipe.config.get("_name_or_path", "") or type(pipe).__name__),
             "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe)}
     info = {"concepts": [asdict(concept) for concept in concepts], "preset": _name_of(preset), "seed": seed,
-            "settings": settings.to_dict(), "towards": readings, "base": base}
+            "settings": settings.to_dict(), "towards": readings, "base": base, "versions": versions()}
     if applied_patches(pipe):
         info["on_top_of"] = [patch.info.get("concepts", []) for patch, _ in applied_patches(pipe)]
     saved = Checkpoint(checkpoint, _identity(info, settings, prompts, retain_prompts)) if checkpoint else None
     sets = _sets(pipe, concepts, wanted, prompts, masks, retain_prompts, readings, settings, seed, saved)
     with ExitStack() as borrowed:
+        absent = borrowed.enter_context(offloaded(pipe, settings.offload))
         weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(seed, 3)))
-        run = Finetune(pipe, weights, sets, settings, seed, saved, started)
-        run.train(callback)
-        kind, tensors = weights.change()
-    patch = Patch(kind, tensors, {**info, "versions": versions()})
-    patch.info["forgetting"] = run.report(patch.nbytes)
-    return patch
+        run = Finetune(pipe, weights, sets, settings, seed, info, saved, started)
+        run.train(callback and _with_all_parts(callback, absent))
+        return run.patch()
 
 
 def _sets(
@@ -120,11 +123,22 @@ def _sets(
         sets["retain"] = retain_set(
             pipe, concepts, kept_prompts, readings.values(), sets["forget"], settings, seed, known.get("retain"))
     if readings:
-        sets["towards"] = towards_set(pipe, concepts, readings, settings, seed, known.get("towards"))
+        sets["towards"] = towards_set(
+            pipe, concepts, readings, prompts, settings, seed, known.get("towards"))
     if saved and not cached:
         saved.keep_latents({f"{name}.{part}": getattr(found.latents, part).clone()
                             for name, found in sets.items() for part in ("mean", "std")})
     return sets
+
+
+def _with_all_parts(callback: Callback, absent: Absent) -> Callback:
+    """The callback, called while the pipeline is complete."""
+
+    def called(progress: Progress) -> str | None:
+        with absent.present():
+            return callback(progress)
+
+    return called
 
 
 def _concepts(given: Concept | str | Sequence[Concept | str]) -> list[Concept]:

@@ -1,11 +1,11 @@
 """Where a fine-tune stands, on disk: enough to go on as if it had never stopped.
 
-    checkpoint.json           what run this is (its identity), the steps done, what was measured in each
-    checkpoint.safetensors    trained parameters, the optimiser's moments, the random generators
-    latents.safetensors       the references' and retain images' latents, so that they are made once
+    checkpoint.json            what run this is (its identity), the steps done, what was measured in each
+    checkpoint-N.safetensors   after step N: trained parameters, the optimiser's moments, the random generators
+    latents.safetensors        the references' and retain images' latents, so that they are made once
 
-Safetensors and JSON only, each written whole; the JSON names the tensors' SHA-256, so a mixture of two states is
-never taken for one.
+Safetensors and JSON only, each written whole. The JSON comes after the tensors that it names, with their SHA-256, and
+the tensors before them go last: whenever the process dies, the folder holds a whole state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fmn_nb.files import read_json, replacing, write_json
 
-STATE_FILE, TENSORS_FILE, LATENTS_FILE = "checkpoint.json", "checkpoint.safetensors", "latents.safetensors"
+STATE_FILE, LATENTS_FILE = "checkpoint.json", "latents.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -73,23 +73,34 @@ class Checkpoint:
             (self.folder / LATENTS_FILE).unlink(missing_ok=True)  # of a run that never got to its first checkpoint
 
     def load(self) -> State | None:
-        """The last state, or None where there is none yet."""
+        """The last state, or None where there is none yet.
+
+        Raises:
+            CheckpointError: its files are damaged.
+        """
         if not self._found.get("step"):
             return None
-        file = self.folder / TENSORS_FILE
+        file = self._tensors_file(self._found["step"])
         content = file.read_bytes() if file.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != self._found["sha256"]:
+        if hashlib.sha256(content).hexdigest() != self._found.get("sha256"):
             raise CheckpointError(f"{file} is missing or damaged; delete {self.folder} to start again")
         kept = {name: self._found[name] for name in ("step", "measured", "seconds", "stopped_because")}
         return State(tensors=load(content), **kept)
 
     def save(self, state: State) -> None:
-        """Write a state over the last one."""
+        """Write a state, and only then remove the last one."""
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
-        with replacing(self.folder / TENSORS_FILE) as temporary:
+        own = self._tensors_file(state.step)
+        with replacing(own) as temporary:
             temporary.write_bytes(content)
         self._write({"step": state.step, "measured": state.measured, "seconds": state.seconds,
                      "stopped_because": state.stopped_because, "sha256": hashlib.sha256(content).hexdigest()})
+        for older in self.folder.glob("checkpoint-*.safetensors"):
+            if older != own:
+                older.unlink()
+
+    def _tensors_file(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}.safetensors"
 
     def latents(self) -> dict[str, Tensor]:
         """Latents that were kept by `keep_latents`; empty where there are none."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,11 +13,13 @@ from torch import Tensor
 from fmn_nb.attention_layers import architecture_of
 from fmn_nb.attention_rows import prompt_columns
 from fmn_nb.concepts import Concept, PromptTokens, find_phrase
-from fmn_nb.denoising import Conditions
+from fmn_nb.denoising import Conditions, conditions
 from fmn_nb.emoji.captions import OPENINGS, caption
 from fmn_nb.emoji.world import IDENTITIES, OBJECTS, READINGS, STYLES
 from fmn_nb.models import UnsupportedPipelineError, bundled_name, denoiser
 from fmn_nb.paths import data_dir
+
+_STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm clock", "birthday cake")
 
 
 def forget_prompts(pipe: DiffusionPipeline, concept: Concept, how: str) -> list[str]:
@@ -25,21 +29,22 @@ def forget_prompts(pipe: DiffusionPipeline, concept: Concept, how: str) -> list[
     kind and, for the bundled emoji model, the contexts it was trained on (an object in every style, a style on
     every object).
     """
+    concept = spoken(concept)
     if how == "paper":
-        return [_naming(concept, concept.paper_prompt)]
+        return [concept.paper_prompt]
     if how == "plain":
-        return [_naming(concept, concept.prompt)]
+        return [concept.prompt]
     if bundled_name(pipe) == "emoji":
         return _emoji_forget_prompts(concept)
-    return list(dict.fromkeys(_naming(concept, prompt) for prompt in concept.prompts(5)))
+    return concept.prompts(5)
 
 
 def _emoji_forget_prompts(concept: Concept) -> list[str]:
     """The captions that the emoji model learned a concept from: an object in every style, a style on every object."""
-    spoken = _spoken(concept)
+    name = concept.name
     if concept.kind == "style":
-        return [_naming(concept, concept.prompt), *(caption([name], spoken) for name in OBJECTS)]
-    return [*(caption([spoken], opening=opening) for opening in OPENINGS), *(caption([spoken], s) for s in STYLES)]
+        return [concept.prompt, *(caption([thing], name) for thing in OBJECTS)]
+    return [*(caption([name], opening=opening) for opening in OPENINGS), *(caption([name], s) for s in STYLES)]
 
 
 def retain_prompts(
@@ -77,6 +82,28 @@ def likeness(prompts: Conditions, others: Conditions) -> Tensor:
     centre = torch.cat(texts).mean(0)
     ours, theirs = (torch.nn.functional.normalize(text - centre, dim=-1) for text in texts)
     return (theirs @ ours.T).amax(1)
+
+
+def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
+    """`count` prompts that don't name the concept, from the one most like it to the least: most of them near it."""
+    others = retain_prompts(pipe, [concept], None)
+    asked = conditions(pipe, [spoken(concept).prompt])
+    order = likeness(asked, conditions(pipe, others)).argsort(descending=True, stable=True).tolist()
+    places = torch.logspace(0, math.log10(len(order)), count).round().long() - 1
+    return [others[order[place]] for place in dict.fromkeys(places.tolist())]
+
+
+def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
+    """Another word that takes up as many text columns in the concept's plain prompt, or as near to it as there is."""
+    asked = spoken(concept)
+    length = pipe.tokenizer.model_max_length
+    wanted = len(read_columns(pipe, asked.prompt, length).find(concept.phrase).columns)
+
+    def difference(word: str) -> int:
+        prompt = replace(asked, name=word, phrase=word).prompt
+        return abs(wanted - len(read_columns(pipe, prompt, length).find(word).columns))
+
+    return min((word for word in _STAND_INS if word.casefold() != concept.phrase.casefold()), key=difference)
 
 
 def read_columns(pipe: DiffusionPipeline, prompt: str, length: int) -> PromptTokens:
@@ -122,14 +149,9 @@ def _names(prompt: str, concept: Concept) -> bool:
     return bool(find_phrase(prompt, concept.phrase) or find_phrase(prompt, concept.name))
 
 
-def _spoken(concept: Concept) -> str:
-    """What stands for the concept in a prompt: its name, or the phrase (a learned token) that replaces it."""
-    return concept.name if find_phrase(concept.name, concept.phrase) else concept.phrase
-
-
-def _naming(concept: Concept, prompt: str) -> str:
-    spoken = _spoken(concept)
-    return prompt if spoken == concept.name else prompt.replace(concept.name, spoken)
+def spoken(concept: Concept) -> Concept:
+    """The concept under what stands for it in a prompt: its name, or the phrase (a learned token) that replaces it."""
+    return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)
 
 
 def _emoji_prompts() -> list[str]:

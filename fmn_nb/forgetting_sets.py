@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fmn_nb.concepts import Concept
+from fmn_nb.concepts import Concept, find_phrase
 from fmn_nb.denoising import Conditions, conditions, seeded
 from fmn_nb.forgetting_prompts import concept_mask, forget_prompts, likeness, retain_prompts
 from fmn_nb.forgetting_settings import Settings
@@ -184,19 +184,22 @@ def retain_set(
 
 
 def towards_set(
-    pipe: DiffusionPipeline, concepts: Sequence[Concept], readings: Mapping[str, str], settings: Settings, seed: int,
-    cached: Latents | None = None,
+    pipe: DiffusionPipeline, concepts: Sequence[Concept], readings: Mapping[str, str], prompts: Sequence[str] | None,
+    settings: Settings, seed: int, cached: Latents | None = None,
 ) -> TrainingSet:
     """For concept correction: images of the readings to show, with the concept's prompts and the readings' own.
 
     Args:
         readings: concept name -> the reading that is to show ("mouse" -> "computer mouse").
+        prompts: prompts to use instead of the concept's own; the reading's then say the reading in the phrase's place.
     """
     texts, pairs = [], []
     for concept in concepts:
         if concept.name in readings:
-            own = forget_prompts(pipe, concept, settings.prompts)
-            other = forget_prompts(pipe, Concept(readings[concept.name], concept.kind), settings.prompts)
+            reading = Concept(readings[concept.name], concept.kind)
+            own = list(prompts or forget_prompts(pipe, concept, settings.prompts))
+            other = ([_in_its_place(prompt, concept.phrase, reading.name) for prompt in own] if prompts
+                     else forget_prompts(pipe, reading, settings.prompts))
             first = len(texts)
             texts += own + other
             pairs += [(first + number, first + len(own) + number) for number in range(len(own))]
@@ -207,6 +210,12 @@ def towards_set(
     prompt_of, target_of = torch.tensor(chosen).T
     return TrainingSet(latents, conditions(pipe, texts, size=settings.size), tuple(texts),
                        torch.arange(len(chosen)), prompt_of, target_of=target_of)
+
+
+def _in_its_place(prompt: str, phrase: str, reading: str) -> str:
+    for start, end in reversed(find_phrase(prompt, phrase)):
+        prompt = prompt[:start] + reading + prompt[end:]
+    return prompt
 
 
 def _bank(order: Tensor, settings: Settings, generator: torch.Generator) -> list[int]:

@@ -15,6 +15,7 @@ PARTS = ("words", "later", "first_eot", "padding", "every_eot")
 PROMPTS = ("paper", "plain", "varied")
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+TRACKERS = ("", "tensorboard", "wandb")
 
 
 class SettingsError(ValueError):
@@ -71,6 +72,8 @@ class Settings:
             was in the first step; 0 never stops early.
         precision: "auto" follows the pipeline's dtype; "no", "bf16", "fp16" (on a GPU).
         gradient_checkpointing: trade time for memory.
+        offload: where the autoencoder and the text encoders, which run only once, wait while the denoiser trains: ""
+            where they are, "cpu" (to free a GPU) or "disk". A callback finds them in their place.
         checkpoint_every: steps between checkpoints (used where `forget` is given a folder for them).
         tracker, tracker_folder: an accelerate tracker ("tensorboard", "wandb", which stays offline) and its folder.
     """
@@ -110,6 +113,7 @@ class Settings:
     stop_mass: float = 0.0
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    offload: str = ""
     checkpoint_every: int = 10
     tracker: str = ""
     tracker_folder: str = ""
@@ -120,10 +124,12 @@ class Settings:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         _check_types(self)
         choices = {"train": TRAINED, "norm": NORMS, "prompts": PROMPTS, "noise_on": ("images", "zeros"),
-                   "retain_on": ("noise", "attention"), "schedule": SCHEDULES, "precision": PRECISIONS}
+                   "retain_on": ("noise", "attention"), "schedule": SCHEDULES, "precision": PRECISIONS,
+                   "tracker": TRACKERS, "offload": ("", "cpu", "disk")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise SettingsError(f"{name} can't be {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
+                there = ", ".join(item or "''" for item in allowed)
+                raise SettingsError(f"{name} can't be {getattr(self, name)!r}; it is one of {there}")
         unknown = [part for part in self.positions if part not in PARTS]
         if unknown or not self.positions:
             raise SettingsError(f"positions are some of {', '.join(PARTS)}, not {', '.join(self.positions) or 'none'}")

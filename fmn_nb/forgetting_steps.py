@@ -1,33 +1,40 @@
-"""The steps of a fine-tune: draw, noise, predict, weigh the losses, move the trained weights; measure and save."""
+"""The steps of a fine-tune: gradients of all terms, move the trained weights, measure, show, save, stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from tqdm import tqdm
 
-from fmn_nb.attention import record_attention
-from fmn_nb.denoising import Noising, predict, seeded
 from fmn_nb.forgetting_checkpoint import Checkpoint, State
-from fmn_nb.forgetting_device import accelerator_for, training_modes
-from fmn_nb.forgetting_loss import concept_mass, resteering_loss, retain_attention_loss, retain_loss
-from fmn_nb.forgetting_sets import Batch, TrainingSet
+from fmn_nb.forgetting_device import (
+    Memory,
+    accelerator_for,
+    agreed,
+    average_gradients,
+    averaged,
+    gradient_norm,
+    tracking,
+    training_modes,
+)
+from fmn_nb.forgetting_sets import TrainingSet
 from fmn_nb.forgetting_settings import Settings
+from fmn_nb.forgetting_terms import Terms
 from fmn_nb.forgetting_weights import Trainable
 from fmn_nb.models import denoiser
 from fmn_nb.patches import Patch
 
 _MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
-_STREAMS = {"forget": 10, "retain": 11, "towards": 12}
 
 
 class ForgettingError(RuntimeError):
@@ -43,7 +50,7 @@ class Progress:
         loss: the re-steering loss of this step, before its weight.
         mass: the share of attention that the concept got in this step, in [0, 1].
         retain: the retain term before its weight, or None where there is none.
-        make_patch: the patch as trained so far.
+        make_patch: the patch as trained so far, complete: it can be saved and applied.
     """
 
     step: int
@@ -54,25 +61,31 @@ class Progress:
     make_patch: Callable[[], Patch]
 
 
+Callback = Callable[[Progress], str | None]
+
+
 class Finetune:
     """One fine-tune. `train` runs it; `report` says afterwards what happened.
 
     Args:
         sets: "forget", and where wanted "retain" and "towards".
+        info: what the patch's `info` says beside the report.
         saved: where to keep the state, or None.
         started: `time.perf_counter()` when the work began.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, weights: Trainable, sets: Mapping[str, TrainingSet], settings: Settings,
-        seed: int, saved: Checkpoint | None, started: float,
+        seed: int, info: Mapping[str, Any], saved: Checkpoint | None, started: float,
     ) -> None:
         if not weights.parameters:
             raise ForgettingError("there is nothing to train: no weight matches the settings")
-        self.model, self.weights, self.sets, self.settings, self.saved = denoiser(pipe), weights, sets, settings, saved
-        self.noising, self.device = Noising(pipe), next(self.model.parameters()).device
-        self.accelerator = accelerator_for(settings, self.device, next(iter(self.model.parameters())).dtype)
-        self.draws = {name: found.draws(seeded(seed, _STREAMS[name])) for name, found in sets.items()}
+        self.model, self.weights, self.settings, self.info = denoiser(pipe), weights, settings, info
+        self.saved, self.started = saved, started
+        first = next(self.model.parameters())
+        self.accelerator = accelerator_for(settings, first.device, first.dtype)
+        self.memory = Memory(first.device)
+        self.terms = Terms(pipe, weights, sets, settings, seed, self.accelerator, self.memory)
         self.parameters = list(weights.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
@@ -81,144 +94,111 @@ class Finetune:
                                       num_training_steps=settings.steps)
         self.optimizer = self.accelerator.prepare(self.optimizer)
         self.measured: dict[str, list[float]] = {"losses": [], "masses": [], "retain": []}
-        self.step, self.stopped_because, self.peak_memory = 0, "", 0
-        self.started = started
+        self.step, self.stopped_because = 0, ""
 
-    def train(self, callback: Callable[[Progress], str | None] | None = None) -> None:
+    def train(self, callback: Callback | None = None) -> None:
         """All steps, or as many as are needed; from the checkpoint's state where there is one.
 
+        A bar with loss and concept mass is shown where the error stream is a terminal.
+
         Raises:
-            ForgettingError: the loss or a weight became NaN or infinite.
+            ForgettingError: the loss, a gradient or a weight became NaN or infinite.
         """
         self._resume()
         with ExitStack() as modes:
             modes.enter_context(torch.enable_grad())
             modes.enter_context(training_modes(self.model, self.settings.gradient_checkpointing))
-            modes.enter_context(self._tracking())
+            modes.enter_context(tracking(self.accelerator, self.settings))
+            bar = modes.enter_context(tqdm(
+                total=self.settings.steps, initial=self.step, desc="forgetting", leave=False,
+                disable=None if self.accelerator.is_main_process else True))  # None: unless it is a terminal
             try:
                 while self.step < self.settings.steps and not self.stopped_because:
                     self._one_step()
+                    bar.set_postfix(loss=self.measured["losses"][-1], mass=self.measured["masses"][-1], refresh=False)
+                    bar.update()
                     self._after_step(callback)
             except KeyboardInterrupt as interrupt:
                 interrupt.add_note(f"the pipeline is unchanged; {self._last_good_state()}")
                 raise
         self.stopped_because = self.stopped_because or f"all {self.settings.steps} steps done"
 
+    def patch(self) -> Patch:
+        """What the training has changed up to now, with everything that is known about it."""
+        kind, tensors = self.weights.change()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        return Patch(kind, tensors, {**self.info, "forgetting": self.report(size)})
+
     def report(self, patch_bytes: int) -> dict[str, Any]:
         """What happened, as plain JSON values."""
         losses = self.measured["losses"]
         return {
             "steps": self.step, "seconds": round(perf_counter() - self.started, 3),
-            "loss_first": losses[0], "loss_last": losses[-1], "stopped_because": self.stopped_because,
+            "loss_first": losses[0], "loss_last": losses[-1], "stopped_because": self.stopped_because or "not stopped",
             "trainable_parameters": self.weights.count, "patch_bytes": patch_bytes,
-            "peak_memory_bytes": self.peak_memory, **{name: list(values) for name, values in self.measured.items()},
+            "peak_memory_bytes": self.memory.peak, **{name: list(values) for name, values in self.measured.items()},
         }
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def _one_step(self) -> None:
-        """One optimiser step. Each term has its own backward pass, so that only one graph is alive at a time."""
-        totals: dict[str, float] = {"losses": 0.0, "masses": 0.0, "retain": 0.0}
+        totals: dict[str, float] = {}
         for _ in range(self.settings.accumulate):
-            for name, value in self._terms():
-                totals[name] += value / self.settings.accumulate
-            self._note_memory()
+            for name, value in self.terms.add_gradients().items():
+                totals[name] = totals.get(name, 0.0) + value / self.settings.accumulate
+        totals = averaged(self.accelerator, totals)
+        self._check_losses(totals)
         self._finish_gradients()
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in totals.items():
-            if name in self._reported():
-                self.measured[name].append(value)
-        self._check_finite(totals)
+            self.measured[name].append(value)
+        self.memory.note()
         self.step += 1
 
-    def _terms(self) -> Iterator[tuple[str, float]]:
-        """Add every term's gradient; yields what is measured (name, value)."""
-        loss, mass = self._resteer()
-        yield "losses", loss
-        yield "masses", mass
-        if "retain" in self.sets:
-            yield "retain", self._keep("retain", self.settings.retain_weight, self.settings.retain_on)
-        if "towards" in self.sets:
-            self._keep("towards", self.settings.towards_weight, "noise")
-
-    def _resteer(self) -> tuple[float, float]:
-        data = self.sets["forget"]
-        batch = self._draw("forget", self.settings.batch_size)
-        concept = data.concept[batch.prompts].to(self.device)
-        region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
-        with self.accelerator.autocast():
-            attention = self._attention(data, batch, batch.prompts)
-        loss = resteering_loss(attention, concept, self.settings.norm, region)
-        mass = concept_mass(attention, concept)
-        self._backward(loss * self.settings.resteer_weight)
-        return float(loss.detach()), mass
-
-    def _keep(self, name: str, weight: float, compared: str) -> float:
-        """A term that holds the model to what the frozen model does, for the same noisy latents."""
-        data = self.sets[name]
-        batch = self._draw(name, self.settings.retain_batch)
-        target = batch.prompts if data.target_of is None else data.target_of[batch.pairs]
-        with self.weights.frozen(), self.accelerator.autocast():
-            before = self._behaviour(data, batch, target, compared)
-        with self.accelerator.autocast():
-            now = self._behaviour(data, batch, batch.prompts, compared)
-        loss = retain_attention_loss(now, before) if compared == "attention" else retain_loss(now, before)
-        self._backward(loss * weight)
-        return float(loss.detach())
-
-    def _behaviour(self, data: TrainingSet, batch: Batch, prompts: Tensor, compared: str) -> Any:
-        predicted = compared == "noise"
-        return self._predict(data, batch, prompts) if predicted else self._attention(data, batch, prompts)
-
-    def _attention(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> dict[str, Tensor]:
-        """Layer -> attention probabilities [batch, heads, pixels, columns], with their graph."""
-        with record_attention(self.model, differentiable=True) as recorder:
-            self._predict(data, batch, prompts)
-        return recorder.columns()  # after the block, which names layers that couldn't be heard
-
-    def _predict(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> Tensor:
-        noisy = self.noising.noisy(batch.latents, batch.noise, batch.timesteps).to(self.device)
-        return predict(self.model, noisy, batch.timesteps, data.given, prompts)
-
-    def _draw(self, name: str, count: int) -> Batch:
-        """This process's part of one draw; all processes draw the same, so their number doesn't change the data."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        steps = self.noising.steps
-        window = int(self.settings.time_from * steps), max(1, math.ceil(self.settings.time_to * steps))
-        batch = self.sets[name].batch(self.draws[name], count * processes, window)
-        own = slice(rank * count, (rank + 1) * count)
-        return Batch(*(getattr(batch, field.name)[own] for field in fields(batch)))
-
-    def _backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss / self.settings.accumulate)
-
     def _finish_gradients(self) -> None:
+        """Average over processes, check, and clip."""
         if all(parameter.grad is None for parameter in self.parameters):
             raise ForgettingError("no trained weight got a gradient: its layers don't influence the attention")
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        average_gradients(self.accelerator, self.parameters)
         if self.settings.clip:
-            self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        else:
+            norm = gradient_norm(self.parameters)
+        if self.accelerator.scaler is None and not norm.isfinite():  # a scaler passes over such a step by itself
+            raise self._broken(f"the gradient became {float(norm)} in step {self.step + 1}")
+
+    def _check_losses(self, totals: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in totals.values()):
+            found = ", ".join(f"{name} {value:g}" for name, value in totals.items())
+            raise self._broken(f"the loss became {totals['losses']} in step {self.step + 1} ({found})")
+
+    def _check_weights(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self._broken(f"a weight became NaN or infinite in step {self.step}")
+
+    def _broken(self, what: str) -> ForgettingError:
+        return ForgettingError(f"{what}: lower learning_rate or use precision='no'. The pipeline is unchanged; "
+                               f"{self._last_good_state()}")
 
     # ---- around the steps -------------------------------------------------------------------------------------------
 
-    def _after_step(self, callback: Callable[[Progress], str | None] | None) -> None:
-        retain = self.measured["retain"][-1] if self.measured["retain"] else None
-        loss, mass = self.measured["losses"][-1], self.measured["masses"][-1]
+    def _after_step(self, callback: Callback | None) -> None:
+        last = {name: values[-1] for name, values in self.measured.items() if values}
         if self.settings.tracker:
-            found = {"loss": loss, "mass": mass, **({} if retain is None else {"retain": retain})}
-            self.accelerator.log(found, step=self.step)
+            self.accelerator.log({"loss": last["losses"], "mass": last["masses"], **{
+                name: value for name, value in last.items() if name == "retain"}}, step=self.step)
         self._stop_when_forgotten()
         if callback is not None:
-            said = callback(Progress(self.step, self.settings.steps, loss, mass, retain, self._patch))
-            self.stopped_because = self.stopped_because or str(said or "")
-        last = self.step == self.settings.steps or bool(self.stopped_because)
-        due = last or self.step % self.settings.checkpoint_every == 0
-        if self.saved and due and self.accelerator.is_main_process:
+            said = callback(Progress(self.step, self.settings.steps, last["losses"], last["masses"],
+                                     last.get("retain"), self.patch))
+            self.stopped_because = self.stopped_because or agreed(self.accelerator, str(said or ""))
+        at_end = self.step == self.settings.steps or bool(self.stopped_because)
+        due = self.saved is not None and self.step % self.settings.checkpoint_every == 0
+        if at_end or due:
+            self._check_weights()
+        if self.saved and (at_end or due) and self.accelerator.is_main_process:
             self.saved.save(self._state())
 
     def _stop_when_forgotten(self) -> None:
@@ -229,41 +209,11 @@ class Finetune:
                 self.stopped_because = (
                     f"the concept's attention mass fell to {recent:.4f}, under {share:g} of {masses[0]:.4f}")
 
-    def _patch(self) -> Patch:
-        return Patch(*self.weights.change())
-
-    def _reported(self) -> list[str]:
-        return ["losses", "masses", *(["retain"] if "retain" in self.sets else [])]
-
-    def _check_finite(self, totals: Mapping[str, float]) -> None:
-        if not all(math.isfinite(value) for value in totals.values()):
-            raise ForgettingError(
-                f"the loss became {totals['losses']} in step {self.step + 1} (retain term {totals['retain']}): lower "
-                f"learning_rate or use precision='no'. The pipeline is unchanged; {self._last_good_state()}")
-
     def _last_good_state(self) -> str:
         state = self.saved.load() if self.saved else None
         if state is None:
             return "there is no checkpoint (give forget a folder: checkpoint=...)"
         return f"the last good state is step {state.step} in {self.saved.folder}; call forget again to go on from it"
-
-    def _note_memory(self) -> None:
-        if self.device.type == "cuda":
-            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated(self.device))
-        else:
-            self.peak_memory = max(self.peak_memory, psutil.Process().memory_info().rss)
-
-    @contextmanager
-    def _tracking(self) -> Iterator[None]:
-        if not self.settings.tracker:
-            yield
-            return
-        config = {k: v for k, v in self.settings.to_dict().items() if not isinstance(v, list)}
-        self.accelerator.init_trackers("forget-me-not", config, {"wandb": {"mode": "offline"}})
-        try:
-            yield
-        finally:
-            self.accelerator.end_training()
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -271,8 +221,10 @@ class Finetune:
         tensors = {f"weight.{name}": parameter for name, parameter in self.weights.parameters.items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-        for name, draws in self.draws.items():
-            tensors |= {f"draws.{name}.{part}": tensor for part, tensor in draws.state().items()}
+        tensors |= {f"draws.{name}": tensor for name, tensor in self.terms.state()}
+        if self.accelerator.scaler is not None:
+            tensors |= {f"scaler.{name}": torch.tensor(value, dtype=torch.float64)
+                        for name, value in self.accelerator.scaler.state_dict().items()}
         return State(self.step, self.measured, perf_counter() - self.started, tensors, self.stopped_because)
 
     def _resume(self) -> None:
@@ -286,10 +238,15 @@ class Finetune:
             number, _, moment = name.partition(".")
             moments.setdefault(int(number), {})[moment] = tensor
         self.optimizer.load_state_dict({**whole, "state": moments})
-        for name, draws in self.draws.items():
-            draws.restore(_part(state.tensors, f"draws.{name}."))
-        for _ in range(state.step):
-            self.schedule.step()
+        self.terms.restore(_part(state.tensors, "draws."))
+        if self.accelerator.scaler is not None:
+            now = self.accelerator.scaler.state_dict()
+            then = _part(state.tensors, "scaler.")
+            self.accelerator.scaler.load_state_dict({name: type(now[name])(then[name].item()) for name in now})
+        with warnings.catch_warnings():  # torch misses the optimiser's steps, which were done before
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(state.step):
+                self.schedule.step()
         self.step, self.measured = state.step, {name: list(values) for name, values in state.measured.items()}
         self.stopped_because, self.started = state.stopped_because, self.started - state.seconds
 

@@ -26,7 +26,7 @@ from fmn_nb.denoising import Noising, conditions, predict, seeded
 from fmn_nb.emoji.captions import caption
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
 from fmn_nb.emoji.world import OBJECTS, STYLES
-from fmn_nb.intervals import bootstrap, wilson
+from fmn_nb.intervals import wilson
 from fmn_nb.models import denoiser
 from fmn_nb.paths import data_dir
 from fmn_nb.references import encode, pixel_size
@@ -170,26 +170,34 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """The mean of each score with its 95% interval.
 
     Args:
-        scores: rows with the fields of `Grounding`, as from `ground_images`.
+        scores: rows with the fields of `Grounding`, as from `ground_images`; rows of one "image" belong together.
         seed: of the bootstrap.
 
     Returns:
         Rows named as in `SCORES`; columns mean, low, high (Wilson's interval for the pointing game, a percentile
-        bootstrap over the rows for the others), flat_map (what a map without information scores on average), count.
+        bootstrap over images for the others), flat_map (what a map without information scores on average), count.
 
     Raises:
         ValueError: no rows.
     """
     if scores.empty:
         raise ValueError("there are no scores to summarise")
-    table = {}
+    table, images = {}, scores["image"] if "image" in scores else scores.index
     for name, title in SCORES.items():
         values = scores[name].to_numpy(dtype=float)
         interval = (wilson(int(values.sum()), len(values)) if name == "pointing"
-                    else bootstrap([values], lambda mean: mean, seed))
+                    else _resampled(pd.Series(values).groupby(np.asarray(images)), seed))
         table[title] = {"mean": values.mean(), "low": interval[0], "high": interval[1],
                         "flat_map": scores["area"].mean(), "count": len(values)}
     return pd.DataFrame.from_dict(table, orient="index").astype({"count": int})
+
+
+def _resampled(by_image: Any, seed: int, samples: int = 1000) -> tuple[float, float]:
+    """The 95% percentile bootstrap of a mean: whole images are drawn, as maps of one image aren't independent."""
+    sums, counts = by_image.sum().to_numpy(), by_image.count().to_numpy()
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (samples, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str | None = None,

@@ -147,14 +147,14 @@ def invert(
         ReferenceImageError: the images can't be read.
     """
     settings = settings or InversionSettings()
-    _check_name(pipe, name)
+    names = [name, *(f"{name}_{number}" for number in range(1, settings.tokens))]
+    _check_names(pipe, names)
     if kind not in TEMPLATES:
         raise InversionError(f"'{kind}' is no kind of concept; choose one of {', '.join(TEMPLATES)}")
     latents = references if isinstance(references, Latents) else encode(pipe, load_images(references))
     generator = seeded(seed, 20)
     start = _starting_vectors(pipe, initial, settings.tokens, generator)
     vectors = [nn.Parameter(vector.to(denoiser(pipe).device)) for vector in start]
-    names = [name, *(f"{name}_{number}" for number in range(1, settings.tokens))]
     templates = TEMPLATES[kind] if settings.varied else TEMPLATES[kind][:1]
     with _with_tokens(pipe, names, vectors), _nothing_else_trained(pipe), torch.enable_grad():
         prompts = [template.format(name) for template in templates]
@@ -238,13 +238,13 @@ class _ExtendedEmbedding(nn.Embedding):
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight)
         self.weight = table.weight
-        self.first, self._rows = first, [rows]  # in a list: no parameter of this module, so no part of its state
+        self.first, self._beside = first, (table, rows)  # in a tuple: no part of this module, nor of its state
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self._rows[0]
+        table, rows = self._beside  # the table may be an extended one itself: contexts can be nested
         place = ids - self.first
         new = (place >= 0) & (place < len(rows))
-        known = super().forward(ids.masked_fill(new, 0))
+        known = table(ids.masked_fill(new, 0))
         learned = rows.to(known)[place.clamp(0, len(rows) - 1)]
         return torch.where(new[..., None], learned, known)
 
@@ -259,7 +259,10 @@ def _with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequenc
                 raise InversionError(
                     f"tokens of shape {tuple(rows.shape)} don't fit an encoder {table.embedding_dim} wide")
             extended.add_tokens(list(names))
-            first = extended.convert_tokens_to_ids(names[0])
+            ids = extended.convert_tokens_to_ids(list(names))
+            if ids != list(range(ids[0], ids[0] + len(names))):
+                raise InversionError(f"the pipeline already knows some of the tokens {', '.join(names)}; rename them")
+            first = ids[0]
             stack.callback(encoder.set_input_embeddings, table)
             stack.callback(setattr, pipe, place, tokenizer)
             encoder.set_input_embeddings(_ExtendedEmbedding(table, first, rows))
@@ -293,11 +296,12 @@ def _pairs(pipe: DiffusionPipeline) -> Iterator[tuple[Any, nn.Module]]:
     return zip(tokenizers(pipe), text_encoders(pipe), strict=True)
 
 
-def _check_name(pipe: DiffusionPipeline, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise InversionError(f"a learned token's name is letters in angle brackets, like <toy>, not '{name}'")
-    if any(name in tokenizer.get_vocab() for tokenizer in tokenizers(pipe)):
-        raise InversionError(f"the pipeline already knows a token '{name}'; choose another name")
+def _check_names(pipe: DiffusionPipeline, names: Sequence[str]) -> None:
+    if not _NAME.fullmatch(names[0]):
+        raise InversionError(f"a learned token's name is letters in angle brackets, like <toy>, not '{names[0]}'")
+    known = [name for name in names if any(name in tokenizer.get_vocab() for tokenizer in tokenizers(pipe))]
+    if known:
+        raise InversionError(f"the pipeline already knows a token '{known[0]}'; choose another name")
 
 
 def _file_name(number: int) -> str:

@@ -99,7 +99,7 @@ def load(
     """
     source, dtype, device = resolve(name), parse_dtype(dtype), torch.device(device or default_device())
     try:
-        with _without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
+        with without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
             if isinstance(source, Path) and source.is_file():
                 pipe = _load_single_file(source, dtype, config)
             else:
@@ -128,7 +128,7 @@ def default_device() -> str:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Load without the progress bars that diffusers and transformers show for files already here."""
     shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str
     with replacing(file) as temporary:
         save_file(named, temporary, {"format": "pt"})  # diffusers expects the entry of a PyTorch file
     write_json(folder / INFO_FILE, {"schema": SCHEMA, "kind": kind, "sha256": _sha256(file), **info})
+    shutil.copymode(folder / INFO_FILE, file)  # safetensors makes files that only their owner can read
     for stale in set(TENSOR_FILES.values()) - {file.name}:
         (folder / stale).unlink(missing_ok=True)  # of a patch of the other kind that was here before
     return folder
@@ -70,6 +72,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise PatchFileError(str(error)) from error
     if not isinstance(info, dict) or info.get("kind") not in TENSOR_FILES or "sha256" not in info:
         raise PatchFileError(f"{file} doesn't describe a patch (its kind or sum is missing or unknown)")
+    if not isinstance(info.get("base", {}), dict) or not isinstance(info.get("concepts", []), list):
+        raise PatchFileError(f"{file} doesn't describe a patch: its base is no object or its concepts are no list")
     if info.get("schema") != SCHEMA:
         raise PatchFileError(f"{file} has schema {info.get('schema')}; this version reads {SCHEMA}: update fmn_nb")
     return info

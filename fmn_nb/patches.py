@@ -7,6 +7,7 @@ place of the changed ones and keeps the old ones aside, so removing it gives bac
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,8 @@ from fmn_nb.inversion import LearnedTokens
 from fmn_nb.models import ORIGINALS, denoiser, denoiser_name, fingerprint
 from fmn_nb.patch_files import PatchFileError
 
-__all__ = ["Patch", "PatchFileError", "PatchMismatchError", "applied_patches", "combine", "set_parameter"]
+__all__ = ["Patch", "PatchFileError", "PatchMismatchError", "applied_patches", "combine", "set_parameter",
+           "weights_checksum"]
 
 _APPLIED = "_fmn_applied"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -61,13 +63,18 @@ class Patch:
             raise ValueError(f"NaN or infinite values in {bad[0]} and {len(bad) - 1} other tensors of the patch")
 
     def __repr__(self) -> str:
-        names = ", ".join(concept["name"] for concept in self.info.get("concepts", [])) or "nothing stated"
+        names = ", ".join(str(dict(c).get("name")) for c in self.info.get("concepts", [])) or "nothing stated"
         return f"Patch(forgets {names}; {self.kind}, {len(self.tensors)} tensors, {self.nbytes / 1e6:.2f} MB)"
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the fine-tune reported (`info["forgetting"]`), without the lists that hold a number for every step."""
+        return {name: value for name, value in self.info.get("forgetting", {}).items() if not isinstance(value, list)}
 
     def differences(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, difference D in float32) of every changed parameter, at scale 1."""
@@ -91,13 +98,20 @@ class Patch:
         A LoRA becomes `pytorch_lora_weights.safetensors`, which plain `pipe.load_lora_weights(folder)` takes.
 
         Args:
-            half: store the tensors as float16.
+            half: store the tensors as float16; `half_error` in `fmn.json` states what that loses, as a share of the
+                norm of all tensors.
             tokens: learned tokens to ship beside the patch; by default none ever are.
+
+        Raises:
+            ValueError: a value is too large for float16.
         """
+        info = dict(self.info)
         tensors = {name: tensor.half() if half else tensor for name, tensor in self.tensors.items()}
+        if half:
+            info["half_error"] = _relative_error(self.tensors, tensors)
         if tokens is not None:
             tokens.save(folder)
-        info = {**self.info, "tokens": tokens.name} if tokens is not None else self.info
+            info["tokens"] = tokens.name
         return patch_files.write(Path(folder), self.kind, tensors, info)
 
     @classmethod
@@ -108,8 +122,8 @@ class Patch:
             PatchFileError: a file is missing, truncated, changed since, or isn't a patch of this package.
         """
         kind, tensors, info = patch_files.read(Path(folder))
-        tokens = LearnedTokens.load(folder) if info.pop("tokens", None) else None
         try:
+            tokens = LearnedTokens.load(folder) if info.pop("tokens", None) else None
             return cls(kind, tensors, info, tokens)
         except ValueError as error:
             raise PatchFileError(f"{folder}: {error}") from error
@@ -200,6 +214,14 @@ class Patch:
             )
 
 
+def weights_checksum(pipe: DiffusionPipeline) -> str:
+    """SHA-256 (64 hexadecimal digits) of the denoiser's weights as they are now, bit for bit, patches included."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(denoiser(pipe).named_parameters()):
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def applied_patches(pipe: DiffusionPipeline) -> list[tuple[Patch, float]]:
     """(patch, scale) of every patch that `pipe` carries now, in the order of application."""
     return list(getattr(denoiser(pipe), _APPLIED, []))
@@ -245,6 +267,13 @@ def _add_differences(patches: Sequence[Patch]) -> dict[str, Tensor]:
     return total
 
 
+def _relative_error(exact: Mapping[str, Tensor], near: Mapping[str, Tensor]) -> float:
+    lost = sum(float((exact[name].float() - tensor.float()).square().sum()) for name, tensor in near.items())
+    if not lost < float("inf"):
+        raise ValueError("a value of the patch is too large for float16; save it without half=True")
+    return round((lost / max(sum(float(t.float().square().sum()) for t in exact.values()), 1e-30)) ** 0.5, 6)
+
+
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put `parameter` in the place of the one called `name` (dotted), without writing into the old one."""
     parent, _, leaf = name.rpartition(".")
@@ -265,7 +294,7 @@ def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[s
     totals: dict[str, Tensor] = {}
     for patch, scale in stack:
         for name, difference in patch.differences():
-            if name in touched:
+            if name in touched and scale:  # at scale 0 the parameter itself comes back, not a sum that rounds to it
                 change = scale * difference
                 totals[name] = totals[name] + change if name in totals else change
     replacements: dict[str, nn.Parameter] = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fmn_nb.plots_figure import new_figure
 
 PANEL = 1.25  # inches, width and height of one image
+DARK = "#00224e"
+MARKERS = "os^Dvp*X"
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str] = (),
@@ -50,16 +53,85 @@ def confusion_figure(confusion: pd.DataFrame, title: str = "") -> Figure:
 
 
 def collateral_figure(collateral: pd.DataFrame, most: int = 12) -> Figure:
-    """Accuracy before (hollow) and after (filled) of the objects that changed most (`Report.collateral`)."""
+    """Accuracy before (hollow) and after (filled) of the names that changed most (`Report.collateral`)."""
     rows = collateral.head(most).iloc[::-1]
     figure = new_figure(5.2, 0.8 + 0.26 * len(rows))
     axes = figure.subplots()
     places = range(len(rows))
     axes.hlines(places, rows["after"], rows["before"], color="0.7")
-    axes.scatter(rows["before"], places, facecolors="none", edgecolors="#00224e", label="before")
-    axes.scatter(rows["after"], places, color="#00224e", label="after")
-    axes.set_yticks(places, rows.index)
-    axes.set(xlim=(-0.03, 1.03), xlabel="share of images in which the judge sees what was asked for",
-             title="who suffered most")
+    axes.scatter(rows["before"], places, facecolors="none", edgecolors=DARK, label="before")
+    axes.scatter(rows["after"], places, color=DARK, label="after")
+    axes.set_yticks(places, [_with_similarity(name, row) for name, row in rows.iterrows()])
+    axes.set(xlim=(-0.05, 1.05), xlabel="accuracy on what was asked for", title="who suffered most")
     axes.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def _with_similarity(name: str, row: pd.Series) -> str:
+    likeness = row.get("similarity")
+    return name if likeness is None or pd.isna(likeness) else f"{name} (similarity {likeness:.2f})"
+
+
+def similarity_figure(collateral: pd.DataFrame, concept: str) -> Figure:
+    """Change of accuracy of each name of the concept's domain against its similarity to the concept.
+
+    Raises ValueError where no similarity is known.
+    """
+    rows = collateral.dropna(subset=["similarity"])
+    if rows.empty or "change" not in rows:
+        raise ValueError("no name has a similarity and a change; evaluate with a patch and a CLIP")
+    figure = new_figure(5.2, 3.4)
+    axes = figure.subplots()
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.scatter(rows["similarity"], rows["change"], color=DARK, s=18)
+    for name, row in rows.sort_values("change").head(4).iterrows():
+        axes.annotate(name, (row["similarity"], row["change"]), xytext=(4, -3), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=f"similarity to {concept} (cosine of CLIP features)", ylabel="change of accuracy",
+             title=f"what resembles {concept}, and what it lost")
+    return figure
+
+
+def attention_figure(by_layer: pd.DataFrame) -> Figure:
+    """Attention on the concept's words and on later positions in each layer, before (hollow) and after (filled).
+
+    `by_layer` is `Report.attention_layers`; shares of all attention, in [0, 1].
+    """
+    figure = new_figure(8, 1.0 + 0.2 * len(by_layer))
+    places = range(len(by_layer))[::-1]
+    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("words", "later"), strict=True):
+        before, after = by_layer[f"{part}_before"], by_layer.get(f"{part}_after")
+        axes.scatter(before, places, facecolors="none", edgecolors=DARK, label="before")
+        if after is not None:
+            axes.hlines(places, before, after, color="0.7", zorder=0)
+            axes.scatter(after, places, color=DARK, s=18, label="after")
+        axes.set_yticks(places, [_short(layer) for layer in by_layer.index], fontsize=7)
+        axes.set(title=f"on {'its words' if part == 'words' else 'later positions'}", xlabel="share of the attention")
+        axes.set_xlim(left=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _short(layer: str) -> str:
+    return layer.replace("attentions", "a").replace("transformer_blocks", "b").replace("_blocks", "").replace(
+        ".attn2", "")
+
+
+def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keeping") -> Figure:
+    """Forgetting against keeping, a point for each row; the aim is the upper right corner.
+
+    Columns of `points`: ua, kept (each in [0, 1]), group (decides marker and colour), name (written beside the point).
+    """
+    figure = new_figure(5.6, 4.0)
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(points["group"]))
+    for number, group in enumerate(groups):
+        rows = points[points["group"] == group]
+        shade = number / max(1, len(groups) - 1)
+        axes.scatter(rows["ua"], rows["kept"], marker=MARKERS[number % len(MARKERS)], s=44, label=group,
+                     color=colormaps["cividis"](0.9 * shade), edgecolors="0.3", linewidths=0.6)
+        for _, row in rows.iterrows():
+            axes.annotate(row["name"], (row["ua"], row["kept"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlim=(-0.04, 1.08), ylim=(-0.04, 1.08), xlabel="forgotten: UA", ylabel="kept: mean of IRA and CRA",
+             title=title)
+    axes.legend(fontsize=8, loc="lower left")
     return figure

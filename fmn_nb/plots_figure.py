@@ -16,7 +16,17 @@ class InlineFigure(Figure):
 
     Plain figures are shown only once pyplot's inline backend runs, which also keeps every figure open and changes
     settings for the whole session.
+
+    Attributes:
+        words: what the figure shows, in a sentence or two, for those to whom the figure says nothing; "" where the
+            function that drew it leaves that to a table.
     """
+
+    words: str = ""
+
+    def __repr__(self) -> str:
+        """The words: what a notebook keeps beside the picture, and what shows where pictures don't."""
+        return self.words or super().__repr__()
 
     def _repr_png_(self) -> bytes:
         """With 256 colours, spread so that rare ones stay true (colour bars): a third of the bytes in a notebook."""

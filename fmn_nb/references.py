@@ -20,7 +20,7 @@ from torch import Tensor
 from fmn_nb.denoising import borrowed, conditions, seeded, size_options
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-_ENCODED_AT_ONCE = 4
+_ENCODED_AT_ONCE = 1  # more at once hardly save time, and cost memory when all of the pipeline is there
 _GENERATED_AT_ONCE = 24
 
 Images = str | Path | Sequence["str | Path | Image.Image"]
@@ -94,13 +94,23 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _upright_rgb(item: str | Path | Image.Image) -> Image.Image:
-    image = item if isinstance(item, Image.Image) else Image.open(item)
-    image = ImageOps.exif_transpose(image)
+    if not isinstance(item, Image.Image):
+        with Image.open(item) as opened:
+            return _upright_rgb(opened)
+    image = ImageOps.exif_transpose(item)
     if image.mode == "F" or image.mode.startswith("I"):  # PIL would clip more than 8 bits a pixel to white
-        values = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        image = Image.fromarray((values / _white(image.mode, values) * 255).clip(0, 255).astype(np.uint8))
+    image = image.convert("LA") if image.mode == "La" else image  # the only mode that PIL converts no further
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _white(mode: str, values: np.ndarray) -> float:
+    """What value is white: 16-bit files say so, others only by their largest value."""
+    if mode.startswith("I;16") or values.max() > 255:
+        return 65535.0
+    return 1.0 if mode == "F" and values.max() <= 1 else 255.0
 
 
 def pixel_size(pipe: DiffusionPipeline) -> tuple[int, int]:

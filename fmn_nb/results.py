@@ -39,8 +39,13 @@ _MEASURED = {
         "h": _FRACTION,
         "ceiling": _FRACTION,
         "frechet": _POSITIVE,
+        "kernel": {"type": "number"},
+        "features": {"type": "string", "minLength": 1},
         "clip_score": {"type": "number"},
         "images": _COUNT,
+        **{name: _FRACTION for name in (
+            "paraphrase_ua", "pair_ua", "pair_kept", "similar", "unrelated", "own_class", "members", "other_reading",
+            "overshadowed")},
         "ci95": _INTERVALS,
         "skipped": _REASONS,
     },
@@ -82,7 +87,20 @@ SCHEMA = {
         "after": _MEASURED,
         "attention": {
             "type": "object",
-            "properties": {"mass_before": _POSITIVE, "mass_after": _POSITIVE, "skipped": _REASONS},
+            "properties": {
+                **{f"{part}_{when}": _FRACTION for part in ("mass", "later") for when in ("before", "after")},
+                "skipped": _REASONS,
+            },
+        },
+        "cost": {
+            "type": "object",
+            "properties": {
+                "forgetting_seconds": _POSITIVE,
+                "forgetting_peak_memory_bytes": _COUNT,
+                "patch_bytes": _COUNT,
+                "evaluation_seconds": _POSITIVE,
+                "evaluation_peak_memory_bytes": _COUNT,
+            },
         },
         "m_score": {"type": "object"},
         "skipped": _REASONS,

@@ -1,4 +1,4 @@
-"""What is known about a model's world beyond the model: its judge, its CLIP, and real images to compare with."""
+"""What is known about a model's world beyond the model: names, a judge, a CLIP, and real images to compare with."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from fmn_nb.concepts import Concept
 from fmn_nb.emoji.judge import Judge, load_judge
 from fmn_nb.emoji.scenes import Placed, Renderer, Scene
-from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE
+from fmn_nb.emoji.second_judge import SecondJudge, load_second_judge
+from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE, OBJECTS, STYLES
+from fmn_nb.evaluation_clip import Clip
+from fmn_nb.image_quality import Features, judge_features
+from fmn_nb.models import without_bars
 from fmn_nb.paths import data_dir
-from fmn_nb.protocol import Drawing
+from fmn_nb.protocol import EMOJI, Drawing, draw, drawings
+
+
+class NotThereError(FileNotFoundError):
+    """What a figure needs isn't there; the text is the reason that stands under "skipped"."""
 
 
 class EmojiWorld:
-    """The emoji world's judge, CLIP and sprites, each loaded when first asked for."""
+    """The emoji world's names, judges, CLIP and sprites, each loaded when first asked for."""
+
+    vocabulary = EMOJI
 
     def __init__(self, data: Path) -> None:
         self.data = data
@@ -29,23 +40,58 @@ class EmojiWorld:
         return load_judge(self.data / "emoji-judge")
 
     @cached_property
+    def second_judge(self) -> SecondJudge:
+        """A judge of another architecture, to check the first one's verdicts."""
+        return load_second_judge(self.data / "emoji-second-judge")
+
+    @cached_property
     def clip(self) -> CLIPModel:
-        if not (self.data / "emoji-clip").is_dir():
-            raise FileNotFoundError(f"no CLIP in {self.data}; build it with: fmn-nb pretrain --stages clip")
-        return CLIPModel.from_pretrained(self.data / "emoji-clip", dtype="float32").eval()
+        return self.scorer.model
 
     @cached_property
     def clip_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self.data / "emoji-clip")
+        with without_bars():
+            return CLIPTokenizer.from_pretrained(self._clip_folder())
+
+    @cached_property
+    def scorer(self) -> Clip:
+        """The bundled CLIP as a measure; NotThereError where it has not been trained."""
+        return Clip.load(self._clip_folder())
+
+    def _clip_folder(self) -> Path:
+        if not (self.data / "emoji-clip" / "config.json").is_file():
+            raise NotThereError("the bundled CLIP is not there; build it with: fmn-nb pretrain --stages clip")
+        return self.data / "emoji-clip"
+
+    @cached_property
+    def features(self) -> Features:
+        """What distances to real images are measured on."""
+        return judge_features(self.judge)
 
     @cached_property
     def renderer(self) -> Renderer:
         return Renderer(self.data / "sprites")
 
+    def judge_for(self, concept: Concept) -> Judge:
+        """The judge, which knows every concept of this world."""
+        return self.judge
+
     def real_images(self, wanted: Sequence[Drawing]) -> np.ndarray:
         """One real scene for each drawing: the same label and style, sharp; [images, height, width, 3] uint8."""
         rng = random.Random("real images")
         return self.renderer.images([_scene(d, rng) for d in wanted])
+
+    def real_set(self, concept: Concept) -> np.ndarray:
+        """Real scenes of everything but the concept, each name and style several times, for distances to them."""
+        return self.real_images([d for d in drawings(concept, size="full") if d.role == "retain"])
+
+    def examples(self, name: str, kind: str) -> np.ndarray:
+        """Real scenes of one name: an object in every style, a style on every object, a proper name's one drawing."""
+        if kind == "style":
+            return self.real_images([draw(label, name, "retain", kind) for label in OBJECTS])
+        if kind == "identity":
+            return self.real_images([draw(name, None, "retain", kind)])
+        return self.real_images([draw(name, style, "retain", kind) for style in STYLES])
 
 
 def _scene(drawing: Drawing, rng: random.Random) -> Scene:

@@ -61,6 +61,8 @@ def published_forget_me_not(
         generator: all random numbers: images in shuffled rounds, posterior noise, noise, timestep, in this order.
     """
     noise_scheduler, controller = DDPMScheduler.from_config(pipe.scheduler.config), Controller()
+    pipe.vae.requires_grad_(False)  # the U-Net's weights all keep their gradients, also those that aren't optimised
+    pipe.text_encoder.requires_grad_(False)
     for name, module in pipe.unet.named_modules():
         if name.endswith("attn2"):
             module.set_processor(Processor(controller))

@@ -119,6 +119,20 @@ def test_autocast_keeps_probabilities_in_single_precision(unet):
     assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.any()
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_autocast_under_checkpointing(unet, mode):
+    getattr(unet, mode)()
+    seen = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(loss_and_gradients(unet, backward_inside=checkpointing))
+    assert seen[1][0] == pytest.approx(seen[0][0], rel=1e-6) and seen[1][1].keys() == seen[0][1].keys()
+    for name, gradient in seen[0][1].items():
+        torch.testing.assert_close(seen[1][1][name], gradient, atol=1e-6, rtol=1e-3)
+
+
 def test_only_the_last_run_is_kept_and_none_without_one(unet):
     x, text = inputs()
     with record_attention(unet, differentiable=True) as attention:

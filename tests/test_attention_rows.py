@@ -6,17 +6,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from PIL import Image
-from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+from test_attention_recorder import by_hand, spied
+from tiny import generate, quiet, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention import NotRecordedError, record_attention
 from fmn_nb.concepts import PhraseNotFoundError, read_prompt
+from fmn_nb.models import denoiser
 
 MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart, "sd3": tiny_sd3, "flux": tiny_flux}
 PROMPTS = ["a photo of a cat", "a frog and a dog"]
@@ -115,18 +122,61 @@ def test_a_scheduler_that_repeats_timesteps_makes_a_step_of_each_evaluation(sche
     assert len(attention.images) == 1
 
 
-def test_image_to_image_and_inpainting(sd):
-    picture = Image.new("RGB", (24, 16), "teal")
-    with record_attention(kind := StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)) as a:
-        kind.set_progress_bar_config(disable=True)
-        kind(PROMPTS, image=[picture] * 2, strength=0.5, num_inference_steps=4, output_type="np")
-    assert a.steps == [0, 1] and len(a.images) == 2 and a.branches == ["cond", "uncond"]
-    assert a.map("dog", image=1).shape == (8, 12)
-    with record_attention(kind := StableDiffusionInpaintPipeline(**sd.components, requires_safety_checker=False)) as a:
-        kind.set_progress_bar_config(disable=True)
-        kind("a cat", image=picture, mask_image=Image.new("L", (24, 16), 255), num_inference_steps=2, height=16,
-             width=24, num_images_per_prompt=2, output_type="np")
-    assert len(a.images) == 2 and a.map("cat", image=1).shape == (8, 12)
+PICTURE = Image.radial_gradient("L").resize((24, 16)).convert("RGB")
+FROM_IMAGES = {
+    "sd-img2img": (tiny_sd, StableDiffusionImg2ImgPipeline), "sd-inpaint": (tiny_sd, StableDiffusionInpaintPipeline),
+    "sdxl-img2img": (tiny_sdxl, StableDiffusionXLImg2ImgPipeline),
+    "sdxl-inpaint": (tiny_sdxl, StableDiffusionXLInpaintPipeline),
+    "sd3-img2img": (tiny_sd3, StableDiffusion3Img2ImgPipeline),
+    "flux-img2img": (tiny_flux, FluxImg2ImgPipeline), "flux-inpaint": (tiny_flux, FluxInpaintPipeline)}
+
+
+def from_image(kind: str):
+    """A pipeline that starts from an image, and a function that draws two images for each of PROMPTS with it."""
+    maker, pipeline = FROM_IMAGES[kind]
+    pipe = quiet(pipeline.from_pipe(maker()))
+    masks = {"mask_image": Image.new("L", (24, 16), 255)} if "inpaint" in kind else {}
+    return pipe, lambda: generate(pipe, PROMPTS, image=PICTURE, strength=0.5, steps=4, num_images_per_prompt=2,
+                                  negative_prompt=["a fish", "a penguin"], seed=5, **guided(pipe, True), **masks)
+
+
+@pytest.mark.filterwarnings("ignore:You have passed 4 text prompts:FutureWarning")
+@pytest.mark.parametrize("kind", FROM_IMAGES)
+def test_image_to_image_and_inpainting(kind):
+    """Two prompts with two images each, part of the steps; whose map is whose, by each prompt's own embeddings."""
+    pipe, run = from_image(kind)
+    plain = run()
+    with record_attention(pipe) as attention:
+        layer = attention.chosen_layers[0]
+        seen, handles = spied(denoiser(pipe), [layer])
+        recorded = run()
+    for handle in handles:
+        handle.remove()
+    assert np.array_equal(plain, recorded)
+    assert attention.steps == [0, 1] and len(attention.images) == 4 and attention.branches == ["cond", "uncond"]
+    assert [image.seed for image in attention.images] == [5] * 4
+    assert attention.map("dog", image=3).shape == max(attention.grids.values())
+    assert [attention.text(n, "uncond").find(word).phrase for n, word in ((1, "fish"), (2, "penguin"))]
+
+    calls, (height, width) = seen[layer], attention.grids[layer]
+    guided_together = len(calls) == 2  # Flux calls cond and uncond one after the other
+    tokens = len(attention.text().tokens)
+    with torch.no_grad():
+        for step in (0, 1):
+            for image in range(4):
+                inputs = calls[step if guided_together else 2 * step]
+                full = by_hand(denoiser(pipe).get_submodule(layer), inputs)[image + 4 * guided_together]
+                expected = {"all": full, "last": full[:, : height * width, -tokens:],
+                            "first": full[:, tokens:, :tokens]}[attention.rules[layer].text]
+                torch.testing.assert_close(attention.values(layer, step=step, image=image), expected, atol=1e-5, rtol=0)
+
+
+def test_an_inpainting_model_with_mask_channels():
+    sd = tiny_sd(in_channels=9)
+    pipe = quiet(StableDiffusionInpaintPipeline(**sd.components, requires_safety_checker=False))
+    with record_attention(pipe) as attention:
+        generate(pipe, "a cat", image=PICTURE, mask_image=Image.new("L", (24, 16), 255), num_images_per_prompt=2)
+    assert len(attention.images) == 2 and attention.map("cat", image=1).shape == (8, 12)
 
 
 def test_guidance_switched_off_midway(sd):
@@ -151,6 +201,23 @@ def test_perturbed_rows_are_left_out(sd):
         generate(pag, PROMPTS, guidance_scale=4.0, pag_scale=3.0)
     assert len(attention.images) == 2 and attention.branches == ["cond", "uncond"]
     assert all(len(rows) == 4 for _, _, rows in attention.sums)
+
+
+def test_skip_layer_guidance_is_no_branch_and_no_step():
+    """Stable Diffusion 3 calls its transformer a third time, with some layers left out."""
+    sd3 = tiny_sd3()
+    with record_attention(sd3) as plain:
+        generate(sd3, PROMPTS, guidance_scale=4.0, steps=3)
+    calls = []
+    handle = sd3.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with record_attention(sd3) as attention:
+        generate(sd3, PROMPTS, guidance_scale=4.0, steps=3, skip_guidance_layers=[0], skip_layer_guidance_start=-1,
+                 skip_layer_guidance_stop=1)
+    handle.remove()
+    assert len(calls) == 6 and attention.steps == [0, 1, 2] and attention.branches == ["cond", "uncond"]
+    assert len(attention.images) == 2
+    np.testing.assert_allclose(attention.select("dog", image=1, step=0), plain.select("dog", image=1, step=0),
+                               atol=1e-6)
 
 
 def test_several_calls_are_several_images(sd):

@@ -11,6 +11,7 @@ from transformers import CLIPModel
 
 from fmn_nb.emoji.judge import NOTHING, Judge, load_judge
 from fmn_nb.emoji.pretrain import Pretraining, pretrain
+from fmn_nb.emoji.second_judge import load_second_judge
 from fmn_nb.emoji.training import Plan, Training, generator, trapezoid
 
 
@@ -156,3 +157,14 @@ def test_an_untrained_judge_can_answer_nothing():
     torch.nn.init.constant_(judge.label_head.bias, -50)
     verdict = judge.verdicts(np.zeros((1, 64, 64, 3), np.uint8))[0]
     assert verdict.label == NOTHING and verdict.seen == frozenset()
+
+
+def test_the_second_judge_is_of_another_architecture_and_answers_alike(smoke):
+    second = load_second_judge(smoke / "emoji-second-judge")
+    assert not [module for module in second.layers.modules() if isinstance(module, torch.nn.Conv2d)]
+    verdicts = second.verdicts(np.zeros((3, 64, 64, 3), np.uint8))
+    assert len(verdicts) == 3 and {verdict.style for verdict in verdicts} <= set(second.config.styles)
+    features = second.features(torch.zeros(2, 3, 64, 64))
+    assert features.shape == (2, second.label_head.in_features)
+    with pytest.raises(FileNotFoundError, match="fmn-nb pretrain --stages second-judge"):
+        load_second_judge(smoke / "nowhere")

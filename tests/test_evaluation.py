@@ -12,7 +12,7 @@ from fmn_nb.emoji.judge import NOTHING, Verdict
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.evaluation import Measures, harmonic_mean, judge_images, measure
 from fmn_nb.intervals import bootstrap, wilson
-from fmn_nb.protocol import UnknownConceptError, drawings, image_seed, target_label
+from fmn_nb.protocol import FORGET_SET, REPEATS, UnknownConceptError, drawings, image_seed, target_label
 
 CAT = Concept("cat")
 
@@ -88,7 +88,7 @@ def test_figures_by_hand_for_an_object():
     assert found.ira == pytest.approx(22 / 23)
     assert found.cra == pytest.approx(5 / 6)
     assert found.h == pytest.approx(3 / (6 / 5 + 23 / 22 + 6 / 5))
-    assert found.images == 5 * 6 * 24
+    assert found.images == FORGET_SET["full"] + REPEATS["full"] * 6 * 23
 
 
 def test_figures_by_hand_for_a_style():
@@ -127,6 +127,13 @@ def test_missing_images_are_an_error_and_never_forgetting():
         judge_images(Puppet(wanted, faithful), CAT, wanted, [Image.new("RGB", (8, 8))] * 3)
 
 
+def test_too_few_images_for_a_figure_are_an_error():
+    wanted = [d for d in drawings(CAT) if d.role == "forget"]
+    outcomes = judge_images(Puppet(wanted, faithful), CAT, wanted, [Image.new("RGB", (8, 8))] * len(wanted))
+    with pytest.raises(ValueError, match="no image was judged for IRA, CRA"):
+        measure(outcomes, CAT)
+
+
 def test_the_forget_set_names_the_concept_and_the_retain_set_never():
     cases = [CAT, Concept("birthday cake"), Concept("mouse"), Concept("noto", kind="style"),
              Concept("Milo", kind="identity")]
@@ -139,9 +146,10 @@ def test_the_forget_set_names_the_concept_and_the_retain_set_never():
             assert {d.role for d in wanted} == {"forget", "retain"}
 
 
-def test_full_draws_every_object_in_every_style_five_times():
+def test_full_draws_every_object_in_every_style_several_times():
     wanted = drawings(CAT, size="full")
-    assert len(wanted) == 5 * len(OBJECTS) * len(STYLES)
+    retained = [(d.label, d.style) for d in wanted if d.role == "retain"]
+    assert REPEATS["full"] >= 3 and len(retained) == REPEATS["full"] * (len(OBJECTS) - 1) * len(STYLES)
     assert {(d.label, d.style) for d in wanted} == {(o, s) for o in OBJECTS for s in STYLES}
     classes = {d.label for d in drawings(Concept("Milo", kind="identity"), size="full")}
     assert classes == {*IDENTITIES, *OBJECTS}, "an identity is measured against its class and the other names"

@@ -1,13 +1,12 @@
-"""The known faults of published Forget-Me-Not implementations, one test each: this package doesn't have them.
-
-Fault 9, evaluation that hides failures, is tested with the evaluation.
-"""
+"""The known faults of published Forget-Me-Not implementations, a test for each: this package doesn't have them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -17,10 +16,15 @@ from tiny import tiny_sd
 from fmn_nb.attention import MissedLayersError, record_attention
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import conditions, predict
-from fmn_nb.forgetting import forget
+from fmn_nb.emoji.judge import Judge, Verdict
+from fmn_nb.evaluation_measures import judge_images
+from fmn_nb.forgetting import ForgettingError, forget
 from fmn_nb.forgetting_loss import resteering_loss
 from fmn_nb.forgetting_prompts import concept_mask
+from fmn_nb.generation import generate
+from fmn_nb.image_quality import frechet_distance
 from fmn_nb.inversion import InversionSettings, LearnedTokens, invert
+from fmn_nb.protocol import drawings
 
 LENGTH = 16
 
@@ -157,6 +161,28 @@ def test_fault_7_attention_that_cannot_be_heard_is_an_error_not_an_empty_loss() 
     assert_unchanged(pipe, before)
 
 
+def test_fault_7_an_attention_that_is_exchanged_on_the_way_is_noticed_in_the_next_step() -> None:
+    """Sliced attention stands for every memory-efficient kind that replaces the layers' processors."""
+    pipe, steps = tiny_sd(), []
+
+    def exchange(progress) -> None:
+        steps.append(progress.step)
+        if progress.step == 2:
+            pipe.enable_attention_slicing(1)
+
+    with pytest.raises(MissedLayersError, match=r"SlicedAttnProcessor.*disable_attention_slicing"):
+        forget(pipe, Concept("cat"), preset="paper", references=noise_images(2), steps=4, callback=exchange)
+    assert steps == [1, 2]
+
+
+def test_fault_7_a_loss_without_a_trained_weight_behind_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever hides the attention's graph, nothing is ever trained on a loss that can't move it."""
+    monkeypatch.setattr("fmn_nb.forgetting_terms.resteering_loss",
+                        lambda *_: torch.zeros((), requires_grad=True))
+    with pytest.raises(ForgettingError, match="no trained weight got a gradient"):
+        forget(tiny_sd(), Concept("cat"), preset="paper", references=noise_images(2), steps=2)
+
+
 def test_fault_7_gradient_checkpointing_counts_nothing_twice() -> None:
     found = {}
     for checkpointing in (False, True):
@@ -193,6 +219,39 @@ def test_fault_8_inversion_starts_from_words_keeps_numeric_order_and_trains_the_
     loaded = plain.text_encoder.get_input_embeddings().weight
     ids = [plain.tokenizer.convert_tokens_to_ids(name) for name in tokens.token_names]
     assert ids == sorted(ids) and torch.equal(loaded[ids], tokens.vectors[0])
+
+
+def test_fault_9_a_missing_image_is_an_error_and_never_counts_as_forgotten() -> None:
+    """A judge that sees nothing where there is nothing would call every one of them forgotten."""
+    cat, nothing = Concept("cat"), Verdict("nothing", "noto", frozenset(), 0.0)
+    judge = SimpleNamespace(verdicts=lambda images: [nothing] * len(images))
+    wanted = drawings(cat)
+    pictures = noise_images(len(wanted))
+    assert len(judge_images(judge, cat, wanted, pictures)) == len(wanted)
+    for there in (pictures[:-1], []):
+        with pytest.raises(ValueError, match=f"{len(wanted)} images were asked for, {len(there)} are there"):
+            judge_images(judge, cat, wanted, there)
+
+
+def test_fault_9_noise_depends_on_the_image_and_never_on_its_place_in_a_batch() -> None:
+    pipe, prompts, seeds = tiny_sd(), ["a cat", "a dog", "a cat", "a frog"], [5, 6, 7, 5]
+    at_once, in_pairs, singly = (generate(pipe, prompts, seeds, steps=2, batch=batch) for batch in (4, 2, 1))
+    for first, second, third in zip(at_once, in_pairs, singly, strict=True):
+        close = [np.asarray(image, dtype=float) for image in (first, second, third)]
+        assert np.abs(close[0] - close[1]).max() <= 2 and np.abs(close[0] - close[2]).max() <= 2
+    noise = [np.asarray(image, dtype=float) for image in generate(pipe, ["a cat"] * 4, [1, 2, 3, 4], steps=2, batch=2)]
+    for one in range(4):
+        for other in range(one):
+            assert np.abs(noise[one] - noise[other]).max() > 2  # a seed restarted in each batch would repeat them
+
+
+def test_fault_9_a_frechet_distance_takes_both_sides_through_one_network() -> None:
+    """Distances on the features of different networks have nothing to do with each other: here there is no choice."""
+    judge, seen = Judge(labels=["cat"], styles=["noto"], channels=(8, 8), image_size=16).eval(), []
+    real = judge.features
+    judge.features = lambda images: (seen.append(len(images)), real(images))[1]
+    frechet_distance(judge, noise_images(3), noise_images(4, seed=1))
+    assert sum(seen) == 7
 
 
 def test_fault_10_text_encoders_are_reached_without_text_model() -> None:

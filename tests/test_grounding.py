@@ -86,6 +86,16 @@ def test_the_summary_has_intervals_and_what_a_flat_map_scores():
         summarise(scores.iloc[:0])
 
 
+def test_maps_of_one_image_are_drawn_together():
+    """Ten rows of two images are two outcomes, not ten: the interval reaches from the one to the other."""
+    rows = {"pointing": [True] * 10, "iou": [0.2] * 5 + [0.8] * 5, "inside": [0.5] * 10, "area": [0.1] * 10}
+    apart, together = summarise(pd.DataFrame(rows)), summarise(pd.DataFrame(rows | {"image": [0] * 5 + [1] * 5}))
+    iou = SCORES["iou"]
+    assert together.loc[iou, "mean"] == apart.loc[iou, "mean"] == pytest.approx(0.5)
+    assert together.loc[iou, ["low", "high"]].tolist() == pytest.approx([0.2, 0.8])
+    assert 0.25 < apart.loc[iou, "low"] and apart.loc[iou, "high"] < 0.75
+
+
 def test_scenes_come_with_masks_of_their_words():
     images, prompts, masks = held_out_scenes(3, seed=1)
     assert len(images) == len(prompts) == len(masks) == 3

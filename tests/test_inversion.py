@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import tiny_sd, tiny_sdxl
 
+from fmn_nb import inversion
+from fmn_nb.concepts import TEMPLATES
 from fmn_nb.inversion import InversionError, InversionSettings, LearnedTokens, invert
 from fmn_nb.references import encode
 
@@ -54,10 +56,61 @@ def test_plain_diffusers_draws_the_same_with_the_tokens(tmp_path: Path) -> None:
     assert again.name == "<toy>" and torch.equal(again.vectors[0], tokens.vectors[0])
 
 
+def test_plain_diffusers_takes_the_tokens_of_both_text_encoders(tmp_path: Path) -> None:
+    pipe, plain = tiny_sdxl(), tiny_sdxl()
+    tokens = invert(pipe, noise_images(2), settings=QUICK, name="<toy>")
+    tokens.save(tmp_path)
+    plain.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors",
+                                 text_encoder=plain.text_encoder, tokenizer=plain.tokenizer)
+    plain.load_textual_inversion(tmp_path, weight_name="learned_embeds_2.safetensors",
+                                 text_encoder=plain.text_encoder_2, tokenizer=plain.tokenizer_2)
+    with tokens.loaded(pipe):
+        assert torch.equal(draw(pipe, "a photo of <toy>"), draw(plain, "a photo of <toy>"))
+    assert [v.shape for v in LearnedTokens.load(tmp_path).vectors] == [v.shape for v in tokens.vectors]
+
+
+@pytest.mark.parametrize(("kind", "first"), [
+    ("object", "a photo of <t>"), ("style", "a photo in the style of <t>"), ("identity", "a photo of <t>")])
+def test_each_kind_has_its_templates(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], inversion.conditions
+    monkeypatch.setattr(inversion, "conditions",
+                        lambda pipe, prompts, **more: (seen.extend(prompts), real(pipe, prompts, **more))[1])
+    still = {"tokens": 1, "steps": 3}
+    invert(tiny_sd(), noise_images(1), kind=kind, name="<t>", settings=InversionSettings(**still))
+    assert seen == [first] * 3
+    seen.clear()
+    invert(tiny_sd(), noise_images(1), kind=kind, name="<t>", settings=InversionSettings(**still, varied=True))
+    assert seen == [template.format("<t>") for template in TEMPLATES[kind][:3]] and seen[0] == first
+
+
+def test_several_learned_tokens_can_be_known_at_once() -> None:
+    pipe = tiny_sd()
+    before, noise = snapshot(pipe), torch.Generator().manual_seed(0)
+    one, two = (LearnedTokens(name, (torch.randn(2, 16, generator=noise),)) for name in ("<one>", "<two>"))
+    with one.loaded(pipe):
+        alone = draw(pipe, "a photo of <one>")
+        with two.loaded(pipe):
+            assert torch.equal(draw(pipe, "a photo of <one>"), alone)
+            both = draw(pipe, "<one> and <two>")
+        with LearnedTokens("<two>", (two.vectors[0] + 1,)).loaded(pipe):
+            assert not torch.equal(draw(pipe, "<one> and <two>"), both)
+    assert_unchanged(pipe, {**before, "timesteps": pipe.scheduler.timesteps, "steps": 3})
+
+
+def test_a_token_that_would_break_the_order_is_refused() -> None:
+    pipe = tiny_sd()
+    with LearnedTokens("<toy>_1", (torch.zeros(1, 16),)).loaded(pipe):
+        with pytest.raises(InversionError, match="already knows a token '<toy>_1'"):
+            invert(pipe, noise_images(1), name="<toy>", settings=QUICK)
+        with (pytest.raises(InversionError, match="already knows some"),
+              LearnedTokens("<toy>", (torch.zeros(2, 16),)).loaded(pipe)):
+            pass
+
+
 def test_lengths_are_drawn_to_what_was_asked_for() -> None:
     pipe = tiny_sd()
     vocabulary = pipe.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
-    for norm, wanted in ((0.4, 0.4), ("vocabulary", float(vocabulary))):
+    for norm, wanted in ((0.4, 0.4), ("vocabulary", float(vocabulary.detach()))):
         tokens = invert(pipe, noise_images(1), settings=InversionSettings(tokens=2, steps=2, warmup=0, norm=norm,
                                                                           learning_rate=0.01))
         assert tokens.vectors[0].norm(dim=-1).tolist() == pytest.approx([wanted] * 2, rel=1e-4)

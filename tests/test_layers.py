@@ -14,17 +14,20 @@ PACKAGE = Path(fmn_nb.__file__).parent
 MOST_LINES = 340  # "about 300"
 #: Lowest first; a module imports from its own layer or from lower ones. A new module gets its place here.
 LAYERS = (
-    ("files", "paths", "checksums", "intervals", "generation", "prompt_tokens"),
+    ("files", "paths", "checksums", "image_change", "intervals", "generation", "prompt_tokens", "plots_figure",
+     "plots_evaluation"),
     ("emoji", "emoji.*", "results", "parameters"),
     ("models", "concepts"),
     ("attention", "attention_*", "grounding", "denoising", "references"),
     ("inversion", "inversion_*"),
     ("patches", "patch_*"),
     ("forgetting", "forgetting_*"),
-    ("protocol", "worlds", "image_quality", "evaluation", "evaluation_*"),
+    ("protocol", "worlds", "image_quality", "evaluation", "evaluation_*", "m_score", "attacks",
+     "attacks_*", "sequence"),
     ("plots", "plots_*"),
     ("widgets", "widgets_*"),
     ("emoji.card", "emoji.picture", "emoji.quality", "emoji.pretrain"),  # they use what the rest offers
+    ("benchmark", "benchmark_*"),
     ("report", "plans", "runs", "check", "sweeps", "sweep_*", "clusters"),
     ("cli",),
 )

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from snapshots import assert_unchanged, draw, snapshot
-from tiny import tiny_pixart, tiny_sd
+from quick import quick
+from safetensors.torch import save_file
+from snapshots import assert_unchanged, draw, noise_images, snapshot
+from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
+from fmn_nb import patch_files, patches
 from fmn_nb.inversion import LearnedTokens
 from fmn_nb.models import fingerprint
-from fmn_nb.patches import Patch, PatchFileError, PatchMismatchError, applied_patches, combine
+from fmn_nb.patches import Patch, PatchFileError, PatchMismatchError, applied_patches, combine, weights_checksum
 
 PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 CONVOLUTION = "conv_in"
@@ -65,8 +68,14 @@ def test_scale_multiplies_the_difference(base: dict) -> None:
             torch.testing.assert_close(pipe.unet.get_submodule(PROJECTION).weight, own + scale * up @ down)
         with patch.scaled(scale).applied(pipe):
             torch.testing.assert_close(pipe.unet.get_submodule(PROJECTION).weight, own + scale * up @ down)
+    checksum, weight = weights_checksum(pipe), pipe.unet.get_submodule(PROJECTION).weight
     with patch.applied(pipe, scale=0.0):
-        assert torch.equal(pipe.unet.get_submodule(PROJECTION).weight, own)
+        assert pipe.unet.get_submodule(PROJECTION).weight is weight and weights_checksum(pipe) == checksum
+        with weights(base).applied(pipe):
+            assert weights_checksum(pipe) != checksum
+    with patch.applied(pipe, scale=1e-3):
+        assert weights_checksum(pipe) != checksum and applied_patches(pipe) == [(patch, 1e-3)]
+    assert weights_checksum(pipe.to(torch.bfloat16)) != checksum
 
 
 def test_patches_stack_and_come_off_in_any_order(base: dict) -> None:
@@ -128,6 +137,97 @@ def test_plain_diffusers_takes_a_lora_and_draws_the_same(base: dict, tmp_path: P
             ours = draw(pipe)
         torch.testing.assert_close(draw(plain), ours, rtol=1e-4, atol=1e-4)
         assert (ours - untouched).abs().max() > 0.01  # far above the rounding
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3, tiny_flux])
+def test_plain_diffusers_takes_a_lora_of_any_kind_of_model(make, tmp_path: Path) -> None:
+    pipe, plain = make(), make()
+    for one in (pipe, plain):
+        if make is tiny_flux:
+            one.default_sample_size = 4  # 4096 packed positions would only be slow
+    patch = quick(pipe, train="lora", learning_rate=5e-2, retain_weight=0.0)
+    patch.save(tmp_path)
+    untouched = draw(pipe, steps=2)
+    plain.load_lora_weights(tmp_path, adapter_name="forget")
+    for scale in (1.0, 0.3):
+        plain.set_adapters("forget", scale)
+        with patch.applied(pipe, scale):
+            ours = draw(pipe, steps=2)
+        change = (ours - untouched).abs().max()
+        assert change > 1e-3 and (draw(plain, steps=2) - ours).abs().max() < 0.02 * change
+
+
+def test_plain_diffusers_mixes_two_loras_as_combine_does(base: dict, tmp_path: Path) -> None:
+    parts, pipe, plain = {"one": lora(base, 0), "two": lora(base, 1, rank=2, name="dog")}, tiny_sd(), tiny_sd()
+    for name, patch in parts.items():
+        plain.load_lora_weights(patch.save(tmp_path / name), adapter_name=name)
+    plain.set_adapters(["one", "two"], [1.0, -0.5])
+    with combine(list(parts.values()), weights=[1.0, -0.5]).applied(pipe):
+        torch.testing.assert_close(draw(plain), draw(pipe), rtol=1e-4, atol=1e-4)
+
+
+def test_a_patch_goes_on_and_comes_off_beside_adapters_of_plain_diffusers(base: dict, tmp_path: Path) -> None:
+    """The adapters of a LoRA from elsewhere wrap the layer whose weight the patch changes."""
+    pipe, patch = tiny_sd(), lora(base, 1)
+    pipe.load_lora_weights(lora(base, 0).save(tmp_path), adapter_name="other")
+    with_other = draw(pipe)
+    before = snapshot(pipe)
+    with patch.applied(pipe):
+        both = draw(pipe)
+    assert torch.equal(draw(pipe), with_other) and not torch.equal(both, with_other)
+    assert_unchanged(pipe, {**snapshot(pipe), **{k: v for k, v in before.items() if k.startswith("unet")}})
+    pipe.unload_lora_weights()
+    with combine([lora(base, 0), patch]).applied(pipe):
+        torch.testing.assert_close(draw(pipe), both, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_patch_holds_changed_tensors_alone_and_says_what_it_is(tmp_path: Path) -> None:
+    """What comes after the last attention layer has no influence on the loss, so the published method leaves it."""
+    pipe = tiny_sd()
+    patch = quick(pipe, preset="paper", references=noise_images(1), learning_rate=1e-4, seed=5)
+    names = dict(pipe.unet.named_parameters())
+    assert "conv_in.weight" in patch.tensors and "conv_out.weight" not in patch.tensors
+    assert all(change.any() and change.shape == names[name].shape for name, change in patch.tensors.items())
+    said = json.loads((patch.save(tmp_path) / "fmn.json").read_text())
+    assert said["concepts"] == [{"name": "cat", "kind": "object", "phrase": "cat"}]
+    assert (said["preset"], said["seed"], said["settings"]["learning_rate"]) == ("paper", 5, 1e-4)
+    assert said["base"]["fingerprint"] == fingerprint(pipe) and said["versions"]["torch"]
+    assert patch.report.items() <= patch.info["forgetting"].items() and "losses" not in patch.report
+    assert said["forgetting"]["steps"] == patch.report["steps"] == 2
+    assert said["forgetting"]["patch_bytes"] == patch.nbytes
+    measured = Patch(patch.kind, patch.tensors, {**patch.info, "metrics": {"ua": 1.0}})
+    assert Patch.load(measured.save(tmp_path)).info["metrics"] == {"ua": 1.0}
+
+
+def test_half_precision_states_what_it_loses(base: dict, tmp_path: Path) -> None:
+    patch = weights(base)
+    half = Patch.load(patch.save(tmp_path / "half", half=True))
+    lost = sum((half.tensors[name].float() - tensor).square().sum() for name, tensor in patch.tensors.items())
+    whole = sum(tensor.square().sum() for tensor in patch.tensors.values())
+    assert 0 < half.info["half_error"] == pytest.approx(float((lost / whole).sqrt()), rel=0.01)
+    assert "half_error" not in patch.info
+    with pytest.raises(ValueError, match="too large for float16"):
+        patch.scaled(1e9).save(tmp_path / "large", half=True)
+    assert not (tmp_path / "large").exists()
+
+
+def test_an_application_that_fails_half_way_leaves_the_model_as_it_was(
+    base: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, put, done = tiny_sd(), patches.set_parameter, []
+    before = snapshot(pipe)
+
+    def fails_once(*args):
+        done.append(args)
+        if len(done) == 2:
+            raise MemoryError
+        put(*args)
+
+    monkeypatch.setattr(patches, "set_parameter", fails_once)
+    with pytest.raises(MemoryError):
+        weights(base).apply(pipe)
+    assert len(done) > 2 and not applied_patches(pipe)
+    assert_unchanged(pipe, before)
 
 
 def test_learned_tokens_are_shipped_only_when_asked_for(base: dict, tmp_path: Path) -> None:
@@ -224,6 +324,45 @@ def test_damaged_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
         file.write_text(json.dumps(["x"] if change is None else {**json.loads(file.read_text()), **change}))
         with pytest.raises(PatchFileError, match="schema 99|doesn't describe"):
             Patch.load(file.parent)
+
+
+def test_foreign_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
+    """Files that are whole and say the right sum, but hold something else."""
+    good = lora(base)
+
+    def forged(name: str, tensors: dict, **said: object) -> Path:
+        folder = good.save(tmp_path / name)
+        file = folder / "pytorch_lora_weights.safetensors"
+        if tensors:
+            save_file(tensors, file)
+        info = {**json.loads((folder / "fmn.json").read_text()), "sha256": patch_files._sha256(file), **said}
+        (folder / "fmn.json").write_text(json.dumps(info))
+        return folder
+
+    down, up = (f"unet.{name}" for name in good.tensors)
+    whole = {f"unet.{name}": tensor for name, tensor in good.tensors.items()}
+    assert Patch.load(forged("good", whole)).tensors.keys() == good.tensors.keys()
+    for name, tensors, said, text in (
+        ("other model", {"text_encoder.weight": torch.zeros(1)}, {}, "not a patch's tensors"),
+        ("half a pair", {down: whole[down]}, {}, "missing or differ in rank"),
+        ("two ranks", {**whole, up: torch.zeros(16, 1)}, {}, "missing or differ in rank"),
+        ("nan", {**whole, up: whole[up] * float("nan")}, {}, "NaN or infinite"),
+        ("base", {}, {"base": "stable diffusion"}, "doesn't describe a patch"),
+        ("concepts", {}, {"concepts": "cat"}, "doesn't describe a patch"),
+        ("tokens", {}, {"tokens": "<toy>"}, "can't be read as learned tokens"),
+    ):
+        with pytest.raises(PatchFileError, match=text):
+            Patch.load(forged(name, tensors, **said))
+    pickled = good.save(tmp_path / "pickled")
+    torch.save(whole, pickled / "pytorch_lora_weights.safetensors")
+    said = {"sha256": patch_files._sha256(pickled / "pytorch_lora_weights.safetensors")}
+    (pickled / "fmn.json").write_text(json.dumps({**json.loads((pickled / "fmn.json").read_text()), **said}))
+    with pytest.raises(PatchFileError, match="no valid safetensors"):
+        Patch.load(pickled)
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "fmn.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PatchFileError, match="not valid JSON"):
+        Patch.load(tmp_path / "binary")
 
 
 def test_nan_never_becomes_a_patch() -> None:

@@ -17,6 +17,10 @@ from fmn_nb.attention import NotRecordedError, probabilities, record_attention
 from fmn_nb.attention_tables import (
     comparison,
     describe,
+    describe_pair,
+    describe_qkv,
+    describe_rows,
+    describe_tokens,
     head_table,
     layer_table,
     place,
@@ -176,6 +180,49 @@ def test_maps_in_words():
         comparison([values, values[:3]], ["one", "two"])
 
 
+def test_sentences_by_hand():
+    flat, corner = np.full((3, 3), 0.02), np.full((3, 3), 0.01)
+    corner[0, 2] = 0.4
+    assert describe_pair(corner, flat, ("before", "after")) == (
+        "On average 5.3% before and 2.0% after; the largest difference is +38.0%, at the upper right.")
+    assert describe_rows([[flat, corner], [flat, None]], ["down", "mid"], ["step 0", "step 1"]) == (
+        "Mean attention by row. down: most at step 1 (5.3%), least at step 0 (2.0%); mid: most at step 0 (2.0%).")
+    masses = [("begin", 0.7), ("a", 0.1), ("cat", 0.15), ("end", 0.05)]
+    assert describe_tokens(masses, {"a", "cat"}) == (
+        "Of 4 tokens 'begin' gets most attention (70.0%), of the words 'cat' (15.0%).")
+    assert describe_tokens(masses[1:], {"a", "cat"}) == "Of 3 tokens 'cat' gets most attention (15.0%)."
+    shares = np.array([[0.9, 0.1, 0.0], [0.3, 0.4, 0.3], [0.3, 0.4, 0.3]])
+    assert describe_qkv(shares, ["begin", "cat", "end"]) == (
+        "Of 3 tokens 'begin' gets most attention (50% on average); for 2 of the 3 pixels shown 'cat' has the largest "
+        "share. Each row of A sums to 1.")
+
+
+def test_every_figure_says_in_words_what_it_shows(record, picture, tmp_path):
+    values, uncond = record.map("cat"), record.map("cat", branch="uncond")
+    matrices = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3, 4)
+    expected = {
+        plots.attention_map(values, "cat"): describe(values, "cat"),
+        plots.overlay(picture, values, "cat"): describe(values, "cat"),
+        plots.cond_uncond(record, "cat"): describe_pair(values, uncond, ("with the prompt (cond)", "without (uncond)")),
+        plots.before_after(record, record, "cat"): describe_pair(values, values, ("before", "after")),
+        plots.qkv(*matrices, ["a", "b", "c"]): describe_qkv(
+            probabilities(matrices[0], matrices[1]).numpy(), ["a", "b", "c"])}
+    for figure, words in expected.items():
+        assert figure.words == words == repr(figure)
+    table, words = token_table(record).set_index("token"), plots.token_panel(record).words
+    own = table[table["part"] == "words"]["mass"]
+    assert f"gets most attention ({table['mass'].max():.1%}), of the words {own.idxmax()!r} ({own.max():.1%})" in words
+    layer, words = record.layers[0], plots.step_layer_sheet(record, "cat").words
+    steps = [record.mass("cat", layer=layer, step=step) for step in record.steps]
+    assert f"down 0.0: most at step {np.argmax(steps)} ({max(steps):.1%})" in words and words.count("most at") == 7
+    heads = [record.mass("cat", layer=layer, head=head) for head in (0, 1)]
+    assert f"down 0.0: most at head {np.argmax(heads)} ({max(heads):.1%})" in plots.head_sheet(record, "cat").words
+    with Image.open(plots.step_gif(record, "cat", tmp_path / "cat.gif")) as gif:
+        strongest = step_table(record, "cat")["mass"].idxmax()
+        assert f"cat: most at step {strongest} (" in gif.info["comment"].decode()
+    assert plots.attention_map(np.zeros((2, 2)), "cat").words == "'cat' gets no attention anywhere."
+
+
 def test_the_explorer_shows_what_is_chosen(record, picture):
     explorer = AttentionExplorer(record, [picture])
     first = bytes(explorer.picture.value)
@@ -209,10 +256,9 @@ def test_a_notebook_shows_a_figure_without_pyplot(record):
 
 
 def test_a_notebook_s_smaller_picture_keeps_the_colours(record):
-    figure = plots.cond_uncond(record, "cat")
-    full, small = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int)
-                   for png in (plots.as_png(figure), figure._repr_png_()))
-    assert len(figure._repr_png_()) < len(plots.as_png(figure)) and abs(full - small).max() < 24
+    pngs = plots.as_png(plots.cond_uncond(record, "cat")), plots.cond_uncond(record, "cat")._repr_png_()
+    full, small = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int) for png in pngs)
+    assert len(pngs[1]) < len(pngs[0]) / 2 and abs(full - small).max() < 24
 
 
 def test_a_sheet_names_all_columns_where_its_first_row_is_short():

@@ -150,7 +150,7 @@ def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
         out_channels=8, cross_attention_dim=16, caption_channels=16, use_additional_conditions=False,
         norm_type="ada_norm_single").eval()
-    _fill_zero_weights(transformer)
+    fill_zero_weights(transformer)
     return quiet(PixArtSigmaPipeline(
         tokenizer=tokenizer, text_encoder=t5_text_encoder(tokenizer), vae=tiny_vae(), transformer=transformer,
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False)))
@@ -185,7 +185,7 @@ def tiny_flux(seed: int = 0) -> FluxPipeline:
         text_encoder_2=t5_text_encoder(t5, width=32), tokenizer_2=t5, transformer=transformer))
 
 
-def _fill_zero_weights(module: torch.nn.Module) -> None:
+def fill_zero_weights(module: torch.nn.Module) -> None:
     """Give weights that start at zero small random values, so that every part of a random model has an effect."""
     with torch.no_grad():
         for parameter in module.parameters():

@@ -38,7 +38,7 @@ and {words} ambiguous words.
 {training}
 
 Minutes are those of one machine with two CPU cores, shared with other work. The recipe is `fmn-nb pretrain`; the
-sizes of everything stand in `fmn_nb/emoji/pretrain.py`.
+sizes of everything stand in `fmn_nb/emoji/pretrain.py`.{history}
 
 ## Measured
 
@@ -75,6 +75,11 @@ method works, not how well it works on a large model.
 """
 
 
+CONTINUED = """ The diffusion model went on from a finished pipeline of the
+same recipe (`fmn-nb pretrain --start-from`), whose own steps and minutes are not in the table; parts that are not in
+the table either were taken from an earlier training by the same recipe."""
+
+
 def write_card(folder: Path, figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline,
                steps: int = STEPS) -> Path:
     """Write README.md, quality.json, training.json and the images of the model card into the model's folder."""
@@ -93,6 +98,7 @@ def _text(figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeli
         objects=len(OBJECTS), styles=len(STYLES), names=len(IDENTITIES), words=len(AMBIGUOUS),
         sizes="\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items()),
         training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
+        history=CONTINUED if training.get("diffusion", {}).get("started_from") else "",
         steps=steps, guidance=GUIDANCE,
         figures="\n".join(_row(f) for f in figures),
         style_names=", ".join(STYLES), identity_names=", ".join(IDENTITIES), word_names=", ".join(AMBIGUOUS),

@@ -29,27 +29,11 @@ class Verdict:
     probability: float  # of the most probable label
 
 
-class Judge(ModelMixin, ConfigMixin):
-    """A convolutional network: four blocks that halve the image, maximum over places, one head a question.
+class Judging:
+    """What every judge does with its logits: two heads on `features`, and verdicts in words.
 
     Labels are judged independently of each other (an image may hold two objects), styles exclude each other.
     """
-
-    @register_to_config
-    def __init__(self, labels: Sequence[str] = LABELS, styles: Sequence[str] = tuple(STYLES),
-                 channels: Sequence[int] = (32, 64, 96, 128), image_size: int = IMAGE_SIZE) -> None:
-        super().__init__()
-        blocks, width = [], 3
-        for channel in channels:
-            blocks.append(_block(width, channel))
-            width = channel
-        self.blocks = nn.Sequential(*blocks)
-        self.label_head = nn.Linear(width, len(labels))
-        self.style_head = nn.Linear(width, len(styles))
-
-    def features(self, images: Tensor) -> Tensor:
-        """[batch, 3, height, width] in [-1, 1] to the features before the heads, [batch, 128]."""
-        return self.blocks(images).amax(dim=(2, 3))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the labels [batch, labels] and of the styles [batch, styles]."""
@@ -72,6 +56,26 @@ class Judge(ModelMixin, ConfigMixin):
         seen = frozenset(names[i] for i in (probabilities > 0.5).nonzero().flatten().tolist())
         return Verdict(names[best] if probabilities[best] > 0.5 else NOTHING, self.config.styles[int(style)], seen,
                        float(probabilities[best]))
+
+
+class Judge(Judging, ModelMixin, ConfigMixin):
+    """A convolutional network: four blocks that halve the image, maximum over places, one head a question."""
+
+    @register_to_config
+    def __init__(self, labels: Sequence[str] = LABELS, styles: Sequence[str] = tuple(STYLES),
+                 channels: Sequence[int] = (32, 64, 96, 128), image_size: int = IMAGE_SIZE) -> None:
+        super().__init__()
+        blocks, width = [], 3
+        for channel in channels:
+            blocks.append(_block(width, channel))
+            width = channel
+        self.blocks = nn.Sequential(*blocks)
+        self.label_head = nn.Linear(width, len(labels))
+        self.style_head = nn.Linear(width, len(styles))
+
+    def features(self, images: Tensor) -> Tensor:
+        """[batch, 3, height, width] in [-1, 1] to the features before the heads, [batch, 128]."""
+        return self.blocks(images).amax(dim=(2, 3))
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -102,7 +106,7 @@ def load_judge(folder: Path) -> Judge:
     return Judge.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def judge_loss(judge: Judge, images: np.ndarray, labels: Tensor, styles: Tensor, batch: int):
+def judge_loss(judge: nn.Module, images: np.ndarray, labels: Tensor, styles: Tensor, batch: int):
     """The loss of one step: binary cross-entropy of the labels plus cross-entropy of the styles.
 
     `labels` [images, labels] holds 0 and 1, `styles` [images] class numbers. Half the images are made noisy or a bit

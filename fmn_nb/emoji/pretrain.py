@@ -32,6 +32,7 @@ from fmn_nb.emoji.judge import Judge, judge_loss
 from fmn_nb.emoji.picture import write_picture
 from fmn_nb.emoji.quality import Quality
 from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
+from fmn_nb.emoji.second_judge import SecondJudge
 from fmn_nb.emoji.sprites import build_sprites
 from fmn_nb.emoji.tokenizer import train_tokenizer
 from fmn_nb.emoji.training import Plan, Training
@@ -41,7 +42,7 @@ from fmn_nb.files import read_json, replacing, replacing_folder, write_json
 from fmn_nb.models import load
 from fmn_nb.paths import data_dir
 
-STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "quality", "picture")
+STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality", "picture")
 ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
 
 
@@ -62,7 +63,7 @@ class Size:
     quality_steps: int
 
 
-FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=6500, diffusion_batch=32,
+FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4000, diffusion_batch=32,
             clip_steps=700, clip_batch=64, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=20)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20, quality_steps=2)
@@ -124,7 +125,7 @@ class Pretraining:
         for stage in STAGES:
             if stage in stages:
                 self.log(f"--- {stage}")
-                getattr(self, f"_{stage}")()
+                getattr(self, "_" + stage.replace("-", "_"))()
         return self.out
 
     def take_over(self, folder: Path) -> None:
@@ -194,16 +195,22 @@ class Pretraining:
 
     def _judge(self) -> None:
         torch.manual_seed(self.seed)
-        judge = Judge()
+        self._train_judge("judge", Judge(), learning_rate=2e-3)
+
+    def _second_judge(self) -> None:
+        torch.manual_seed(self.seed + 1)
+        self._train_judge("second-judge", SecondJudge(), learning_rate=1e-3)
+
+    def _train_judge(self, name: str, judge: Judge | SecondJudge, learning_rate: float) -> None:
         # Half the scenes as they are, half as the VAE gives them back: generated images are as soft as those.
         third = len(self.scenes) // 3
         images = np.concatenate([through_vae(self.vae, self.images[:third]), self.images[third:2 * third]])
         scenes = self.scenes[:2 * third]
         labels = _label_matrix(scenes)
         styles = torch.tensor([list(STYLES).index(scene.style) for scene in scenes])
-        plan = Plan(self.size.judge_steps, learning_rate=2e-3, seed=self.seed, average=0.99)
-        self._train("judge", judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
-        _save_whole(judge.half(), self.out / "emoji-judge")
+        plan = Plan(self.size.judge_steps, learning_rate=learning_rate, seed=self.seed, average=0.99)
+        self._train(name, judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
+        _save_whole(judge.half(), self.out / f"emoji-{name}")
 
     def _quality(self) -> None:
         if not (self.out / "emoji-judge").is_dir():
@@ -257,6 +264,8 @@ class Pretraining:
         path = self.work / "training.json"
         record = _read_json(path) or {}
         record[name] = {"steps": training.step, "seconds": round(training.seconds)}
+        if name == "diffusion" and self.start:
+            record[name]["started_from"] = "a finished pipeline"
         write_json(path, record)
 
 

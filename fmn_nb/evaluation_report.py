@@ -1,0 +1,191 @@
+"""What an evaluation found, as tables, figures and metrics."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fmn_nb.concepts import Concept
+from fmn_nb.evaluation_measures import FIGURES, JudgeLike, Measures, cell, judge_images, measure
+from fmn_nb.evaluation_neighbours import similar_names
+from fmn_nb.evaluation_probes import probe_table
+from fmn_nb.files import replacing
+from fmn_nb.image_quality import same_features
+from fmn_nb.intervals import wilson
+from fmn_nb.plots_evaluation import attention_figure, collateral_figure, confusion_figure, image_grid
+from fmn_nb.plots_figure import as_png
+from fmn_nb.protocol import EMOJI, Drawing, Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `evaluate` found.
+
+    Attributes:
+        before, after: figures of the base model and of the patched one (None without a patch).
+        attention: means over layers: mass_before, mass_after on the concept's words, later_before, later_after on the
+            positions after them. attention_layers: the same by layer.
+        outcomes: a row per image and model: what was asked, what the judge saw.
+        wanted: the drawings, in the order of `images["before"]` and `images["after"]`: forget set, retain set, probes.
+        similarity: how much each other name of the domain is like the concept, most similar first; empty where no
+            CLIP could tell.
+        cost: seconds, peak memory and bytes of forgetting and of this evaluation.
+    """
+
+    concept: Concept
+    seed: int
+    size: str
+    before: Measures
+    after: Measures | None
+    attention: dict[str, float] = field(default_factory=dict)
+    outcomes: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame)
+    images: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+    wanted: list[Drawing] = field(repr=False, default_factory=list)
+    attention_layers: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame)
+    similarity: pd.Series = field(repr=False, default_factory=lambda: pd.Series(dtype=float))
+    cost: dict[str, float | int] = field(default_factory=dict)
+    vocabulary: Vocabulary = field(repr=False, default=EMOJI)
+
+    @property
+    def models(self) -> dict[str, Measures]:
+        """The measures that there are, by "before" and "after"."""
+        return {"before": self.before} | ({"after": self.after} if self.after else {})
+
+    def table(self) -> pd.DataFrame:
+        """Measures as rows, before and after as columns, with 95% intervals. The same seed gives the same table."""
+        if self.after:
+            same_features(self.before.features, self.after.features)
+        names = (*FIGURES, "images")
+        return pd.DataFrame({when: {n: cell(m, n) for n in names} for when, m in self.models.items()})
+
+    def probes(self) -> pd.DataFrame:
+        """Paraphrases, two objects, similar and unrelated concepts, classes and readings, before and after."""
+        return probe_table({when: m.probes for when, m in self.models.items()})
+
+    def skipped(self) -> pd.Series:
+        """What could not be measured, by model and figure, with the reason."""
+        reasons = {(when, name): why for when, m in self.models.items() for name, why in m.skipped.items()}
+        index = pd.MultiIndex.from_tuples(list(reasons), names=["model", "figure"]) if reasons else None
+        return pd.Series(list(reasons.values()), index=index, name="reason", dtype=object)
+
+    def confusion(self, when: str = "after", what: str = "label") -> pd.DataFrame:
+        """How often each asked label or style (rows) was seen as each (columns), in images of forget and retain set.
+
+        The columns begin in the rows' order, so that what was right stands on the diagonal.
+
+        Raises:
+            ValueError: nothing was evaluated `when`.
+        """
+        rows = self._rows(when)
+        table = pd.crosstab(rows[f"asked_{what}"], rows[f"seen_{what}"])
+        never_asked = [name for name in table.columns if name not in table.index]
+        return table.reindex(columns=[*table.index, *never_asked], fill_value=0)
+
+    def _rows(self, when: str) -> pd.DataFrame:
+        there = self.outcomes["when"].unique() if len(self.outcomes) else []
+        if when not in there:
+            raise ValueError(f"nothing was evaluated {when!r}; there is: {', '.join(there) or 'nothing'}")
+        return self.outcomes[(self.outcomes["when"] == when) & self.outcomes["role"].isin(["forget", "retain"])]
+
+    def collateral(self) -> pd.DataFrame:
+        """The retain set's accuracy for each name asked for, before and after, worst loss first.
+
+        Index: name; columns: domain ("label" or "style"), before, after, change, images, and similarity to the
+        concept (of its own domain, where a CLIP could tell).
+        """
+        rows = self.outcomes[self.outcomes["role"] == "retain"]
+        parts = []
+        for what, right in (("label", "right"), ("style", "right_style")):
+            asked = rows.dropna(subset=[f"asked_{what}"]).assign(right_=lambda r, right=right: r[right].astype(float))
+            table = asked.pivot_table(index=f"asked_{what}", columns="when", values="right_", aggfunc="mean")
+            counts = asked[asked["when"] == "before"][f"asked_{what}"].value_counts()
+            parts.append(table.assign(domain=what, images=counts.reindex(table.index)))
+        table = pd.concat(parts).rename_axis(index="name", columns=None)
+        table["similarity"] = self.similarity.reindex(table.index)
+        if "after" not in table:
+            return table[["domain", "before", "images", "similarity"]]
+        table["change"] = table["after"] - table["before"]
+        table = table.sort_values(["change", "similarity"], ascending=[True, False], kind="stable")
+        return table[["domain", "before", "after", "change", "images", "similarity"]]
+
+    def second_opinion(self, judge: JudgeLike) -> pd.DataFrame:
+        """The same images before another judge: its figures beside the first's interval, and how often both agree.
+
+        Index: (model, figure), of ua, ira, cra, h, and the shares of images with the same label and the same style;
+        columns: first, second, low, high (the first's 95% interval, or that of the share), within.
+        """
+        rows = {}
+        for when, first in self.models.items():
+            seen = judge_images(judge, self.concept, self.wanted, self.images[when], self.vocabulary)
+            second, own = measure(seen, self.concept, self.seed), self.outcomes[self.outcomes["when"] == when]
+            for name in ("ua", "ira", "cra", "h"):
+                low, high = first.ci95[name]
+                value = getattr(second, name)
+                rows[when, name] = (getattr(first, name), value, low, high, low <= value <= high)
+            for what in ("label", "style"):
+                same = (own[f"seen_{what}"].to_numpy() == seen[f"seen_{what}"].to_numpy())
+                low, high = wilson(int(same.sum()), len(same))
+                rows[when, f"same {what}"] = (1.0, float(same.mean()), low, high, None)
+        columns = ["first", "second", "low", "high", "within"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).set_index(
+            pd.MultiIndex.from_tuples(list(rows), names=["model", "figure"]))
+
+    def to_metrics(self) -> dict[str, Any]:
+        """The sections before, after, attention and cost of metrics.json."""
+        found = {when: m.to_metrics() for when, m in self.models.items()}
+        return found | {"attention": dict(self.attention), "cost": dict(self.cost)}
+
+    def figures(self) -> dict[str, Figure]:
+        """Figures by name: images, confusion, collateral, attention; those that have something to show."""
+        found: dict[str, Figure] = {}
+        if self.images:
+            found["images"] = self._image_figure()
+            what = "style" if self.concept.kind == "style" else "label"
+            last = "after" if self.after else "before"
+            found["confusion"] = confusion_figure(self.confusion(last, what), f"{self.concept.name}, {last}")
+            if self.after:
+                found["collateral"] = collateral_figure(self.collateral())
+        if len(self.attention_layers.columns) > 2:
+            found["attention"] = attention_figure(self.attention_layers)
+        return found
+
+    def _image_figure(self, each: int = 6) -> Figure:
+        places = {role: [i for i, d in enumerate(self.wanted) if d.role == role] for role in ("forget", "retain")}
+        spread = {role: [p[k * len(p) // each] for k in range(min(each, len(p)))] for role, p in places.items()}
+        shown = [self.images[when][i] for role in spread for when in self.images for i in spread[role]]
+        names = [f"{'forget' if role == 'forget' else 'retain'} set, {when}" for role in spread for when in self.images]
+        return image_grid(shown, columns=each, row_names=names)
+
+    def save(self, folder: str | Path) -> Path:
+        """Keep what the figures were made of: outcomes.csv (a row per image and model) and collateral.csv."""
+        folder = Path(folder)
+        for name, table in (("outcomes", self.outcomes), ("collateral", self.collateral())):
+            with replacing(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=name == "collateral", lineterminator="\n")
+        return folder
+
+    def _repr_html_(self) -> str:
+        tables = {"": self.table(), "Probes": self.probes()}
+        if len(self.skipped()):
+            tables["Not measured"] = self.skipped().to_frame()
+        if self.cost:
+            tables["Cost"] = pd.Series(self.cost, name="").to_frame()
+        parts = [f"<h4>{escape(title)}</h4>{table.to_html()}" if title else table.to_html()
+                 for title, table in tables.items() if len(table)]
+        for name, figure in self.figures().items():
+            shown = base64.b64encode(as_png(figure)).decode("ascii")
+            alt = escape(f"{name} of {self.concept.name}")
+            parts.append(f'<img alt="{alt}" src="data:image/png;base64,{shown}">')
+        return "\n".join(parts)
+
+
+def similar_or_none(similarity: pd.Series) -> list[str] | None:
+    """The names that count as similar, None where nothing is known."""
+    return similar_names(similarity) if len(similarity) else None

@@ -1,0 +1,19 @@
+"""A fine-tune of two steps on a model in miniature, in about a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fmn_nb.concepts import Concept
+from fmn_nb.forgetting import forget
+from fmn_nb.patches import Patch
+
+OTHERS = ["a photo of a dog", "a frog", "a penguin and a fish"]
+QUICK = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "retain_prompts": OTHERS}
+
+
+def quick(pipe: DiffusionPipeline, concept: Concept | str | list = "cat", **overrides: Any) -> Patch:
+    """`forget` with few steps, images and prompts, unless told otherwise."""
+    return forget(pipe, concept, **{**QUICK, **overrides})

@@ -1,0 +1,147 @@
+"""The evaluation evaluates itself: the whole of it, with the bundled judge, on images whose answers are known."""
+
+import pytest
+from synthetic import faultless, noise, without
+
+import fmn_nb as fmn
+from fmn_nb import evaluation
+from fmn_nb.concepts import Concept
+from fmn_nb.emoji.judge import NOTHING
+from fmn_nb.emoji.world import STYLES
+from fmn_nb.evaluation_images import model_key
+from fmn_nb.patches import Patch, applied_patches
+from fmn_nb.worlds import world_of
+
+CAT = Concept("cat")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return fmn.load("emoji")
+
+
+@pytest.fixture(scope="module")
+def world(pipe):
+    return world_of(pipe)
+
+
+@pytest.fixture(scope="module")
+def patch(pipe):
+    name, parameter = next((n, p) for n, p in pipe.unet.named_parameters() if "attn2.to_k" in n)
+    return Patch("weights", {name: 0 * parameter.detach()}, {"base": {"fingerprint": fmn.fingerprint(pipe)}})
+
+
+@pytest.fixture
+def evaluated(pipe, patch, monkeypatch):
+    """Evaluate with the images that a function makes of the drawings, before and after."""
+
+    def run(before, after, concept=CAT, **options):
+        models = iter((before, after))
+        monkeypatch.setattr(evaluation, "draw_images", lambda pipe, wanted, **how: next(models)(wanted))
+        return fmn.evaluate(pipe, concept, patch=patch, steps=1, **options)
+
+    return run
+
+
+def test_a_model_that_forgot_nothing_has_no_unlearning_accuracy(world, evaluated):
+    report = evaluated(lambda w: faultless(world, w), lambda w: faultless(world, w))
+    for found in (report.before, report.after):
+        assert found.ua == 0 and found.ira > 0.97 and found.cra > 0.95 and found.h == 0
+        assert found.probes["paraphrase_ua"].value < 0.2 and found.probes["pair_kept"].value > 0.8
+    assert report.after.frechet == report.before.frechet
+    assert (report.collateral()["change"] == 0).all()
+
+
+def test_a_model_that_forgot_the_concept_alone_reaches_its_ceiling(world, evaluated):
+    report = evaluated(lambda w: faultless(world, w), lambda w: without(world, w, "cat", "umbrella"))
+    assert report.after.ua == 1 and report.after.h == pytest.approx(report.after.ceiling)
+    assert report.after.probes["pair_ua"].value == 1 and report.after.probes["pair_kept"].value > 0.8
+    confusion = report.confusion("after")
+    assert confusion.loc["cat", "umbrella"] == confusion.loc["cat"].sum() == 24
+
+
+def test_a_model_that_draws_noise_is_not_praised(world, evaluated):
+    report = evaluated(lambda w: faultless(world, w), noise)
+    assert report.after.ua > 0.95 and report.after.ira < 0.05 and report.after.h < 0.1
+    assert abs(report.after.cra - 1 / len(STYLES)) < 0.25, "the style of noise can only be guessed"
+    assert report.after.frechet > 3 * report.before.frechet and report.after.kernel > report.before.kernel
+    assert (report.outcomes.query("when == 'after'")["seen_label"] == NOTHING).mean() > 0.9
+
+
+def test_swapping_two_prompts_images_is_noticed(world, evaluated):
+    def swapped(wanted):
+        images = faultless(world, wanted)
+        retain = [i for i, d in enumerate(wanted) if d.role == "retain"]
+        first = retain[0]
+        second = next(i for i in retain if wanted[i].label != wanted[first].label)
+        images[first], images[second] = images[second], images[first]
+        return images
+
+    report = evaluated(lambda w: faultless(world, w), swapped)
+    retained = sum(d.role == "retain" for d in report.wanted)
+    assert report.after.ira == pytest.approx(report.before.ira - 2 / retained)
+    assert (report.collateral()["change"] < 0).sum() >= 2
+
+
+def test_a_missing_image_is_an_error(world, evaluated):
+    with pytest.raises(ValueError, match="94 images were asked for, 93 are there"):
+        evaluated(lambda w: faultless(world, w)[1:], lambda w: faultless(world, w))
+
+
+def test_a_judge_that_leaves_images_out_is_an_error(world, evaluated):
+    class Lazy:
+        def verdicts(self, images):
+            return world.judge.verdicts(images)[:-1]
+
+    with pytest.raises(ValueError, match="93 verdicts on 94 images"):
+        evaluated(lambda w: faultless(world, w), lambda w: faultless(world, w), judge=Lazy())
+
+
+def test_styles_identities_and_ambiguous_words_are_measured_alike(world, evaluated):
+    for concept in (Concept("noto", kind="style"), Concept("Milo", kind="identity"), Concept("mouse")):
+        report = evaluated(lambda w: faultless(world, w), noise, concept)
+        assert report.before.ua < 0.1 and min(report.before.ira, report.before.cra) > 0.9, concept
+        least = 0.5 if concept.kind == "style" else 0.8  # in noise a style can be guessed, an object is not seen
+        assert report.after.ua > least and report.after.h < 0.2, concept
+        probes = set(report.before.probes)
+        assert {"identity": {"own_class"}, "style": {"pair_kept"},
+                "object": {"other_reading", "overshadowed"}}[concept.kind] <= probes, concept
+
+
+def test_a_second_opinion_on_the_same_verdicts_agrees(world, evaluated):
+    report = evaluated(lambda w: faultless(world, w), noise)
+    opinion = report.second_opinion(world.judge)
+    assert opinion["within"].dropna().all() and (opinion["first"] == opinion["second"]).all()
+
+
+def test_distances_on_other_features_are_not_put_side_by_side(world, evaluated):
+    from dataclasses import replace
+
+    from fmn_nb.image_quality import FeatureMismatchError
+
+    report = evaluated(lambda w: faultless(world, w), noise)
+    foreign = replace(report, after=replace(report.after, features="inception-v3-compat 2048"))
+    with pytest.raises(FeatureMismatchError, match="can't be compared"):
+        foreign.table()
+
+
+def test_the_pipeline_is_left_as_it_was(pipe, world, evaluated):
+    before = model_key(pipe, 1, 1.0, 1)
+    with pytest.raises(ValueError, match="images were asked for"):
+        evaluated(lambda w: faultless(world, w), lambda w: [])
+    assert model_key(pipe, 1, 1.0, 1) == before and not applied_patches(pipe)
+
+
+def test_a_report_shows_itself_and_fills_metrics(world, evaluated, tmp_path):
+    from fmn_nb.results import record, validate
+
+    report = evaluated(lambda w: faultless(world, w), lambda w: without(world, w, "cat", "umbrella"))
+    page = report._repr_html_()
+    assert page.count("<img alt=") == len(report.figures()) == 4 and "evaluation_seconds" in page
+    header = {"model": "emoji", "concept": {"name": "cat", "kind": "object"}, "preset": "balanced", "seed": 0,
+              "versions": {}}
+    validate(record(tmp_path, header | report.to_metrics()), ("before", "after", "attention", "cost"))
+    report.save(tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"outcomes.csv", "collateral.csv"}
+    assert set(report.attention) == {"mass_before", "mass_after", "later_before", "later_after"}
+    assert list(report.attention_layers.columns) == ["words_before", "later_before", "words_after", "later_after"]

@@ -1,0 +1,347 @@
+"""A fine-tune on its way: interrupted, broken, resumed, shared out, watched and stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quick import quick
+from snapshots import assert_unchanged, draw, noise_images, snapshot
+from tiny import tiny_sd, tiny_sdxl
+
+from fmn_nb import forgetting_checkpoint, forgetting_device, forgetting_steps, forgetting_terms
+from fmn_nb.forgetting import CheckpointError, ForgettingError, SettingsError, periodic_judge
+from fmn_nb.forgetting_sets import Batch, TrainingSet
+from fmn_nb.patches import Patch
+
+
+@pytest.mark.parametrize("how", ["lora", "cross_attention"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_the_pipeline_as_it_was(how: str, error: type) -> None:
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+
+    def interrupt(progress):
+        if progress.step == 2:
+            raise error("stop")
+
+    with pytest.raises(error):
+        quick(pipe, steps=5, callback=interrupt, train=how)
+    assert_unchanged(pipe, before)
+    quick(pipe, train=how)  # and can be used again
+
+
+def test_nan_stops_with_the_last_good_state_and_the_pipeline_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny_sd()
+    before, real, calls = snapshot(pipe), forgetting_terms.resteering_loss, []
+
+    def sometimes_nan(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(forgetting_terms, "resteering_loss", sometimes_nan)
+    with pytest.raises(ForgettingError, match=r"nan in step 4.*last good state is step 2"):
+        quick(pipe, steps=6, checkpoint=tmp_path / "c", checkpoint_every=2)
+    assert_unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("how", ["lora", "cross_attention"])
+def test_resumed_is_the_same_as_unbroken(how: str, tmp_path: Path) -> None:
+    settings = {"steps": 6, "train": how, "learning_rate": 1e-2, "checkpoint_every": 2, "warmup": 3,
+                "schedule": "constant_with_warmup"}
+    whole = quick(tiny_sd(), **settings)
+
+    def interrupt(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=interrupt)
+    assert "last good state is step 4" in stopped.value.__notes__[0]
+    steps = []
+    resumed = quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=lambda p: steps.append(p.step))
+    assert steps == [5, 6]
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
+    for name in ("losses", "masses", "retain"):
+        assert resumed.info["forgetting"][name] == whole.info["forgetting"][name]
+    again = quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=lambda p: pytest.fail("nothing is left to do"))
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in again.tensors.items())
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    quick(tiny_sd(), checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
+        quick(tiny_sd(), checkpoint=tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        quick(tiny_sd(seed=1), checkpoint=tmp_path)
+    file = tmp_path / "checkpoint-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        quick(tiny_sd(), checkpoint=tmp_path)
+
+
+def test_accumulated_batches_are_one_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of 2 give the gradient of one batch of 4, where the loss is a mean over the batch."""
+    whole = TrainingSet.batch
+
+    def one_by_one(self, draws, count, timesteps):  # so that both ways of sharing out see the same data
+        rows = [whole(self, draws, 1, timesteps) for _ in range(count)]
+        return Batch(*(torch.cat([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(Batch)))
+
+    monkeypatch.setattr(TrainingSet, "batch", one_by_one)
+    options = {"references": noise_images(4), "steps": 3, "train": "cross_attention", "learning_rate": 1e-3}
+    once = quick(tiny_sd(), batch_size=4, retain_batch=2, **options)
+    twice = quick(tiny_sd(), batch_size=2, retain_batch=1, accumulate=2, **options)
+    thrice = quick(tiny_sd(), batch_size=4, retain_batch=2, accumulate=2, **options)
+    for name in ("losses", "masses", "retain"):
+        assert once.info["forgetting"][name] == pytest.approx(twice.info["forgetting"][name], rel=1e-3, abs=1e-12)
+    for name, change in once.tensors.items():
+        assert (twice.tensors[name] - change).norm() <= 0.02 * change.norm() + 1e-7, name
+    assert thrice.info["forgetting"]["losses"] != pytest.approx(once.info["forgetting"]["losses"], rel=1e-3)
+
+
+def test_a_process_that_dies_while_it_saves_leaves_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"steps": 4, "train": "cross_attention", "checkpoint_every": 2, "learning_rate": 1e-2}
+    whole, write = quick(tiny_sd(), **settings), forgetting_checkpoint.write_json
+
+    def dies(path, content):
+        if content.get("step") == 4:
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(forgetting_checkpoint, "write_json", dies)
+        quick(tiny_sd(), **settings, checkpoint=tmp_path)
+    steps = []
+    resumed = quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=lambda p: steps.append(p.step))
+    assert steps == [3, 4]
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["checkpoint-4.safetensors", "checkpoint.json", "latents.safetensors"]
+
+
+def test_a_gradient_or_weight_that_breaks_is_told_and_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss alone doesn't tell: it is measured before the step that breaks the weights."""
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    with pytest.raises(ForgettingError, match="a weight became NaN or infinite in step 1"):
+        quick(pipe, learning_rate=1.0, weight_decay=1e39, steps=1, checkpoint=tmp_path / "weights", train="projections")
+    assert not list((tmp_path / "weights").glob("checkpoint-*"))
+    assert_unchanged(pipe, before)
+    real = forgetting_terms.resteering_loss
+    # Its value is finite, its gradient isn't: the square root's at 0.
+    monkeypatch.setattr(forgetting_terms, "resteering_loss", lambda *a: real(*a) + (real(*a) * 0).sqrt())
+    for clip in (0.0, 1.0):
+        with pytest.raises(ForgettingError, match="the gradient became nan in step 1"):
+            quick(pipe, train="cross_attention", clip=clip, retain_weight=0.0)
+        assert_unchanged(pipe, before)
+
+
+def test_nothing_but_the_trained_weights_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for how in ("lora", "projections", "cross_attention"):
+        pipe, found = tiny_sd(), {}
+        step = torch.optim.AdamW.step
+
+        def look(self, *args, _step=step, _pipe=pipe, _found=found):
+            parts = [part for part in _pipe.components.values() if isinstance(part, torch.nn.Module)]
+            every = {id(p): p for part in parts for p in part.parameters()}
+            _found["own"] = {id(p) for group in self.param_groups for p in group["params"]}
+            _found["with a gradient"] = {i for i, p in every.items() if p.grad is not None}
+            _found["asking for one"] = {id(p) for p in _pipe.unet.parameters() if p.requires_grad}
+            return _step(self, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.AdamW, "step", look)
+            quick(pipe, train=how, steps=1)
+        assert found["with a gradient"] and found["with a gradient"] <= found["own"] == found["asking for one"]
+
+
+def test_bfloat16_trains_in_float32_and_comes_near_to_it() -> None:
+    options = {"references": noise_images(2), "train": "cross_attention", "steps": 3, "learning_rate": 1e-3}
+    full = quick(tiny_sd(), **options)
+    autocast = quick(tiny_sd(), **options, precision="bf16")
+    half = quick(tiny_sd().to(torch.bfloat16), **options)
+    for found in (autocast, half):
+        assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+        losses = found.info["forgetting"]["losses"]
+        assert losses == pytest.approx(full.info["forgetting"]["losses"], rel=0.05)
+        assert losses != full.info["forgetting"]["losses"]
+    with pytest.raises(SettingsError, match="float16 can't be trained on a CPU"):
+        quick(tiny_sd(), precision="fp16")
+
+
+def test_a_loss_scaler_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on a GPU scales its losses, more and more; on a CPU a scaler of our own stands for it."""
+    scalers, real = [], forgetting_steps.accelerator_for
+
+    def with_scaler(*args):
+        accelerator = real(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(forgetting_steps, "accelerator_for", with_scaler)
+    options = {"train": "cross_attention", "clip": 0.0, "checkpoint_every": 1}
+    quick(tiny_sd(), **options, steps=3, checkpoint=tmp_path)
+    quick(tiny_sd(), **options, steps=5, checkpoint=tmp_path)
+    quick(tiny_sd(), **options, steps=5)
+    assert [scaler.get_scale() for scaler in scalers] == [4.0, 8.0, 8.0]
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from quick import quick
+from snapshots import noise_images
+from tiny import tiny_sd
+patch = quick(tiny_sd(), references=noise_images(4), batch_size=2, retain_batch=1, steps=8, train="cross_attention",
+              learning_rate=1e-2, stop_mass=0.9, checkpoint=sys.argv[1] + "/state",
+              callback=lambda p: "enough" if p.step == 6 and torch.distributed.get_rank() == 0 else None)
+assert torch.distributed.get_world_size() == 2
+patch.save(f"{sys.argv[1]}/rank{torch.distributed.get_rank()}")
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    places = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(tmp_path / "train.py"), str(tmp_path)], env=environment, text=True,
+                            capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, second = (Patch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    one = quick(tiny_sd(), references=noise_images(4), batch_size=4, retain_batch=2, steps=8, train="cross_attention",
+                learning_rate=1e-2, stop_mass=0.9, callback=lambda p: "enough" if p.step == 6 else None)
+    assert one.info["forgetting"]["steps"] <= 6
+    for other in (first, second):
+        assert other.info["forgetting"]["steps"] == one.info["forgetting"]["steps"]
+        assert other.info["forgetting"]["losses"] == pytest.approx(one.info["forgetting"]["losses"], rel=1e-3)
+        assert other.info["forgetting"]["stopped_because"] == first.info["forgetting"]["stopped_because"]
+        for name, change in one.tensors.items():
+            assert (other.tensors[name] - change).norm() <= 0.05 * change.norm() + 1e-6, name
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_parts_that_ran_once_wait_elsewhere_and_come_back_bit_for_bit(where: str, tmp_path: Path) -> None:
+    pipe, sizes = tiny_sdxl(), []
+    before, whole = snapshot(pipe), quick(tiny_sdxl(), train="cross_attention")
+    real = forgetting_terms.resteering_loss
+
+    def weights() -> int:
+        parts = (pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+        return sum(tensor.numel() for part in parts for tensor in (*part.parameters(), *part.buffers()))
+
+    def look(*args):
+        sizes.append(weights())
+        return real(*args)
+
+    complete, images = weights(), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(forgetting_terms, "resteering_loss", look)
+        patch = quick(pipe, train="cross_attention", offload=where)
+        assert_unchanged(pipe, before)
+        assert sizes == [0 if where == "disk" else complete] * 2
+        assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in patch.tensors.items())
+        quick(pipe, train="cross_attention", offload=where, callback=lambda p: images.append(draw(pipe, steps=1)))
+    assert len(images) == 2 and not torch.equal(images[0], images[1])
+
+    def interrupt(progress) -> None:
+        raise KeyboardInterrupt
+
+    fresh = tiny_sdxl()
+    before = snapshot(fresh)
+    with pytest.raises(KeyboardInterrupt):
+        quick(fresh, offload=where, callback=interrupt)
+    assert_unchanged(fresh, before)
+
+
+# ---- told and stopped -----------------------------------------------------------------------------------------------
+
+
+def test_a_judge_is_asked_from_time_to_time_and_ends_the_fine_tune() -> None:
+    pipe, shares, asked = tiny_sd(), [1.0, 0.5, 0.1], []
+    own = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+
+    def seen() -> float:
+        now = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+        asked.append(float((now - own).abs().max().detach()))
+        return shares[len(asked) - 1]
+
+    steps = []
+    judge = periodic_judge(seen, every=2, below=0.2, callback=lambda p: steps.append(p.step))
+    report = quick(pipe, steps=20, train="cross_attention", callback=judge).info["forgetting"]
+    assert report["steps"] == 6 and steps == [1, 2, 3, 4, 5, 6]
+    assert report["stopped_because"] == "the judge saw the concept in 0.100 of the images after step 6, under 0.2"
+    assert 0 < asked[0] < asked[2]  # it judged the model as trained so far
+    assert quick(tiny_sd(), callback=periodic_judge(lambda: 0.0, every=5)).info["forgetting"]["steps"] == 2
+    stopped = quick(tiny_sd(), callback=periodic_judge(seen, callback=lambda p: "mine"))
+    assert stopped.info["forgetting"]["stopped_because"] == "mine"
+    with pytest.raises(SettingsError, match="every >= 1"):
+        periodic_judge(seen, every=0)
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        quick(tiny_sd(), callback=periodic_judge(lambda: 3, every=1))
+
+
+def test_a_terminal_sees_a_bar_with_loss_and_mass_and_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    quick(tiny_sd())
+    assert capfd.readouterr() == ("", "")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    report = quick(tiny_sd()).info["forgetting"]
+    shown = screen.getvalue()
+    assert "forgetting: 100%" in shown and "2/2" in shown and "mass=" in shown
+    assert f"loss={report['losses'][-1]:.3g}" in shown
+
+
+def test_a_tracker_is_told_every_step_and_one_that_is_not_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, opened = [], []
+
+    class Tracker:
+        name = "tensorboard"
+
+        def log(self, values, step, **_):
+            told.append((step, values))
+
+        def finish(self):
+            opened.append("closed")
+
+    class Accelerator(forgetting_device.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**{**options, "log_with": None})
+
+        def init_trackers(self, name, config, options):
+            opened.extend([name, config["steps"], options["wandb"]])
+            self.trackers = [Tracker()]
+
+    monkeypatch.setattr(forgetting_device, "Accelerator", Accelerator)
+    monkeypatch.setattr(forgetting_device, "get_available_trackers", lambda: ["tensorboard"])
+    report = quick(tiny_sd(), tracker="tensorboard", tracker_folder=str(tmp_path)).info["forgetting"]
+    assert opened == ["forget-me-not", 2, {"mode": "offline"}, "closed"]
+    measured = zip(report["losses"], report["masses"], report["retain"], strict=True)
+    assert told == [(step, {"loss": loss, "mass": mass, "retain": kept})
+                    for step, (loss, mass, kept) in enumerate(measured, 1)]
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        quick(tiny_sd(), tracker="wandb", tracker_folder=str(tmp_path))

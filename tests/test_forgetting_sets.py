@@ -1,0 +1,240 @@
+"""What a fine-tune learns from: concepts and their columns, reference images, retain prompts, readings, regions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from quick import quick
+from snapshots import noise_images
+from tiny import tiny_sd
+
+from fmn_nb.concepts import Concept
+from fmn_nb.denoising import conditions
+from fmn_nb.forgetting import settings_for
+from fmn_nb.forgetting_prompts import likeness, neighbours_of, retain_prompts, stand_in_for
+from fmn_nb.forgetting_sets import TrainingSet, forget_set, retain_set, towards_set
+from fmn_nb.inversion import LearnedTokens
+from fmn_nb.references import ReferenceImageError, encode, generate_latents, load_images
+
+
+def test_each_of_several_concepts_has_its_own_columns_and_references() -> None:
+    """One word, two words, and a token learned as three vectors, each with its own number of images."""
+    pipe = tiny_sd()
+    tokens = LearnedTokens("<toy>", (torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 0.02,))
+    concepts = [Concept("cat"), Concept("birthday cake"), Concept("toy", phrase="<toy>")]
+    images = {"cat": noise_images(1), "birthday cake": noise_images(2, seed=1), "toy": noise_images(3, seed=2)}
+    settings = settings_for("balanced", {"positions": ("words",), "prompts": "plain"})
+    with tokens.loaded(pipe):
+        data = forget_set(pipe, concepts, images, None, None, settings, seed=0)
+        words = [pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer(pipe.maybe_convert_prompt(t, pipe.tokenizer))
+                                                      .input_ids) for t in data.texts]
+    assert data.texts == ("a photo of a cat", "a photo of a birthday cake", "a photo of <toy>")
+    marked = [[word for word, is_marked in zip(row, mask.tolist(), strict=False) if is_marked]
+              for row, mask in zip(words, data.concept, strict=True)]
+    assert marked == [["cat</w>"], ["birthday</w>", "cake</w>"], ["<toy>", "<toy>_1", "<toy>_2"]]
+    owner = data.prompt_of[data.latent_of.argsort()]
+    assert data.prompt_of.bincount().tolist() == [1, 2, 3] and owner.tolist() == [0, 1, 1, 2, 2, 2]
+    torch.testing.assert_close(data.latents.mean[3:], encode(pipe, images["toy"]).mean)
+
+
+def test_several_concepts_and_learned_tokens_at_once() -> None:
+    pipe = tiny_sd()
+    tokens = LearnedTokens("<toy>", (torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 0.02,))
+    with tokens.loaded(pipe):
+        patch = quick(pipe, [Concept("birthday cake"), Concept("toy", phrase="<toy>"), Concept("noto", kind="style")],
+                      references={"birthday cake": noise_images(2)}, batch_size=3)
+    assert [concept["name"] for concept in patch.info["concepts"]] == ["birthday cake", "toy", "noto"]
+    assert patch.info["forgetting"]["losses"][0] > 0 and patch.info["forgetting"]["steps"] == 2
+
+
+def test_concept_correction_moves_the_word_towards_the_other_reading() -> None:
+    """After the fine-tune the word's prediction is nearer to what the frozen model predicts for the reading."""
+    from fmn_nb.denoising import predict
+
+    pipe = tiny_sd()
+    given = conditions(pipe, ["a photo of a cat", "a photo of a birthday cake"])
+    noisy = torch.randn(4, *given.latent_shape, generator=torch.Generator().manual_seed(3))
+    times = torch.tensor([200, 500, 800, 950])
+    word, reading = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    with torch.no_grad():
+        wanted, before = (predict(pipe.unet, noisy, times, given, which) for which in (reading, word))
+        patch = quick(pipe, steps=40, towards="birthday cake", towards_weight=100.0, resteer_weight=0.0, prompts=None,
+                      retain_weight=0.0, learning_rate=1e-2, reference_count=4)
+        with patch.applied(pipe):
+            after = predict(pipe.unet, noisy, times, given, word)
+    assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
+    assert patch.info["towards"] == {"cat": "birthday cake"}
+
+
+def test_correction_can_be_taught_on_prompts_of_ones_own() -> None:
+    settings = settings_for("balanced", {"reference_count": 3, "reference_steps": 1})
+    data = towards_set(tiny_sd(), [Concept("cat")], {"cat": "alarm clock"}, ["the cat and a dog", "a Cat"], settings, 0)
+    asked = [(data.texts[word], data.texts[reading]) for word, reading in
+             zip(data.prompt_of.tolist(), data.target_of.tolist(), strict=True)]
+    assert asked[:2] == [("the cat and a dog", "the alarm clock and a dog"), ("a Cat", "a alarm clock")]
+    assert asked[2] == asked[0] and len(data.latents) == 3
+
+
+def test_similar_prompts_get_their_share_of_the_retain_set_and_the_empty_one_is_in_it() -> None:
+    pipe, prompts = tiny_sd(), [f"a {word}" for word in "photo dog frog penguin fish octopus blue clock".split()]
+    settings = settings_for("balanced", {"retain_count": 4, "reference_steps": 1, "prompts": "plain"})
+    forget = forget_set(pipe, [Concept("cat")], {"cat": noise_images(1)}, None, None, settings, seed=0)
+    order = likeness(forget.given, conditions(pipe, [*prompts, ""]))[:-1].argsort(descending=True, stable=True).tolist()
+    for share, expected in ((0.0, 0), (0.5, 2), (1.0, 4)):
+        chosen = retain_set(pipe, [Concept("cat")], prompts, (), forget,
+                            dataclasses.replace(settings, similar_share=share), seed=0)
+        numbers = chosen.prompt_of.tolist()
+        assert numbers[:expected] == order[:expected] and chosen.texts[numbers[-1]] == ""
+        weighted = retain_set(pipe, [Concept("cat")], prompts, (), forget,
+                              dataclasses.replace(settings, similar_share=share, retain_count=0), seed=0)
+        likely = weighted.weights / weighted.weights[:-1].sum()
+        assert float(likely[order[:2]].sum()) == pytest.approx(share + (1 - share) * 2 / 8)
+        assert float(weighted.weights[-1]) == 1 / 8
+        assert weighted.latents is forget.latents
+
+
+def test_neighbours_go_from_the_most_like_to_the_least() -> None:
+    pipe = tiny_sd()
+    found = neighbours_of(pipe, Concept("cat"), 5)
+    others = retain_prompts(pipe, [Concept("cat")], None)
+    like = likeness(conditions(pipe, ["a photo of a cat"]), conditions(pipe, others))
+    places = [int((like > like[others.index(prompt)]).sum()) for prompt in found]
+    assert places[0] == 0 and places[-1] == len(others) - 1 and places == sorted(places) and len(set(places)) == 5
+    assert places[1] < len(others) / 10  # most of them are near
+
+
+def test_a_stand_in_takes_up_as_many_columns() -> None:
+    pipe = tiny_sd()
+    assert stand_in_for(pipe, Concept("cat")) == "dog" and stand_in_for(pipe, Concept("dog")) == "frog"
+    two = stand_in_for(pipe, Concept("birthday cake"))
+    assert len(pipe.tokenizer(two, add_special_tokens=False).input_ids) == 2
+
+
+@pytest.mark.parametrize("compared", ["noise", "attention"])
+def test_the_retain_term_holds_what_it_compares(compared: str) -> None:
+    """With the term, other prompts' predictions or attention stay nearer to the frozen model's."""
+    ends = {}
+    for weight in (1e-6, 1000.0):
+        patch = quick(tiny_sd(), steps=12, retain_on=compared, retain_weight=weight, learning_rate=3e-3,
+                      references=noise_images(2), retain_batch=3)
+        ends[weight] = sum(patch.info["forgetting"]["retain"][-4:])
+    assert 0 < ends[1000.0] < 0.7 * ends[1e-6]
+
+
+def test_retain_prompts_name_no_concept() -> None:
+    pipe = tiny_sd()
+    neutral = retain_prompts(pipe, [Concept("cat"), Concept("oil painting", kind="style")], None)
+    assert len(neutral) > 50 and not any("cat" in p.split() or "oil painting" in p for p in neutral)
+    assert retain_prompts(pipe, [Concept("cat")], ["a cat", "a concatenation"]) == ["a concatenation"]
+    mouse = [Concept("mouse")]
+    assert retain_prompts(pipe, mouse, ["a mouse", "a computer mouse"], ["computer mouse"]) == ["a computer mouse"]
+    with pytest.raises(ValueError, match="give retain_prompts"):
+        retain_prompts(pipe, mouse, ["a mouse"])
+
+
+def test_images_of_any_kind_are_read_and_bad_ones_named_together(tmp_path: Path) -> None:
+    for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "LA", "I;16"):
+        Image.new(mode, (30, 20)).save(tmp_path / f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'PNG'}")
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = load_images(tmp_path)
+    assert len(images) == 8 and {image.mode for image in images} == {"RGB"}
+    names = [file.name for file in sorted(tmp_path.iterdir()) if file.suffix != ".txt"]
+    assert images[names.index("RGBA.PNG")].getpixel((0, 0)) == (255, 255, 255)  # transparent becomes white
+    (tmp_path / "bad.png").write_bytes(b"no")
+    (tmp_path / "worse.jpg").write_bytes(b"")
+    noise_images(1, size=(64, 64))[0].save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-500])
+    with pytest.raises(ReferenceImageError, match=r"(?s)3 of 11.*bad.png.*cut.jpg.*worse.jpg"):
+        load_images(tmp_path)
+    with pytest.raises(ReferenceImageError, match="doesn't exist"):
+        load_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReferenceImageError, match="no image"):
+        load_images(tmp_path / "empty")
+
+
+def test_deep_pictures_keep_their_brightness_and_photographs_stand_upright() -> None:
+    half = {"I;16": 32768, "I": 32768, "F": 0.5, "L": 128, "CMYK": (0, 0, 0, 127), "YCbCr": (128, 128, 128),
+            "HSV": (0, 0, 128), "LAB": (137, 128, 128), "RGBX": (128,) * 4, "La": (128, 255), "PA": None}
+    for mode, value in half.items():
+        picture = Image.new("L", (2, 2), 128).convert("P").convert("PA") if value is None else Image.new(
+            mode, (2, 2), value)
+        (read,) = load_images([picture])
+        assert read.mode == "RGB" and read.getpixel((0, 0)) == pytest.approx((128,) * 3, abs=4), mode
+    turned = Image.new("RGB", (4, 2))
+    turned.getexif()[0x0112] = 6  # held upright, stored lying
+    assert load_images([turned])[0].size == (2, 4)
+
+
+def test_a_folder_of_pictures_of_any_size_is_learned_from(tmp_path: Path) -> None:
+    for number, size in enumerate([(1, 1), (40, 9), (16, 16), (300, 200)]):
+        noise_images(1, seed=number, size=size)[0].save(tmp_path / f"{number}.png")
+    patch = quick(tiny_sd(), references=tmp_path, retain_weight=0.0, batch_size=4)
+    assert patch.info["forgetting"]["steps"] == 2
+
+
+def test_the_posterior_is_sampled_anew_in_each_step_but_nothing_is_encoded_again(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, encoded, drawn = tiny_sd(), [], []
+    for part, method in ((pipe.vae, "encode"), (pipe.text_encoder, "forward")):
+        real = getattr(part, method)
+        monkeypatch.setattr(part, method, lambda *a, _real=real, **k: (encoded.append(1), _real(*a, **k))[1])
+    whole = TrainingSet.batch
+    monkeypatch.setattr(TrainingSet, "batch", lambda *a: (drawn.append(whole(*a)), drawn[-1])[1])
+    counts = []
+    quick(pipe, references=noise_images(1), steps=3, batch_size=1, preset="paper",
+          callback=lambda progress: counts.append(len(encoded)))
+    assert counts[0] > 0 and counts == [counts[0]] * 3
+    first, second, third = (batch.latents for batch in drawn)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_latents_keep_the_posterior_and_sizes_need_not_be_square() -> None:
+    pipe = tiny_sd()
+    latents = encode(pipe, noise_images(2, size=(40, 24)), (32, 16))
+    assert latents.mean.shape == (2, 4, 16, 8) and (latents.std > 0).all()
+    noise = torch.randn(2, 4, 16, 8)
+    sampled = latents.sample(torch.tensor([1, 0]), noise)
+    torch.testing.assert_close(sampled, latents.mean[[1, 0]] + latents.std[[1, 0]] * noise)
+    patch = quick(pipe, references=noise_images(2, size=(40, 24)), height=32, width=16)
+    assert patch.info["forgetting"]["steps"] == 2
+
+
+def test_generated_references_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmn_nb import references
+
+    prompts = ["a cat", "a dog", "a frog"]
+    at_once = generate_latents(tiny_sd(), prompts, seed=1, steps=2, guidance=3.0)
+    monkeypatch.setattr(references, "_GENERATED_AT_ONCE", 1)
+    singly = generate_latents(tiny_sd(), prompts, seed=1, steps=2, guidance=3.0)
+    torch.testing.assert_close(at_once.mean, singly.mean, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(at_once.mean[0], at_once.mean[1])
+
+
+def test_region_masks_count_only_where_the_concept_is() -> None:
+    from fmn_nb.forgetting_loss import resteering_loss
+
+    attention, concept = {"layer": torch.rand(1, 2, 16, 5)}, torch.tensor([[0, 1, 0, 0, 0]], dtype=torch.bool)
+    left = torch.zeros(1, 8, 8)
+    left[:, :, :4] = 1
+    grid = attention["layer"].reshape(1, 2, 4, 4, 5)[..., 1]
+    expected = float(grid[..., :2].norm())
+    assert resteering_loss(attention, concept, "published", left) == pytest.approx(expected, rel=1e-5)
+    masks = [Image.new("L", (16, 16), 255)] * 2
+    patch = quick(tiny_sd(), references=noise_images(2), masks=masks)
+    assert patch.info["forgetting"]["steps"] == 2
+    with pytest.raises(ReferenceImageError, match="give one for each"):
+        quick(tiny_sd(), references=noise_images(2), masks=masks[:1])
+
+
+def test_pure_noise_needs_no_images_and_no_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_sd()
+    monkeypatch.setattr(type(pipe.vae), "encode", lambda *_: pytest.fail("the autoencoder ran"))
+    monkeypatch.setattr("fmn_nb.forgetting_sets.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    patch = quick(pipe, preset="paper", noise_on="zeros")
+    assert patch.info["forgetting"]["losses"][0] > 0
