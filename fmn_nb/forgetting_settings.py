@@ -65,6 +65,9 @@ class Settings:
     Optimiser: AdamW with `learning_rate`, `beta1`, `beta2`, `epsilon`, `weight_decay`; gradient norm clipped at
     `clip` (0: not clipped), `schedule` of the learning rate with `warmup` steps.
 
+    Result:
+        strength: factor of the finished change (see `Patch.scaled`); 1 leaves it as trained.
+
     Running:
         steps, batch_size (images in a step, on each process), accumulate (batches whose gradients add up).
         time_from, time_to: timesteps are drawn uniformly from this part of the schedule (0 to 1).
@@ -105,6 +108,7 @@ class Settings:
     clip: float = 1.0
     schedule: str = "constant"
     warmup: int = 0
+    strength: float = 1.0
     steps: int = 35
     batch_size: int = 4
     accumulate: int = 1
@@ -192,7 +196,12 @@ PRESETS: dict[str, Settings] = {
     ),
     # A small LoRA, every column that a causal text encoder can carry the concept into, and a retain term. Rate and
     # weight were found on the emoji model; for a large model start from a learning rate of about 1e-4.
-    "balanced": Settings(positions=("words", "later", "first_eot", "padding"), learning_rate=1e-2, retain_weight=10.0),
+    # The loss stops pulling once the concept's attention is almost gone, while guidance still draws what little is
+    # left: `strength` carries the finished change a bit further the same way.
+    "balanced": Settings(
+        positions=("words", "later", "first_eot", "padding"), norm="published", retain_weight=2e3, retain_batch=16,
+        retain_count=64, reference_steps=10, learning_rate=2e-2, schedule="cosine", steps=60, strength=1.4,
+    ),
 }
 
 

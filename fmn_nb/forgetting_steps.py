@@ -124,10 +124,11 @@ class Finetune:
         self.stopped_because = self.stopped_because or f"all {self.settings.steps} steps done"
 
     def patch(self) -> Patch:
-        """What the training has changed up to now, with everything that is known about it."""
+        """What the training has changed up to now, at the settings' strength, with everything known about it."""
         kind, tensors = self.weights.change()
         size = sum(tensor.nbytes for tensor in tensors.values())
-        return Patch(kind, tensors, {**self.info, "forgetting": self.report(size)})
+        patch = Patch(kind, tensors, {**self.info, "forgetting": self.report(size)})
+        return patch if self.settings.strength == 1 else patch.scaled(self.settings.strength)
 
     def report(self, patch_bytes: int) -> dict[str, Any]:
         """What happened, as plain JSON values."""

@@ -13,10 +13,16 @@ OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are to
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+SLOW_NOTEBOOKS = ("05_", "06_")  # several fine-tunes and attacks each: `pytest -m slow notebooks`
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(item, "output_timeout"):
             item.output_timeout = OUTPUT_TIMEOUT
+        if item.path.suffix == ".ipynb" and item.path.name.startswith(SLOW_NOTEBOOKS):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_an_untrained_judge_can_answer_nothing():
 
 def test_the_second_judge_is_of_another_architecture_and_answers_alike(smoke):
     second = load_second_judge(smoke / "emoji-second-judge")
-    assert not [module for module in second.layers.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert not [module for module in second.blocks.modules() if isinstance(module, torch.nn.Conv2d)]
     verdicts = second.verdicts(np.zeros((3, 64, 64, 3), np.uint8))
     assert len(verdicts) == 3 and {verdict.style for verdict in verdicts} <= set(second.config.styles)
     features = second.features(torch.zeros(2, 3, 64, 64))

@@ -27,7 +27,7 @@ def test_presets_are_data_and_paper_holds_the_published_defaults() -> None:
     assert (paper.steps, paper.learning_rate, paper.batch_size) == (35, 2e-6, 1)
     assert (paper.weight_decay, paper.clip, paper.beta1, paper.beta2, paper.epsilon) == (0.01, 1.0, 0.9, 0.999, 1e-8)
     assert (paper.train, paper.norm, paper.retain_weight, paper.schedule) == ("denoiser", "published", 0.0, "constant")
-    assert PRESETS["balanced"].retain_weight > 0 and PRESETS["balanced"].steps <= 35
+    assert PRESETS["balanced"].retain_weight > 0 and PRESETS["balanced"].steps <= 60
     assert all(json.dumps(preset.to_dict()) for preset in PRESETS.values())
 
 
@@ -113,6 +113,14 @@ def test_same_seed_same_patch_bit_for_bit_and_another_seed_another_one() -> None
     one, again, other = (quick(tiny_sd(), seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in one.tensors.items())
     assert any(not torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_strength_carries_the_finished_change_further() -> None:
+    pipe = tiny_sd()
+    plain, strong = quick(pipe, strength=1), quick(pipe, strength=1.5)
+    assert strong.info["scale"] == 1.5 and "scale" not in plain.info
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(strong.tensors[name], tensor * (1.0 if "lora_A" in name else 1.5)), name
 
 
 def test_attention_on_the_concept_falls_and_the_lora_works_in_plain_diffusers(tmp_path: Path) -> None:

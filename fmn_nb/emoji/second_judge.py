@@ -27,14 +27,14 @@ class SecondJudge(Judging, ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, labels: Sequence[str] = LABELS, styles: Sequence[str] = tuple(STYLES), width: int = 128,
-                 layers: int = 4, heads: int = 4, patch: int = 8, image_size: int = IMAGE_SIZE) -> None:
+                 depth: int = 4, heads: int = 4, patch: int = 8, image_size: int = IMAGE_SIZE) -> None:
         super().__init__()
         self.patches = nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
                                      nn.Conv2d(32, width, patch // 2, stride=patch // 2))
         self.places = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, width))
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-            for _ in range(layers))
+            for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.label_head = nn.Linear(width, len(labels))
         self.style_head = nn.Linear(width, len(styles))
@@ -42,8 +42,8 @@ class SecondJudge(Judging, ModelMixin, ConfigMixin):
     def features(self, images: Tensor) -> Tensor:
         """[batch, 3, height, width] in [-1, 1] to the features before the heads, [batch, 128]."""
         tokens = self.patches(images).flatten(2).transpose(1, 2) + self.places
-        for layer in self.layers:
-            tokens = layer(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
         return self.norm(tokens).mean(dim=1)
 
 
