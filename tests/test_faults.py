@@ -170,7 +170,7 @@ def test_fault_7_an_attention_that_is_exchanged_on_the_way_is_noticed_in_the_nex
         if progress.step == 2:
             pipe.enable_attention_slicing(1)
 
-    with pytest.raises(MissedLayersError, match=r"SlicedAttnProcessor.*disable_attention_slicing"):
+    with pytest.raises(MissedLayersError, match=r"SlicedAttnProcessor.*set_default_attn_processor"):
         forget(pipe, Concept("cat"), preset="paper", references=noise_images(2), steps=4, callback=exchange)
     assert steps == [1, 2]
 
