@@ -291,6 +291,11 @@ def _save_whole(model: torch.nn.Module | StableDiffusionPipeline, folder: Path) 
         model.save_pretrained(temporary)
         for config in temporary.rglob("config.json"):
             # Transformers loads in the dtype named here, diffusers in float32: a pipeline needs one and the same.
-            settings = read_json(config)
-            if "dtype" in settings:
-                write_json(config, {**settings, "dtype": "float32"})
+            settings = _without_paths(read_json(config))
+            write_json(config, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
+
+
+def _without_paths(settings: dict) -> dict:
+    """A config without `_name_or_path`, at any depth: where a part was loaded from is of one machine."""
+    return {key: _without_paths(value) if isinstance(value, dict) else value
+            for key, value in settings.items() if key != "_name_or_path"}
