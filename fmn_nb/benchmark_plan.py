@@ -6,6 +6,7 @@ a finished one is never repeated, and a stale one (other settings, another model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fmn_nb.forgetting_settings import PRESETS, Settings, SettingsError, setting
 from fmn_nb.protocol import REPEATS, check_concept
 
 SETTINGS_FILE = "settings.yaml"
+_BASE = "preset"  # in a variant's settings: the preset that it changes
 GROUPS: dict[str, tuple[str, ...]] = {
     "objects": tuple(OBJECTS), "styles": tuple(STYLES), "identities": tuple(IDENTITIES), "words": tuple(AMBIGUOUS),
 }
@@ -62,7 +64,9 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
 
     Args:
         concepts: names or groups (objects, styles, identities, words); all four groups where empty.
-        overrides: preset -> settings to replace (`read_overrides`).
+        presets: names of presets, or of variants that `overrides` define.
+        overrides: preset -> settings to replace (`read_overrides`). One that says which "preset" it changes is a
+            variant, with a name of its own.
 
     Raises:
         ValueError: an unknown name, size or seed, or nothing to do; the text lists what there is.
@@ -76,10 +80,14 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
     wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
     if wrong or not seeds or not presets:
         raise ValueError(f"give at least one preset and seeds that are whole numbers from 0, not {list(seeds)}")
-    settings = {preset: settings_for(preset, (overrides or {}).get(preset, {})) for preset in presets}
+    settings = {preset: _settings(preset, (overrides or {}).get(preset, {})) for preset in presets}
     known = [_concept(name) for name in _names(concepts)]
     return [Job(concept, towards, preset, settings[preset], seed, size)
             for seed in dict.fromkeys(seeds) for concept, towards in known for preset in settings]
+
+
+def _settings(name: str, changes: Mapping[str, Any]) -> Settings:
+    return settings_for(changes.get(_BASE, name), {key: value for key, value in changes.items() if key != _BASE})
 
 
 def _names(wanted: Sequence[str]) -> Iterable[str]:
@@ -101,19 +109,27 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
                    presets: Sequence[str] = tuple(PRESETS)) -> dict[str, dict[str, Any]]:
     """Settings to replace, preset -> name -> value, from a YAML or JSON file and from texts "preset.name=value".
 
-    The file may hold more presets than are asked for; the texts, which replace what the file says, may not.
+    The file may hold more presets than are asked for; the texts, which replace what the file says, may not. Settings
+    under another name are a variant of the preset that they name:
 
         paper:
           learning_rate: 1e-4
+        paper-words:
+          preset: paper
+          positions: [words]
 
     Raises:
-        SettingsError: the file or a text isn't of this shape, or names an unknown preset.
+        SettingsError: the file or a text isn't of this shape, names an unknown preset, or gives a variant a name that
+            is no word (results are filed under it).
     """
     content = _read(file) if file is not None else {}
-    unknown = [preset for preset in content if preset not in PRESETS]
-    if unknown:
-        raise SettingsError(f"no preset '{unknown[0]}'; there are {', '.join(PRESETS)}")
-    content = {preset: settings for preset, settings in content.items() if preset in presets}
+    for name, settings in content.items():
+        preset = settings.get(_BASE, name)
+        if preset not in PRESETS:
+            raise SettingsError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise SettingsError(f"'{name}' is no name for a variant: letters, digits, '.', '-' and '_' only")
+    content = {preset: settings for preset, settings in content.items() if not presets or preset in presets}
     for text in single:
         left, equals, value = text.partition("=")
         preset, dot, name = left.partition(".")

@@ -127,7 +127,8 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @main.command()
 @click.option("--model", default="emoji", show_default=True, help="The emoji model, or a folder with one of its kind.")
 @click.option("--concepts", metavar="A,B", help="Names or groups: objects, styles, identities, words.  [default: all]")
-@click.option("--presets", default="balanced,paper", show_default=True, help="Which to compare.")
+@click.option("--presets", default="balanced,paper", show_default=True,
+              help="Which to compare, variants in the settings file too; 'all': everything in that file.")
 @click.option("--seeds", default="0", show_default=True, metavar="A,B", help="One job for each concept, preset, seed.")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="Images of each job.")
@@ -136,9 +137,10 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
-@click.option("--attack/--no-attack", default=False, show_default=True, help="Try a concept inversion on each patch.")
+@click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
+              help="Try a concept inversion of so many steps on each patch; 0: none.")
 @click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
-def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, model: str, attack: bool,
+def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, model: str, attack: int,
               limit: int | None, note: str, **request: str | None) -> None:
     """The results table of all concepts: forgotten, kept, cost. Resumable; finished jobs are never repeated."""
     with plain_errors():
@@ -150,12 +152,15 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, mode
         lists = {name: [item.strip() for item in (request[name] or "").split(",") if item.strip()]
                  for name in ("concepts", "presets", "seeds")}
         lists["seeds"] = [int(seed) for seed in lists["seeds"]]
+        if lists["presets"] == ["all"]:
+            lists["presets"] = []
         overrides = read_overrides(file or (usual if usual.is_file() else None), single, lists["presets"])
+        lists["presets"] = lists["presets"] or list(overrides)
         jobs = plan(**lists, size=request["size"], overrides=overrides)
 
         from fmn_nb.benchmark import Bench, InversionBudget, run_benchmark
 
-        bench = Bench.of(model, out, attack=InversionBudget() if attack else None)
+        bench = Bench.of(model, out, attack=InversionBudget(steps=attack, images=12) if attack else None)
         command = shlex.join(["fmn-nb", *sys.argv[1:]])
         click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
 

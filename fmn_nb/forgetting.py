@@ -118,11 +118,12 @@ def _sets(
     cached = saved.latents() if saved else {}
     known = {name: Latents(cached[f"{name}.mean"], cached[f"{name}.std"])
              for name in ("forget", "retain", "towards") if f"{name}.mean" in cached}
-    sets = {"forget": forget_set(pipe, concepts, references, prompts, masks, settings, seed, known.get("forget"))}
+    sets = {"forget": forget_set(pipe, concepts, references, prompts, masks, settings, seed, known.get("forget"),
+                                readings)}
     if settings.retain_weight:
         sets["retain"] = retain_set(
             pipe, concepts, kept_prompts, readings.values(), sets["forget"], settings, seed, known.get("retain"))
-    if readings:
+    if readings and settings.towards_weight:
         sets["towards"] = towards_set(
             pipe, concepts, readings, prompts, settings, seed, known.get("towards"))
     if saved and not cached:

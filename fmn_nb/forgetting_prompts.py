@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from fmn_nb.attention_layers import architecture_of
 from fmn_nb.attention_rows import prompt_columns
 from fmn_nb.concepts import Concept, PromptTokens, find_phrase
-from fmn_nb.denoising import Conditions, conditions
+from fmn_nb.denoising import conditions
 from fmn_nb.emoji.captions import OPENINGS, caption
 from fmn_nb.emoji.world import IDENTITIES, OBJECTS, READINGS, STYLES
 from fmn_nb.models import UnsupportedPipelineError, bundled_name, denoiser
@@ -47,6 +48,16 @@ def _emoji_forget_prompts(concept: Concept) -> list[str]:
     return [*(caption([name], opening=opening) for opening in OPENINGS), *(caption([name], s) for s in STYLES)]
 
 
+def without(prompt: str, concept: Concept) -> str:
+    """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog"."""
+    named = re.escape(concept.phrase)
+    if concept.kind == "style":
+        named = rf"(?:in\s+)?(?:the\s+)?(?:style\s+of\s+)?{named}(?:\s+style)?"
+    else:
+        named = rf"(?:of\s+)?(?:(?:a|an|the)\s+)?{named}"
+    return " ".join(re.sub(rf"(?<!\w){named}(?!\w)", " ", prompt, flags=re.IGNORECASE).split()).strip(" ,")
+
+
 def retain_prompts(
     pipe: DiffusionPipeline, concepts: Sequence[Concept], given: Sequence[str] | None, readings: Iterable[str] = ()
 ) -> list[str]:
@@ -72,23 +83,25 @@ def retain_prompts(
     return kept
 
 
-def likeness(prompts: Conditions, others: Conditions) -> Tensor:
+def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[str]) -> Tensor:
     """How much each of `others` is like the closest of `prompts`, by the pipeline's own text encoder: [others].
 
-    The cosine of the mean text embeddings, each set centred on the mean over all prompts (raw embeddings share
-    one large common part), from -1 to 1.
+    The cosine of the embeddings of the end-of-text token, in which a causal encoder sums up the prompt (where there
+    is none: of the mean over all columns), from -1 to 1; centred on the mean over all prompts, since raw embeddings
+    share one large common part.
     """
-    texts = [c.rows["encoder_hidden_states"].float().mean(1) for c in (prompts, others)]
-    centre = torch.cat(texts).mean(0)
-    ours, theirs = (torch.nn.functional.normalize(text - centre, dim=-1) for text in texts)
-    return (theirs @ ours.T).amax(1)
+    texts = [*prompts, *others]
+    rows = conditions(pipe, texts).rows["encoder_hidden_states"].float()
+    ends = [list(read_columns(pipe, text, rows.shape[1]).first_eot) or slice(None) for text in texts]
+    summed_up = torch.stack([row[end].mean(0) for row, end in zip(rows, ends, strict=True)])
+    unit = torch.nn.functional.normalize(summed_up - summed_up.mean(0), dim=-1)
+    return (unit[len(prompts):] @ unit[:len(prompts)].T).amax(1)
 
 
 def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
     """`count` prompts that don't name the concept, from the one most like it to the least: most of them near it."""
     others = retain_prompts(pipe, [concept], None)
-    asked = conditions(pipe, [spoken(concept).prompt])
-    order = likeness(asked, conditions(pipe, others)).argsort(descending=True, stable=True).tolist()
+    order = likeness(pipe, [spoken(concept).prompt], others).argsort(descending=True, stable=True).tolist()
     places = torch.logspace(0, math.log10(len(order)), count).round().long() - 1
     return [others[order[place]] for place in dict.fromkeys(places.tolist())]
 
@@ -157,7 +170,8 @@ def spoken(concept: Concept) -> Concept:
 def _emoji_prompts() -> list[str]:
     """The emoji world's evaluation prompts: every object and reading in every style and alone; names; styles."""
     things = [caption([name], style) for name in OBJECTS for style in (*STYLES, None)]
-    return [*things, *(caption([name]) for name in (*READINGS, *IDENTITIES)),
+    names = [caption([name], opening=opening) for name in IDENTITIES for opening in OPENINGS]
+    return [*things, *names, *(caption([name]) for name in READINGS),
             *(f"a photo in the style of {style}" for style in STYLES)]
 
 

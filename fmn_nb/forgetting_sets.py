@@ -6,6 +6,7 @@ draws come from one generator per set, in a fixed order, so that a run can be re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from fmn_nb.concepts import Concept, find_phrase
 from fmn_nb.denoising import Conditions, conditions, seeded
-from fmn_nb.forgetting_prompts import concept_mask, forget_prompts, likeness, retain_prompts
+from fmn_nb.forgetting_prompts import concept_mask, forget_prompts, likeness, retain_prompts, spoken, without
 from fmn_nb.forgetting_settings import Settings
 from fmn_nb.references import Images, Latents, ReferenceImageError, encode, generate_latents, load_images
 
+_HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
 EMPTY_PROMPT_SHARE = 8  # one in so many retain rows has the empty prompt, the uncond branch of guidance
 
 
@@ -113,27 +115,33 @@ def forget_set(
     settings: Settings,
     seed: int,
     cached: Latents | None = None,
+    readings: Mapping[str, str] | None = None,
 ) -> TrainingSet:
-    """The concepts' references with prompts that name them.
+    """The concepts' references with prompts that name them, and the prompts that anchor them.
 
     Args:
         references: concept name -> images; concepts without an entry get images that the model generates.
         prompts: prompts to use instead of the concepts' own (each must hold its concept's phrase).
         masks: pictures, one for each reference image in order, white where the concept is.
         cached: the latents of an earlier, identical call.
+        readings: concept name -> the reading that its anchors say in its place.
 
     Raises:
         PhraseNotFoundError, ReferenceImageError
     """
-    texts, owners, pairs, parts = [], [], [], []
+    texts, anchors, owners, pairs, parts = [], [], [], [], []
     for concept in concepts:
         own = list(prompts) if prompts is not None else forget_prompts(pipe, concept, settings.prompts)
+        reading = (readings or {}).get(concept.name)
+        anchors += (_with_reading(pipe, concept, reading, prompts, settings) if reading
+                    else [without(prompt, concept) for prompt in own])
         first, latents = len(texts), sum(len(part) for part in parts)
         texts, owners = texts + own, owners + [concept] * len(own)
         found, matching = _latents(pipe, concept, own, references.get(concept.name), settings, seed, cached is None)
         parts.append(found)
         pairs += [(latents + image, first + prompt) for image, prompt in matching]
-    given = conditions(pipe, texts, size=settings.size)
+    anchors = anchors if settings.anchor_weight else []
+    given = conditions(pipe, [*texts, *anchors], size=settings.size)
     if settings.noise_on == "zeros":
         everything = Latents.exact(torch.zeros(sum(len(part) for part in parts), *given.latent_shape))
     else:
@@ -143,7 +151,8 @@ def forget_set(
               for text, concept in zip(texts, owners, strict=True)]
     regions = _regions(masks, everything) if masks is not None else None
     latent_of, prompt_of = torch.tensor(pairs).T
-    return TrainingSet(everything, given, tuple(texts), latent_of, prompt_of, torch.stack(marked), regions)
+    return TrainingSet(everything, given, (*texts, *anchors), latent_of, prompt_of, torch.stack(marked), regions,
+                       target_of=prompt_of + len(texts) if anchors else None)
 
 
 def retain_set(
@@ -164,7 +173,8 @@ def retain_set(
     texts = retain_prompts(pipe, concepts, given_prompts, readings)
     generator = seeded(seed, 2)
     given = conditions(pipe, [*texts, ""], size=settings.size)
-    order = likeness(forget.given, given)[:-1].argsort(descending=True, stable=True)
+    named = [spoken(concept).prompt for concept in concepts]
+    order = likeness(pipe, named, texts).argsort(descending=True, stable=True)
     if settings.retain_count:
         chosen = _bank(order, settings, generator)
         latents = cached or generate_latents(
@@ -189,6 +199,8 @@ def towards_set(
 ) -> TrainingSet:
     """For concept correction: images of the readings to show, with the concept's prompts and the readings' own.
 
+    There are as many as references, and at least one for each prompt.
+
     Args:
         readings: concept name -> the reading that is to show ("mouse" -> "computer mouse").
         prompts: prompts to use instead of the concept's own; the reading's then say the reading in the phrase's place.
@@ -196,20 +208,27 @@ def towards_set(
     texts, pairs = [], []
     for concept in concepts:
         if concept.name in readings:
-            reading = Concept(readings[concept.name], concept.kind)
             own = list(prompts or forget_prompts(pipe, concept, settings.prompts))
-            other = ([_in_its_place(prompt, concept.phrase, reading.name) for prompt in own] if prompts
-                     else forget_prompts(pipe, reading, settings.prompts))
+            other = _with_reading(pipe, concept, readings[concept.name], prompts, settings)
             first = len(texts)
             texts += own + other
             pairs += [(first + number, first + len(own) + number) for number in range(len(own))]
-    chosen = [pairs[number % len(pairs)] for number in range(settings.reference_count)]
+    chosen = [pairs[number % len(pairs)] for number in range(max(settings.reference_count, len(pairs)))]
     latents = cached or generate_latents(
         pipe, [texts[target] for _, target in chosen], seed=seed + 2, steps=settings.reference_steps,
         guidance=settings.guidance, size=settings.size)
     prompt_of, target_of = torch.tensor(chosen).T
     return TrainingSet(latents, conditions(pipe, texts, size=settings.size), tuple(texts),
                        torch.arange(len(chosen)), prompt_of, target_of=target_of)
+
+
+def _with_reading(
+    pipe: DiffusionPipeline, concept: Concept, reading: str, prompts: Sequence[str] | None, settings: Settings
+) -> list[str]:
+    """The concept's prompts, each with the reading in its place (and the article that goes with it)."""
+    if prompts is not None:
+        return [_in_its_place(prompt, concept.phrase, reading) for prompt in prompts]
+    return forget_prompts(pipe, Concept(reading, concept.kind), settings.prompts)
 
 
 def _in_its_place(prompt: str, phrase: str, reading: str) -> str:
@@ -219,11 +238,17 @@ def _in_its_place(prompt: str, phrase: str, reading: str) -> str:
 
 
 def _bank(order: Tensor, settings: Settings, generator: torch.Generator) -> list[int]:
-    """Numbers of the prompts to draw retain images of: the most similar ones, and others at random."""
-    similar = min(len(order), round(settings.similar_share * settings.retain_count))
-    rest = order[similar:][torch.randperm(len(order) - similar, generator=generator)]
-    numbers = torch.cat([order[:similar], rest]).tolist()
-    return [numbers[index % len(numbers)] for index in range(settings.retain_count)]
+    """Numbers of the prompts to draw retain images of: some most like the concept, the others at random.
+
+    The similar ones are spread over the whole order, dense at its head and ever more thinly: what is most like the
+    concept suffers first.
+    """
+    similar = round(settings.similar_share * settings.retain_count)
+    first, last = math.log10(_HEAD), math.log10(_HEAD + len(order) - 1)
+    ranks = torch.logspace(first, last, similar).round().long() - _HEAD
+    rest = order[torch.randperm(len(order), generator=generator)]
+    others = [rest[index % len(rest)] for index in range(settings.retain_count - similar)]
+    return [int(number) for number in (*order[ranks.clamp(max=len(order) - 1)], *others)]
 
 
 def _latents(

@@ -51,6 +51,13 @@ class Settings:
         guidance: their guidance scale.
         height, width: of the images in pixels, both 0 for the pipeline's default.
 
+    Letting go of the concept in the prediction:
+        anchor_weight: factor of the mean squared difference between what is predicted for the concept's prompt and
+            what the frozen model predicts for the same prompt without the concept ("a photo" for "a photo of a cat"),
+            or with the reading `towards` in its place; on the same noised references. 0 for none.
+        anchor_guidance: how far beyond the anchor, away from what the frozen model predicts for the concept, the
+            target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345).
+
     Keeping the rest:
         retain_weight: factor of the retain term: mean squared difference to the frozen model; 0 for none.
         retain_on: compare "noise" (predictions) or "attention" (maps of all columns).
@@ -60,7 +67,8 @@ class Settings:
 
     Correction:
         towards_weight: factor of the pull of the concept's prompt to what the frozen model predicts for
-            the prompt `towards` given to `forget` (the overshadowed reading); unused without one.
+            the prompt `towards` given to `forget` (the overshadowed reading), on images of that reading; unused
+            without one, 0 for none.
 
     Optimiser: AdamW with `learning_rate`, `beta1`, `beta2`, `epsilon`, `weight_decay`; gradient norm clipped at
     `clip` (0: not clipped), `schedule` of the learning rate with `warmup` steps.
@@ -94,6 +102,8 @@ class Settings:
     guidance: float = 4.0
     height: int = 0
     width: int = 0
+    anchor_weight: float = 0.0
+    anchor_guidance: float = 0.0
     retain_weight: float = 20.0
     retain_on: str = "noise"
     retain_batch: int = 8
@@ -192,15 +202,16 @@ PRESETS: dict[str, Settings] = {
     # retain term, and every end-of-text token counted as the concept, whatever the tokenizer pads with.
     "paper": Settings(
         train="denoiser", positions=("words", "every_eot"), norm="published", prompts="paper",
-        retain_weight=0.0, learning_rate=2e-6, batch_size=1, reference_count=10, steps=35,
+        retain_weight=0.0, towards_weight=0.0, learning_rate=2e-6, batch_size=1, reference_count=10, steps=35,
     ),
-    # A small LoRA, every column that a causal text encoder can carry the concept into, and a retain term. Rate and
-    # weight were found on the emoji model; for a large model start from a learning rate of about 1e-4.
-    # The loss stops pulling once the concept's attention is almost gone, while guidance still draws what little is
-    # left: `strength` carries the finished change a bit further the same way.
+    # A small LoRA; attention re-steered away from the concept's own columns; the prediction pulled away from the
+    # concept, which ends what leaks through the later columns; and a strong retain term. Found on the emoji model:
+    # re-steering the later columns too forgets no better and keeps less. For a large model start from a learning
+    # rate of about 1e-4.
     "balanced": Settings(
-        positions=("words", "later", "first_eot", "padding"), norm="published", retain_weight=2e3, retain_batch=16,
-        retain_count=64, reference_steps=10, learning_rate=2e-2, schedule="cosine", steps=60, strength=1.4,
+        positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
+        retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
+        learning_rate=2e-2, schedule="cosine", steps=35,
     ),
 }
 

@@ -59,11 +59,22 @@ class Terms:
         concept = data.concept[batch.prompts].to(self.device)
         region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
         with self.accelerator.autocast():
-            attention = self._attention(data, batch, batch.prompts)
+            attention, predicted = self._attention(data, batch, batch.prompts)
         loss = resteering_loss(attention, concept, self.settings.norm, region)
         mass = concept_mass(attention, concept)
-        self._backward(loss * self.settings.resteer_weight)
+        self._backward(loss * self.settings.resteer_weight + self._pull(data, batch, predicted))
         return float(loss.detach()), mass
+
+    def _pull(self, data: TrainingSet, batch: Batch, predicted: Tensor) -> Tensor | float:
+        """The weighted pull of the concept's predictions to their anchors', on the graph that re-steering has built."""
+        if not self.settings.anchor_weight:
+            return 0.0
+        with self.weights.frozen(), self.accelerator.autocast():
+            target = self._predict(data, batch, data.target_of[batch.pairs])
+            if self.settings.anchor_guidance:
+                named = self._predict(data, batch, batch.prompts)
+                target = target + self.settings.anchor_guidance * (target - named)
+        return retain_loss(predicted, target) * self.settings.anchor_weight
 
     def _keep(self, name: str, weight: float, compared: str) -> float:
         """A term that holds the model to what the frozen model does, for the same noisy latents."""
@@ -80,13 +91,13 @@ class Terms:
 
     def _behaviour(self, data: TrainingSet, batch: Batch, prompts: Tensor, compared: str) -> Any:
         predicted = compared == "noise"
-        return self._predict(data, batch, prompts) if predicted else self._attention(data, batch, prompts)
+        return self._predict(data, batch, prompts) if predicted else self._attention(data, batch, prompts)[0]
 
-    def _attention(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> dict[str, Tensor]:
-        """Layer -> attention probabilities [batch, heads, pixels, columns], with their graph."""
+    def _attention(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Layer -> attention probabilities [batch, heads, pixels, columns], with their graph; and the prediction."""
         with record_attention(self.model, differentiable=True) as recorder:
-            self._predict(data, batch, prompts)
-        return recorder.columns()  # after the block, which names layers that couldn't be heard
+            predicted = self._predict(data, batch, prompts)
+        return recorder.columns(), predicted  # after the block, which names layers that couldn't be heard
 
     def _predict(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> Tensor:
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.timesteps).to(self.device)

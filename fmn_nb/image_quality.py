@@ -44,11 +44,15 @@ class Features:
         name: says which network with which weights; what two distances must share to be comparable.
         module: [images, 3, size, size] uint8 to [images, features].
         size: pixels, height and width; images of another size are resized.
+        own_scale: whether the kernel distance divides the features' inner products by the real images' mean squared
+            norm, so that it is of order 1 whatever the features' scale; else by their number, as published distances on
+            Inception do.
     """
 
     name: str
     module: nn.Module
     size: int
+    own_scale: bool = False
 
     def bytes_of(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
         """Images as the module takes them."""
@@ -69,7 +73,8 @@ class JudgeFeatures(nn.Module):
 
 def judge_features(judge: Judge) -> Features:
     """The features of a judge before its heads."""
-    return Features(f"emoji-judge {digest_of(judge)[:8]}", JudgeFeatures(judge), judge.config.image_size)
+    return Features(f"emoji-judge {digest_of(judge)[:8]}", JudgeFeatures(judge), judge.config.image_size,
+                    own_scale=True)
 
 
 def inception_features() -> Features:
@@ -126,16 +131,23 @@ def kernel_distance(features: Features | Judge, real: Sequence[Image.Image] | np
     """The kernel distance of two sets of images (Binkowski et al., arXiv 1801.01401): the squared maximum mean
     discrepancy under a cubic kernel, unbiased, so about 0 for sets of one kind, also below it; no upper limit.
 
-    The mean over random subsets, the same for the same `seed`. Raises ValueError for fewer than two images on a side.
+    The kernel is (x y / c + 1)^3 with c as `Features.own_scale` says. The mean over random subsets, the same for the
+    same `seed`. Raises ValueError for fewer than two images on a side.
     """
     features = _named(features)
     _check_counts("kernel", real, images)
     size = min(SUBSET_SIZE, len(real), len(images))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save", category=UserWarning)
-        metric = KernelInceptionDistance(feature=features.module, subsets=SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(feature=features.module, subsets=SUBSETS, subset_size=size,
+                                         gamma=1 / _squared_norm(features, real) if features.own_scale else None)
         torch.manual_seed(seed)
         return float(_updated(metric, features, real, images).compute()[0])
+
+
+def _squared_norm(features: Features, images: Sequence[Image.Image] | np.ndarray) -> float:
+    """The features' mean squared norm over (the first) images."""
+    return float(features.module(features.bytes_of(images[:AT_ONCE])).square().sum(1).mean())
 
 
 def _named(features: Features | Judge) -> Features:

@@ -1,5 +1,7 @@
 """What recording costs: processor seconds with and without it, as ratios from one run, and the memory kept.
 
+All on one thread: with more, threads that wait for each other count as work, and vary more than recording costs.
+
     python tests/bench_attention.py emoji      a U-Net of the emoji model's size, 20 steps with guidance
     python tests/bench_attention.py sd15       a randomly initialised Stable Diffusion 1.5 U-Net, 32 x 32 latents
     python tests/bench_attention.py memory     what any number of steps at 64 x 64 latents keeps: means of two phrases
@@ -83,10 +85,11 @@ def memory() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     what = sys.argv[1] if len(sys.argv) > 1 else "emoji"
     if what == "emoji":
         speed(emoji_unet(), 16, 32, steps=20, times=5)
     elif what == "sd15":
-        speed(sd15_unet(), 32, 77, steps=2, times=3)
+        speed(sd15_unet(), 32, 77, steps=1, times=8)
     else:
         memory()

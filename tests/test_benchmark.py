@@ -18,7 +18,7 @@ from fmn_nb.cli import main
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.judge import Verdict
 from fmn_nb.files import read_json
-from fmn_nb.forgetting_settings import PRESETS, SettingsError
+from fmn_nb.forgetting_settings import PRESETS, SettingsError, settings_for
 from fmn_nb.models import bundled
 from fmn_nb.plots_benchmark import forgetting_against_keeping
 from fmn_nb.protocol import Drawing, drawings
@@ -84,8 +84,21 @@ def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> 
         file.write_text(content)
         with pytest.raises(SettingsError, match="settings.yaml"):
             read_overrides(file)
-    file.write_text("papre: {}")
-    with pytest.raises(SettingsError, match="no preset 'papre'"):
+    for content in ("papre: {}", "words: {preset: papre}"):
+        file.write_text(content)
+        with pytest.raises(SettingsError, match="no preset 'papre'"):
+            read_overrides(file)
+
+
+def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("paper-words: {preset: paper, positions: [words]}\npaper: {steps: 3}\n")
+    assert list(read_overrides(file, presets=())) == ["paper-words", "paper"], "no names: everything in the file"
+    jobs = plan(["cat"], ["paper-words", "paper"], overrides=read_overrides(file, presets=()))
+    assert [job.name for job in jobs] == ["cat-paper-words-seed0", "cat-paper-seed0"]
+    assert jobs[0].settings == settings_for("paper", {"positions": ("words",)}) and jobs[1].settings.steps == 3
+    file.write_text("../words: {preset: paper}")
+    with pytest.raises(SettingsError, match="no name for a variant"):
         read_overrides(file)
 
 

@@ -14,6 +14,7 @@ from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention_layers import text_layers
 from fmn_nb.concepts import Concept, PhraseNotFoundError
+from fmn_nb.denoising import conditions, predict, seeded
 from fmn_nb.forgetting import PRESETS, Settings, SettingsError, forget, settings_for
 from fmn_nb.forgetting_weights import trainable
 from fmn_nb.models import denoiser, fingerprint
@@ -121,6 +122,27 @@ def test_strength_carries_the_finished_change_further() -> None:
     assert strong.info["scale"] == 1.5 and "scale" not in plain.info
     for name, tensor in plain.tensors.items():
         assert torch.equal(strong.tensors[name], tensor * (1.0 if "lora_A" in name else 1.5)), name
+
+
+def test_the_anchor_pulls_the_concepts_prediction_to_that_without_it_and_guidance_past_it() -> None:
+    pipe, images = tiny_sd(), noise_images(3)
+    asked = conditions(pipe, ["a photo of a cat", "a photo"])
+    noisy, times = torch.randn(2, 4, 16, 16, generator=seeded(0, 0))[[0, 0]], torch.tensor([500, 500])
+
+    @torch.no_grad()
+    def shift() -> torch.Tensor:
+        return predict(pipe.unet, noisy, times, asked, torch.tensor([0, 1]))
+
+    named, target = shift()
+    found = {}
+    for guidance in (0.0, 2.0):
+        patch = quick(pipe, references=images, prompts=["a photo of a cat"], anchor_weight=100.0, resteer_weight=0.0,
+                      retain_weight=0.0, anchor_guidance=guidance, steps=30, learning_rate=5e-3)
+        with patch.applied(pipe):
+            now = shift()[0]
+        direction = target - named  # 0 stands for the frozen prediction, 1 for the anchor
+        found[guidance] = float(((now - named) * direction).sum() / direction.square().sum())
+    assert 0.5 < found[0.0] < 1.5 and found[2.0] > found[0.0] + 0.5
 
 
 def test_attention_on_the_concept_falls_and_the_lora_works_in_plain_diffusers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tiny import tiny_sd
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import conditions
 from fmn_nb.forgetting import settings_for
-from fmn_nb.forgetting_prompts import likeness, neighbours_of, retain_prompts, stand_in_for
+from fmn_nb.forgetting_prompts import likeness, neighbours_of, retain_prompts, stand_in_for, without
 from fmn_nb.forgetting_sets import TrainingSet, forget_set, retain_set, towards_set
 from fmn_nb.inversion import LearnedTokens
 from fmn_nb.references import ReferenceImageError, encode, generate_latents, load_images
@@ -81,14 +81,19 @@ def test_correction_can_be_taught_on_prompts_of_ones_own() -> None:
 
 def test_similar_prompts_get_their_share_of_the_retain_set_and_the_empty_one_is_in_it() -> None:
     pipe, prompts = tiny_sd(), [f"a {word}" for word in "photo dog frog penguin fish octopus blue clock".split()]
-    settings = settings_for("balanced", {"retain_count": 4, "reference_steps": 1, "prompts": "plain"})
+    settings = settings_for("balanced", {"retain_count": 8, "reference_steps": 1, "prompts": "plain"})
     forget = forget_set(pipe, [Concept("cat")], {"cat": noise_images(1)}, None, None, settings, seed=0)
-    order = likeness(forget.given, conditions(pipe, [*prompts, ""]))[:-1].argsort(descending=True, stable=True).tolist()
-    for share, expected in ((0.0, 0), (0.5, 2), (1.0, 4)):
+    order = likeness(pipe, ["a photo of a cat"], prompts).argsort(descending=True, stable=True).tolist()
+    for share, similar in ((0.0, 0), (0.5, 4), (1.0, 8)):
         chosen = retain_set(pipe, [Concept("cat")], prompts, (), forget,
                             dataclasses.replace(settings, similar_share=share), seed=0)
-        numbers = chosen.prompt_of.tolist()
-        assert numbers[:expected] == order[:expected] and chosen.texts[numbers[-1]] == ""
+        ranks = [order.index(number) for number in chosen.prompt_of.tolist()[:8]]
+        assert ranks[:similar] == sorted(ranks[:similar]) and chosen.texts[chosen.prompt_of[-1]] == ""
+        if similar:
+            assert ranks[0] == 0 and ranks[similar - 1] == 7 and len(chosen.latents) == 8
+            assert ranks.count(0) >= similar // 4, "the most similar one comes most often"
+        else:
+            assert sorted(ranks) == list(range(8)), "all once before any twice"
         weighted = retain_set(pipe, [Concept("cat")], prompts, (), forget,
                               dataclasses.replace(settings, similar_share=share, retain_count=0), seed=0)
         likely = weighted.weights / weighted.weights[:-1].sum()
@@ -97,11 +102,39 @@ def test_similar_prompts_get_their_share_of_the_retain_set_and_the_empty_one_is_
         assert weighted.latents is forget.latents
 
 
+@pytest.mark.parametrize(("prompt", "concept", "left"), [
+    ("a photo of a cat", Concept("cat"), "a photo"),
+    ("A Cat", Concept("cat"), ""),
+    ("a photo of a cat in the style of noto", Concept("cat"), "a photo in the style of noto"),
+    ("an umbrella and a dog", Concept("umbrella"), "and a dog"),
+    ("a photo of cats and a category", Concept("cat"), "a photo of cats and a category"),
+    ("a photo of a dog in the style of noto", Concept("noto", kind="style"), "a photo of a dog"),
+    ("a dog in noto style", Concept("noto", kind="style"), "a dog"),
+    ("a portrait of Milo", Concept("Milo", kind="identity"), "a portrait"),
+    ("a photo of <toy>", Concept("cat", phrase="<toy>"), "a photo"),
+])
+def test_the_anchor_of_a_prompt_is_the_prompt_without_the_concept(prompt: str, concept: Concept, left: str) -> None:
+    assert without(prompt, concept) == left
+
+
+def test_anchors_stand_beside_the_prompts_and_say_the_reading_where_there_is_one() -> None:
+    pipe = tiny_sd()
+    settings = settings_for("balanced", {"prompts": "plain", "anchor_weight": 1.0})
+    for readings, expected in ((None, "a photo"), ({"cat": "alarm clock"}, "a photo of an alarm clock")):
+        data = forget_set(pipe, [Concept("cat")], {"cat": noise_images(2)}, None, None, settings, 0, readings=readings)
+        assert {data.texts[target] for target in data.target_of.tolist()} == {expected}
+        assert {data.texts[prompt] for prompt in data.prompt_of.tolist()} == {"a photo of a cat"}
+        assert len(data.concept) == 1, "anchors name no concept"
+    without_anchor = dataclasses.replace(settings, anchor_weight=0.0)
+    data = forget_set(pipe, [Concept("cat")], {"cat": noise_images(2)}, None, None, without_anchor, 0)
+    assert data.target_of is None and data.texts == ("a photo of a cat",)
+
+
 def test_neighbours_go_from_the_most_like_to_the_least() -> None:
     pipe = tiny_sd()
     found = neighbours_of(pipe, Concept("cat"), 5)
     others = retain_prompts(pipe, [Concept("cat")], None)
-    like = likeness(conditions(pipe, ["a photo of a cat"]), conditions(pipe, others))
+    like = likeness(pipe, ["a photo of a cat"], others)
     places = [int((like > like[others.index(prompt)]).sum()) for prompt in found]
     assert places[0] == 0 and places[-1] == len(others) - 1 and places == sorted(places) and len(set(places)) == 5
     assert places[1] < len(others) / 10  # most of them are near

@@ -62,6 +62,17 @@ def test_kernel_distance_by_hand():
     assert kernel_distance(MEANS, REAL, SHIFTED) == pytest.approx(by_hand, abs=1e-5)
 
 
+def test_kernel_distance_on_its_own_scale_does_not_depend_on_the_features_scale():
+    class Larger(Means):
+        def forward(self, images):
+            return 300 * super().forward(images)
+
+    distances = [kernel_distance(Features("means", module, 4, own_scale=True), REAL, SHIFTED)
+                 for module in (Means(), Larger())]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+    assert distances[0] != pytest.approx(kernel_distance(MEANS, REAL, SHIFTED), rel=1e-2)
+
+
 def test_kernel_distance_is_the_same_for_the_same_seed_and_leaves_the_generator_alone():
     rng = np.random.default_rng(0)
     real, images = (rng.integers(0, 256, (120, 4, 4, 3), dtype=np.uint8) for _ in range(2))
