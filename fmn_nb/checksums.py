@@ -9,11 +9,14 @@ CHECKSUMS = "checksums.json"
 
 
 def write_checksums(folder: Path) -> Path:
-    """Write the checksums of all files in a data folder (but itself and the prose) and return the file's path."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
+    """Write the checksums of all files in a data folder and return the file's path.
+
+    Left out are this file itself, prose, and `results`, which `fmn-nb benchmark` writes anew.
+    """
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
     return write_json(folder / CHECKSUMS, {
-        path.relative_to(folder).as_posix(): sha256(path) for path in paths
-        if path.name != CHECKSUMS and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path.as_posix(): sha256(folder / path) for path in paths
+        if path.name != CHECKSUMS and path.parts[0] != "results" and not any(p.startswith(".") for p in path.parts)
     })
 
 

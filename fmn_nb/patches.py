@@ -168,6 +168,10 @@ class Patch:
         scale = self.info.get("scale", 1.0) * factor
         return replace(self, tensors=tensors, info={**self.info, "scale": scale})
 
+    def with_metrics(self, metrics: Mapping[str, Any]) -> Patch:
+        """The same patch; its `fmn.json` says what was measured with it (`Report.to_metrics`). JSON values only."""
+        return replace(self, info={**self.info, "metrics": dict(metrics)})
+
     def low_rank(self, rank: int) -> Patch:
         """The nearest LoRA patch of this rank (truncated singular value decomposition of every difference).
 

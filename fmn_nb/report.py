@@ -10,12 +10,14 @@ from fmn_nb.results import METRICS_FILE
 
 REPORT_FILE = "report.html"
 #: key in metrics.json, short name, what it says, whether more is better
-MEASURES = (
+Measure = tuple[str, str, str, bool]  # name in metrics.json, short title, what it says, whether more is better
+MEASURES: tuple[Measure, ...] = (
     ("ua", "UA", "forgotten: share of the concept's images in which the judge no longer sees it", True),
     ("ira", "IRA", "kept nearby: judge accuracy on the other concepts of the same kind", True),
     ("cra", "CRA", "kept elsewhere: judge accuracy in the other domain", True),
     ("h", "H", "harmonic mean of UA, IRA and CRA", True),
     ("frechet", "Frechet", "distance of the images' distribution to real ones", False),
+    ("kernel", "Kernel", "the same by another measure (squared maximum mean discrepancy, unbiased)", False),
     ("clip_score", "CLIP score", "agreement of image and prompt", True),
 )
 FRACTIONS = ("ua", "ira", "cra", "h")
@@ -56,6 +58,7 @@ def run_view(folder: Path) -> dict[str, Any]:
         "state": state,
         "metrics": metrics,
         "rows": comparison(metrics.get("before", {}), metrics.get("after", {})),
+        "probes": comparison(metrics.get("before", {}), metrics.get("after", {}), _probes()),
         "ceiling": metrics.get("before", {}).get("ceiling"),
         "skipped": _skipped(metrics),
         "figures": grouped_figures(folder / "images"),
@@ -63,10 +66,18 @@ def run_view(folder: Path) -> dict[str, Any]:
     }
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+def _probes() -> tuple[Measure, ...]:
+    from fmn_nb.evaluation_probes import PROBES
+
+    return tuple((name, name.replace("_", " ").replace("ua", "UA"), probe.meaning, True)
+                 for name, probe in PROBES.items())
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any],
+               measures: tuple[Measure, ...] = MEASURES) -> list[dict[str, Any]]:
     """A row for every measure that either side has: values, 95% intervals and what they mean."""
     rows = []
-    for key, short, meaning, more_is_better in MEASURES:
+    for key, short, meaning, more_is_better in measures:
         if key in before or key in after:
             rows.append({
                 "short": short, "meaning": meaning, "more_is_better": more_is_better, "fraction": key in FRACTIONS,

@@ -9,6 +9,7 @@ All on one thread: with more, threads that wait for each other count as work, an
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,14 +32,11 @@ def sd15_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
 
 
-def seconds(run: Callable[[], None], times: int) -> float:
-    """Processor seconds of the fastest of several runs, which a busy machine hardly disturbs."""
-    best = float("inf")
-    for _ in range(times):
-        started = time.process_time()
-        run()
-        best = min(best, time.process_time() - started)
-    return best
+def seconds(run: Callable[[], None]) -> float:
+    """Processor seconds of one run, which a busy machine disturbs less than the clock."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
 @torch.no_grad()
@@ -57,15 +55,18 @@ def speed(unet: UNet2DConditionModel, side: int, tokens: int, steps: int, times:
         return run
 
     generation()
-    runs = {"plain": generation, "everything": recorded(), "two columns": recorded(columns=[2, 5]),
-            "plain again": generation}
-    measured = {name: [] for name in runs}
+    runs = {"everything": recorded(), "two columns": recorded(columns=[2, 5]), "plain again": generation}
+    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    plain = [seconds(generation)]
     for _ in range(times):
-        for name, run in runs.items():  # in turn, so that whatever else the machine does meets all alike
-            measured[name].append(seconds(run, 1))
-    plain = min(measured["plain"] + measured["plain again"])
-    for name, values in measured.items():
-        print(f"{name:12} {min(values):8.3f} s   {min(values) / plain:5.3f} x")
+        for name, run in runs.items():  # each between two plain runs, so that a drift of the machine cancels out
+            found = seconds(run)
+            plain.append(seconds(generation))
+            ratios[name].append(2 * found / sum(plain[-2:]))
+    print(f"plain        {statistics.median(plain):8.3f} s of the processor")
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{name:12} {middle:8.3f} x   (half of {times} runs: {low:.3f} to {high:.3f})")
 
 
 def memory() -> None:
@@ -88,8 +89,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     what = sys.argv[1] if len(sys.argv) > 1 else "emoji"
     if what == "emoji":
-        speed(emoji_unet(), 16, 32, steps=20, times=5)
+        speed(emoji_unet(), 16, 32, steps=20, times=9)
     elif what == "sd15":
-        speed(sd15_unet(), 32, 77, steps=1, times=8)
+        speed(sd15_unet(), 32, 77, steps=1, times=9)
     else:
         memory()
