@@ -40,6 +40,7 @@ from fmn_nb.worlds import world_of
 RUNS, BASE_FILE = "runs", "base.json"
 TABLE_FILE, RESULTS_FILE, FIGURE_FILE = "results.csv", "results.json", "forgetting-against-keeping.png"
 SCHEMA = 1
+ATTACK_IMAGES = 12  # judged after each attack: few, since the table averages over dozens of concepts
 _COSTS = ("steps", "seconds", "stopped_because", "trainable_parameters", "patch_bytes", "peak_memory_bytes",
           "loss_first", "loss_last")
 

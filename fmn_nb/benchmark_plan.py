@@ -20,6 +20,7 @@ from fmn_nb.forgetting_settings import PRESETS, Settings, SettingsError, setting
 from fmn_nb.protocol import REPEATS, check_concept
 
 SETTINGS_FILE = "settings.yaml"
+EVERYTHING = "all"  # asks for every preset and variant of the settings file
 _BASE = "preset"  # in a variant's settings: the preset that it changes
 GROUPS: dict[str, tuple[str, ...]] = {
     "objects": tuple(OBJECTS), "styles": tuple(STYLES), "identities": tuple(IDENTITIES), "words": tuple(AMBIGUOUS),
@@ -109,8 +110,8 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
                    presets: Sequence[str] = tuple(PRESETS)) -> dict[str, dict[str, Any]]:
     """Settings to replace, preset -> name -> value, from a YAML or JSON file and from texts "preset.name=value".
 
-    The file may hold more presets than are asked for; the texts, which replace what the file says, may not. Settings
-    under another name are a variant of the preset that they name:
+    The file may hold more presets than are asked for (["all"] asks for everything in it); the texts, which replace what
+    the file says, may not. Settings under another name are a variant of the preset that they name:
 
         paper:
           learning_rate: 1e-4
@@ -125,14 +126,16 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
     content = _read(file) if file is not None else {}
     for name, settings in content.items():
         preset = settings.get(_BASE, name)
-        if preset not in PRESETS:
+        if str(preset) not in PRESETS:
             raise SettingsError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise SettingsError(f"'{name}' is no name for a variant: letters, digits, '.', '-' and '_' only")
-    content = {preset: settings for preset, settings in content.items() if not presets or preset in presets}
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name == EVERYTHING or (name in PRESETS and preset != name):
+            raise SettingsError(f"'{name}' is no name for a variant of '{preset}': letters, digits, '.', '-' and '_', "
+                                f"but not {EVERYTHING} or another preset's")
+    if list(presets) != [EVERYTHING]:
+        content = {preset: settings for preset, settings in content.items() if preset in presets}
     for text in single:
         left, equals, value = text.partition("=")
-        preset, dot, name = left.partition(".")
+        preset, dot, name = left.rpartition(".")
         if not (equals and dot and preset and name):
             raise SettingsError(f"a setting is given as preset.name=value, not '{text}'")
         content.setdefault(preset, {})[name] = yaml.safe_load(value)
@@ -146,7 +149,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         raise SettingsError(f"{file} can't be read as YAML or JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise SettingsError(f"{file} must hold presets, each with its settings (paper: {{learning_rate: 1.0e-4}})")
-    return {preset: dict(settings) for preset, settings in content.items()}
+    return {str(preset): dict(settings) for preset, settings in content.items()}
 
 
 def _number(value: Any) -> Any:

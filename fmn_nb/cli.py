@@ -144,7 +144,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, mode
               limit: int | None, note: str, **request: str | None) -> None:
     """The results table of all concepts: forgotten, kept, cost. Resumable; finished jobs are never repeated."""
     with plain_errors():
-        from fmn_nb.benchmark_plan import SETTINGS_FILE, plan, read_overrides
+        from fmn_nb.benchmark_plan import EVERYTHING, SETTINGS_FILE, plan, read_overrides
         from fmn_nb.paths import data_dir
 
         out = out or data_dir() / "results"
@@ -152,15 +152,14 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, mode
         lists = {name: [item.strip() for item in (request[name] or "").split(",") if item.strip()]
                  for name in ("concepts", "presets", "seeds")}
         lists["seeds"] = [int(seed) for seed in lists["seeds"]]
-        if lists["presets"] == ["all"]:
-            lists["presets"] = []
         overrides = read_overrides(file or (usual if usual.is_file() else None), single, lists["presets"])
-        lists["presets"] = lists["presets"] or list(overrides)
+        if lists["presets"] == [EVERYTHING]:
+            lists["presets"] = list(overrides)
         jobs = plan(**lists, size=request["size"], overrides=overrides)
 
-        from fmn_nb.benchmark import Bench, InversionBudget, run_benchmark
+        from fmn_nb.benchmark import ATTACK_IMAGES, Bench, InversionBudget, run_benchmark
 
-        bench = Bench.of(model, out, attack=InversionBudget(steps=attack, images=12) if attack else None)
+        bench = Bench.of(model, out, attack=InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None)
         command = shlex.join(["fmn-nb", *sys.argv[1:]])
         click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
 

@@ -76,13 +76,15 @@ def forget(
         retain_prompts: prompts whose images are to stay as they are; those that name a concept are left out. By
             default the bundled model's world, or `data/prompts/neutral.txt`.
         towards: correction of an ambiguous word: the name of the reading that is to show instead, "computer mouse"
-            for the concept "mouse"; for several concepts a mapping from names to readings.
+            for the concept "mouse"; for several concepts a mapping from names to readings. It acts through
+            `anchor_weight` and `towards_weight`: without either (as in "paper") the concept is merely forgotten.
         masks: one picture for each reference image, white where the concept is: attention counts only there.
         overrides: single settings, see `Settings`.
 
     Returns:
-        A patch; `patch.info["forgetting"]` holds steps, seconds, loss_first, loss_last, stopped_because, losses and
-        masses (concept's share of attention) of every step, trainable_parameters, patch_bytes, peak_memory_bytes.
+        A patch; `patch.info["forgetting"]` holds steps, seconds, loss_first, loss_last, stopped_because,
+        trainable_parameters, patch_bytes, peak_memory_bytes, and of every step losses, masses (concept's share of
+        attention) and the other terms.
 
     Raises:
         SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.

@@ -35,7 +35,8 @@ class State:
 
     Attributes:
         step: optimiser steps done.
-        measured: name -> one number per step ("losses", "masses", "retain").
+        measured: name -> one number per step ("losses", "masses", "retain", and
+            "anchor" and "towards" where there are such terms).
         seconds: wall time spent up to here.
         tensors: dotted names -> tensors.
     """

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from fmn_nb.attention_layers import architecture_of
 from fmn_nb.attention_rows import prompt_columns
-from fmn_nb.concepts import Concept, PromptTokens, find_phrase
+from fmn_nb.concepts import DETERMINERS, Concept, PromptTokens, find_phrase
 from fmn_nb.denoising import conditions
 from fmn_nb.emoji.captions import OPENINGS, caption
 from fmn_nb.emoji.world import IDENTITIES, OBJECTS, READINGS, STYLES
 from fmn_nb.models import UnsupportedPipelineError, bundled_name, denoiser
 from fmn_nb.paths import data_dir
 
+_DETERMINER = rf"(?:\b(?:{'|'.join(sorted(DETERMINERS))})\s+)"
+#: what goes with a phrase that is taken out of a prompt: (before it, after it)
+_AROUND = re.compile(rf"(?:\bof\s+)?{_DETERMINER}?$", re.IGNORECASE), re.compile(r"^(?!)")
+_AROUND_STYLE = (re.compile(rf"(?:\bin\s+)?{_DETERMINER}?(?:\bstyle\s+of\s+)?{_DETERMINER}?$", re.IGNORECASE),
+                 re.compile(r"^\s+style\b", re.IGNORECASE))
 _STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm clock", "birthday cake")
 
 
@@ -49,13 +54,15 @@ def _emoji_forget_prompts(concept: Concept) -> list[str]:
 
 
 def without(prompt: str, concept: Concept) -> str:
-    """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog"."""
-    named = re.escape(concept.phrase)
-    if concept.kind == "style":
-        named = rf"(?:in\s+)?(?:the\s+)?(?:style\s+of\s+)?{named}(?:\s+style)?"
-    else:
-        named = rf"(?:of\s+)?(?:(?:a|an|the)\s+)?{named}"
-    return " ".join(re.sub(rf"(?<!\w){named}(?!\w)", " ", prompt, flags=re.IGNORECASE).split()).strip(" ,")
+    """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog".
+
+    The phrase goes wherever `find_phrase` finds it, and with it the words that only led to it.
+    """
+    before, after = _AROUND_STYLE if concept.kind == "style" else _AROUND
+    for start, end in reversed(find_phrase(prompt, concept.phrase)):
+        left, right = before.sub("", prompt[:start]), after.sub("", prompt[end:])
+        prompt = f"{left} {right}"
+    return re.sub(r"\s+(?=[,.;])", "", " ".join(prompt.split())).strip(" ,")
 
 
 def retain_prompts(
@@ -86,16 +93,24 @@ def retain_prompts(
 def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[str]) -> Tensor:
     """How much each of `others` is like the closest of `prompts`, by the pipeline's own text encoder: [others].
 
-    The cosine of the embeddings of the end-of-text token, in which a causal encoder sums up the prompt (where there
-    is none: of the mean over all columns), from -1 to 1; centred on the mean over all prompts, since raw embeddings
-    share one large common part.
+    The cosine of the embeddings of the end-of-text token, in which a causal encoder sums up the prompt (where no
+    tokenizer tells which that is: of the mean over all columns), from -1 to 1; centred on the mean over all prompts,
+    since raw embeddings share one large common part.
     """
     texts = [*prompts, *others]
-    rows = conditions(pipe, texts).rows["encoder_hidden_states"].float()
-    ends = [list(read_columns(pipe, text, rows.shape[1]).first_eot) or slice(None) for text in texts]
-    summed_up = torch.stack([row[end].mean(0) for row, end in zip(rows, ends, strict=True)])
+    rows = conditions(pipe, texts).rows["encoder_hidden_states"]
+    summed_up = torch.stack([row[_ends(pipe, text, len(row))].float().mean(0)
+                             for row, text in zip(rows, texts, strict=True)])
     unit = torch.nn.functional.normalize(summed_up - summed_up.mean(0), dim=-1)
     return (unit[len(prompts):] @ unit[:len(prompts)].T).amax(1)
+
+
+def _ends(pipe: DiffusionPipeline, text: str, length: int) -> list[int] | slice:
+    """The end-of-text columns of a prompt, or all columns."""
+    try:
+        return list(read_columns(pipe, text, length).first_eot) or slice(None)
+    except UnsupportedPipelineError:
+        return slice(None)
 
 
 def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
@@ -168,7 +183,8 @@ def spoken(concept: Concept) -> Concept:
 
 
 def _emoji_prompts() -> list[str]:
-    """The emoji world's evaluation prompts: every object and reading in every style and alone; names; styles."""
+    """The emoji world's evaluation prompts (on other seeds there), and more: every object in every style and alone,
+    readings, names in all openings, styles."""
     things = [caption([name], style) for name in OBJECTS for style in (*STYLES, None)]
     names = [caption([name], opening=opening) for name in IDENTITIES for opening in OPENINGS]
     return [*things, *names, *(caption([name]) for name in READINGS),

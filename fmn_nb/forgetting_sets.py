@@ -75,7 +75,7 @@ class TrainingSet:
         latents: all latents; pair p uses number `latent_of[p]`, and prompt `prompt_of[p]` of `given`.
         given: the encoded prompts.
         texts: the same prompts as text.
-        concept: for the forget set, which text columns count as the concept, bool [prompts, columns].
+        concept: for the forget set, which text columns count as the concept, bool [prompts that name it, columns].
         regions: where in each of the latents' images the concept is, [latents, height, width], or None.
         weights: probability of each pair (None: all in shuffled rounds).
         target_of: for each pair the prompt that the frozen model sees instead, where it is another one.
@@ -167,8 +167,8 @@ def retain_set(
 ) -> TrainingSet:
     """Prompts that name none of the concepts, with images of them or with the references' latents.
 
-    A share of the prompts are those most like the concepts; the empty prompt, which guidance uses as its uncond
-    branch, is always among them.
+    A share of the prompts is chosen by likeness to the concepts (`_bank`); the empty prompt, which guidance uses as
+    its uncond branch, is always among them.
     """
     texts = retain_prompts(pipe, concepts, given_prompts, readings)
     generator = seeded(seed, 2)
@@ -199,7 +199,7 @@ def towards_set(
 ) -> TrainingSet:
     """For concept correction: images of the readings to show, with the concept's prompts and the readings' own.
 
-    There are as many as references, and at least one for each prompt.
+    There are `reference_count` of them, and at least one for each prompt.
 
     Args:
         readings: concept name -> the reading that is to show ("mouse" -> "computer mouse").

@@ -57,13 +57,15 @@ class Settings:
             or with the reading `towards` in its place; on the same noised references. 0 for none.
         anchor_guidance: how far beyond the anchor, away from what the frozen model predicts for the concept, the
             target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345).
+            Without an anchor it is unused.
 
     Keeping the rest:
         retain_weight: factor of the retain term: mean squared difference to the frozen model; 0 for none.
         retain_on: compare "noise" (predictions) or "attention" (maps of all columns).
         retain_batch: prompts in each step.
         retain_count: retain images to generate; 0 takes the references' latents under other prompts instead.
-        similar_share: share of the retain batch drawn from the quarter of the prompts most like the concept's.
+        similar_share: share of the retain images whose prompts are spread densely over those most like the concept's
+            and thinly over the rest; without retain images, of the batch drawn from the most similar quarter.
 
     Correction:
         towards_weight: factor of the pull of the concept's prompt to what the frozen model predicts for

@@ -154,7 +154,7 @@ class Finetune:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in totals.items():
-            self.measured[name].append(value)
+            self.measured.setdefault(name, []).append(value)
         self.memory.note()
         self.step += 1
 
@@ -189,7 +189,7 @@ class Finetune:
         last = {name: values[-1] for name, values in self.measured.items() if values}
         if self.settings.tracker:
             self.accelerator.log({"loss": last["losses"], "mass": last["masses"], **{
-                name: value for name, value in last.items() if name == "retain"}}, step=self.step)
+                name: value for name, value in last.items() if name not in ("losses", "masses")}}, step=self.step)
         self._stop_when_forgotten()
         if callback is not None:
             said = callback(Progress(self.step, self.settings.steps, last["losses"], last["masses"],

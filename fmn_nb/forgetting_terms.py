@@ -24,7 +24,8 @@ _STREAMS = {"forget": 10, "retain": 11, "towards": 12}
 
 
 class Terms:
-    """The re-steering loss, the retain term and the pull to another reading, as far as there are sets for them.
+    """The re-steering loss with its anchor, the retain term and the pull to another reading, as far as there are sets
+    for them and weights.
 
     Args:
         sets: "forget", and where wanted "retain" and "towards".
@@ -41,40 +42,48 @@ class Terms:
         self.draws = {name: found.draws(seeded(seed, _STREAMS[name])) for name, found in sets.items()}
 
     def add_gradients(self) -> dict[str, float]:
-        """Draw once for each term and add its gradient; what was measured: losses, masses and, with one, retain.
+        """Draw once for each term and add its gradient; what was measured: losses, masses and, where they are, the
+        anchor, retain and towards terms before their weights.
 
         Each term has its own backward pass, so that only one graph is alive at a time.
         """
-        loss, mass = self._resteer()
-        found = {"losses": loss, "masses": mass}
+        found = self._resteer()
         if "retain" in self.sets:
             found["retain"] = self._keep("retain", self.settings.retain_weight, self.settings.retain_on)
         if "towards" in self.sets:
-            self._keep("towards", self.settings.towards_weight, "noise")
+            found["towards"] = self._keep("towards", self.settings.towards_weight, "noise")
         return found
 
-    def _resteer(self) -> tuple[float, float]:
+    def _resteer(self) -> dict[str, float]:
         data = self.sets["forget"]
         batch = self._draw("forget", self.settings.batch_size)
         concept = data.concept[batch.prompts].to(self.device)
         region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
+        target = self._anchor(data, batch)
         with self.accelerator.autocast():
             attention, predicted = self._attention(data, batch, batch.prompts)
         loss = resteering_loss(attention, concept, self.settings.norm, region)
-        mass = concept_mass(attention, concept)
-        self._backward(loss * self.settings.resteer_weight + self._pull(data, batch, predicted))
-        return float(loss.detach()), mass
+        found = {"losses": float(loss.detach()), "masses": concept_mass(attention, concept)}
+        total = loss * self.settings.resteer_weight
+        if target is not None:
+            pull = retain_loss(predicted, target)
+            found["anchor"] = float(pull.detach())
+            total = total + pull * self.settings.anchor_weight
+        del predicted  # without a pull nothing else holds this end of the graph
+        self._backward(total)
+        return found
 
-    def _pull(self, data: TrainingSet, batch: Batch, predicted: Tensor) -> Tensor | float:
-        """The weighted pull of the concept's predictions to their anchors', on the graph that re-steering has built."""
+    def _anchor(self, data: TrainingSet, batch: Batch) -> Tensor | None:
+        """What the concept's predictions are pulled to, in float32: the frozen model's for the prompts without it, and
+        past them by `anchor_guidance` times their distance from those with it. None without such a pull."""
         if not self.settings.anchor_weight:
-            return 0.0
+            return None
         with self.weights.frozen(), self.accelerator.autocast():
-            target = self._predict(data, batch, data.target_of[batch.pairs])
+            target = self._predict(data, batch, data.target_of[batch.pairs]).float()
             if self.settings.anchor_guidance:
-                named = self._predict(data, batch, batch.prompts)
+                named = self._predict(data, batch, batch.prompts).float()
                 target = target + self.settings.anchor_guidance * (target - named)
-        return retain_loss(predicted, target) * self.settings.anchor_weight
+        return target
 
     def _keep(self, name: str, weight: float, compared: str) -> float:
         """A term that holds the model to what the frozen model does, for the same noisy latents."""

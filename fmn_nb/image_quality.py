@@ -139,15 +139,13 @@ def kernel_distance(features: Features | Judge, real: Sequence[Image.Image] | np
     size = min(SUBSET_SIZE, len(real), len(images))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save", category=UserWarning)
-        metric = KernelInceptionDistance(feature=features.module, subsets=SUBSETS, subset_size=size,
-                                         gamma=1 / _squared_norm(features, real) if features.own_scale else None)
+        metric = KernelInceptionDistance(feature=features.module, subsets=SUBSETS, subset_size=size)
         torch.manual_seed(seed)
-        return float(_updated(metric, features, real, images).compute()[0])
-
-
-def _squared_norm(features: Features, images: Sequence[Image.Image] | np.ndarray) -> float:
-    """The features' mean squared norm over (the first) images."""
-    return float(features.module(features.bytes_of(images[:AT_ONCE])).square().sum(1).mean())
+        _updated(metric, features, real, images)
+        if features.own_scale:
+            norm = float(torch.cat(metric.real_features).square().sum(1).mean())
+            metric.gamma = 1 / norm if norm else None
+        return float(metric.compute()[0])
 
 
 def _named(features: Features | Judge) -> Features:

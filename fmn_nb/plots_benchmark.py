@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from fmn_nb.plots_figure import InlineFigure, new_figure
 
 #: of Okabe and Ito's palette, which colour-blind readers tell apart; the marker says the same
-LOOKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), ("#56B4E9", "v"))
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"), ("o", "^", "s", "D", "v")
 NAMED = 5  # so many points of each preset are named: those furthest from the corner
 CORNER = 0.12  # a point nearer than this to its ceiling needs no name
 
@@ -36,7 +36,8 @@ def forgetting_against_keeping(table: pd.DataFrame, title: str = "Forgetting aga
     axes.axhline(ceiling, color="0.35", linestyle="--", linewidth=1, label=f"ceiling: the base model, {ceiling:.2f}")
     axes.plot(1, ceiling, marker="*", markersize=16, color="0.35", linestyle="none", label="the aim", zorder=1)
     sentences = []
-    for (preset, points), (colour, marker) in zip(means.groupby("preset", sort=False), LOOKS, strict=False):
+    for number, (preset, points) in enumerate(means.groupby("preset", sort=False)):
+        colour, marker = _look(number)
         axes.scatter(points["ua"], points["kept"], color=colour, marker=marker, alpha=0.75, label=preset, zorder=2)
         _name_the_furthest(axes, points, ceiling, colour)
         sentences.append(f"{preset}: {len(points)} concepts, UA {points['ua'].mean():.2f} on average, "
@@ -46,6 +47,11 @@ def forgetting_against_keeping(table: pd.DataFrame, title: str = "Forgetting aga
     axes.legend(fontsize=8, loc="lower left")
     figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
     return figure
+
+
+def _look(number: int) -> tuple[str, str]:
+    """(colour, marker), another pair for each of the first 25 presets."""
+    return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def _name_the_furthest(axes: Axes, points: pd.DataFrame, ceiling: float, colour: str) -> None:

@@ -11,15 +11,16 @@ from matplotlib.figure import Figure
 
 from fmn_nb.plots_figure import new_figure
 
-MEASURED = {"losses": "re-steering loss", "masses": "concept mass", "retain": "retain term"}
+MEASURED = {"losses": "re-steering loss", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
+            "towards": "pull to the reading"}
 
 
 def curves(report: Mapping[str, Any], over: int = 5) -> Figure:
     """What a fine-tune measured in each step (thin, with dots), and its mean over the last `over` steps (thick).
 
     Args:
-        report: a patch's `info["forgetting"]`: lists of numbers under "losses", "masses" and, with a retain term,
-            "retain".
+        report: a patch's `info["forgetting"]`: lists of numbers under "losses", "masses" and, where the fine-tune had
+            these terms, "anchor", "retain" and "towards".
     """
     shown = _measured(report)
     figure = new_figure(3.4 * len(shown), 2.6)

@@ -9,7 +9,6 @@ from fmn_nb.files import read_json, write_text
 from fmn_nb.results import METRICS_FILE
 
 REPORT_FILE = "report.html"
-#: key in metrics.json, short name, what it says, whether more is better
 Measure = tuple[str, str, str, bool]  # name in metrics.json, short title, what it says, whether more is better
 MEASURES: tuple[Measure, ...] = (
     ("ua", "UA", "forgotten: share of the concept's images in which the judge no longer sees it", True),
@@ -17,7 +16,7 @@ MEASURES: tuple[Measure, ...] = (
     ("cra", "CRA", "kept elsewhere: judge accuracy in the other domain", True),
     ("h", "H", "harmonic mean of UA, IRA and CRA", True),
     ("frechet", "Frechet", "distance of the images' distribution to real ones", False),
-    ("kernel", "Kernel", "the same by another measure (squared maximum mean discrepancy, unbiased)", False),
+    ("kernel", "Kernel", "distance to real ones as a squared maximum mean discrepancy, unbiased", False),
     ("clip_score", "CLIP score", "agreement of image and prompt", True),
 )
 FRACTIONS = ("ua", "ira", "cra", "h")

@@ -93,13 +93,16 @@ def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> 
 def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("paper-words: {preset: paper, positions: [words]}\npaper: {steps: 3}\n")
-    assert list(read_overrides(file, presets=())) == ["paper-words", "paper"], "no names: everything in the file"
-    jobs = plan(["cat"], ["paper-words", "paper"], overrides=read_overrides(file, presets=()))
+    everything = read_overrides(file, ["paper-words.steps=9"], presets=["all"])
+    assert list(everything) == ["paper-words", "paper"] and everything["paper-words"]["steps"] == 9
+    assert list(read_overrides(file, presets=["paper"])) == ["paper"]
+    jobs = plan(["cat"], ["paper-words", "paper"], overrides=read_overrides(file, presets=["all"]))
     assert [job.name for job in jobs] == ["cat-paper-words-seed0", "cat-paper-seed0"]
     assert jobs[0].settings == settings_for("paper", {"positions": ("words",)}) and jobs[1].settings.steps == 3
-    file.write_text("../words: {preset: paper}")
-    with pytest.raises(SettingsError, match="no name for a variant"):
-        read_overrides(file)
+    for name in ("../words", "all", "balanced"):
+        file.write_text(f"{name}: {{preset: paper}}")
+        with pytest.raises(SettingsError, match="no name for a variant"):
+            read_overrides(file)
 
 
 def test_recorded_verdicts_give_the_rows_of_a_judge() -> None:
@@ -223,6 +226,12 @@ def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
     assert "balanced: 2 concepts, UA 1.00 on average, kept 0.60" in figure.words
     with pytest.raises(ValueError, match="no rows"):
         forgetting_against_keeping(table[:0])
+    many = pd.concat([table.assign(preset=f"variant-{number}") for number in range(7)])
+    figure = forgetting_against_keeping(many)
+    (axes,) = figure.axes
+    assert sum(text.get_text().startswith("variant-") for text in axes.get_legend().get_texts()) == 7
+    looks = {(tuple(dots.get_facecolor()[0]), len(dots.get_paths()[0].vertices)) for dots in axes.collections}
+    assert len(looks) == 7
 
 
 def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> None:

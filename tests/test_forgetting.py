@@ -78,14 +78,14 @@ def test_every_kind_of_model_forgets_and_is_unchanged(make) -> None:
     if make is tiny_flux:
         pipe.default_sample_size = 4  # 4096 packed positions would only be slow
     before = snapshot(pipe)
-    patch = quick(pipe, train="lora", learning_rate=1e-2)
+    patch = quick(pipe, train="lora", learning_rate=1e-2, anchor_weight=1.0, anchor_guidance=1.0)
     assert_unchanged(pipe, before)
     report = patch.info["forgetting"]
     assert report["steps"] == 2 and len(report["losses"]) == len(report["masses"]) == len(report["retain"]) == 2
     assert report["trainable_parameters"] == sum(t.numel() for t in patch.tensors.values())
     assert report["patch_bytes"] == patch.nbytes and report["peak_memory_bytes"] > 1e7
     assert report["retain"][0] == 0.0 < report["retain"][1]  # a fresh LoRA is the frozen model
-    assert 0 < report["masses"][0] < 1
+    assert 0 < report["masses"][0] < 1 and len(report["anchor"]) == 2 and report["anchor"][0] > 0
     with patch.applied(pipe):
         assert applied_patches(pipe)
     assert_unchanged(pipe, before)

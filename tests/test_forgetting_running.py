@@ -56,7 +56,7 @@ def test_nan_stops_with_the_last_good_state_and_the_pipeline_as_it_was(
 @pytest.mark.parametrize("how", ["lora", "cross_attention"])
 def test_resumed_is_the_same_as_unbroken(how: str, tmp_path: Path) -> None:
     settings = {"steps": 6, "train": how, "learning_rate": 1e-2, "checkpoint_every": 2, "warmup": 3,
-                "schedule": "constant_with_warmup"}
+                "schedule": "constant_with_warmup", "anchor_weight": 1.0, "anchor_guidance": 1.0}
     whole = quick(tiny_sd(), **settings)
 
     def interrupt(progress):
@@ -71,7 +71,7 @@ def test_resumed_is_the_same_as_unbroken(how: str, tmp_path: Path) -> None:
     assert steps == [5, 6]
     assert resumed.tensors.keys() == whole.tensors.keys()
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
-    for name in ("losses", "masses", "retain"):
+    for name in ("losses", "masses", "retain", "anchor"):
         assert resumed.info["forgetting"][name] == whole.info["forgetting"][name]
     again = quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=lambda p: pytest.fail("nothing is left to do"))
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in again.tensors.items())

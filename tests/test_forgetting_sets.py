@@ -120,6 +120,10 @@ def test_the_similar_prompts_of_a_large_world_stand_densely_at_the_head_of_the_o
     ("a dog in noto style", Concept("noto", kind="style"), "a dog"),
     ("a portrait of Milo", Concept("Milo", kind="identity"), "a portrait"),
     ("a photo of <toy>", Concept("cat", phrase="<toy>"), "a photo"),
+    ("a photo of a birthday  cake", Concept("birthday cake"), "a photo"),
+    ("a photo of some bread", Concept("bread"), "a photo"),
+    ("a photo of this car, a cat and the car", Concept("car"), "a photo, a cat and"),
+    ("a photo of my dog", Concept("my dog"), "a photo"),
 ])
 def test_the_anchor_of_a_prompt_is_the_prompt_without_the_concept(prompt: str, concept: Concept, left: str) -> None:
     assert without(prompt, concept) == left
@@ -136,6 +140,15 @@ def test_anchors_stand_beside_the_prompts_and_say_the_reading_where_there_is_one
     without_anchor = dataclasses.replace(settings, anchor_weight=0.0)
     data = forget_set(pipe, [Concept("cat")], {"cat": noise_images(2)}, None, None, without_anchor, 0)
     assert data.target_of is None and data.texts == ("a photo of a cat",)
+
+
+def test_likeness_is_the_centred_cosine_of_end_of_text_embeddings() -> None:
+    pipe, texts = tiny_sd(), ["a photo of a cat", "a cat", "a photo of a birthday cake"]
+    rows = conditions(pipe, texts).rows["encoder_hidden_states"]
+    ends = torch.stack([row[len(pipe.tokenizer(text).input_ids) - 1] for row, text in zip(rows, texts, strict=True)])
+    centred = ends - ends.mean(0)
+    by_hand = torch.cosine_similarity(centred[1:], centred[:1])
+    torch.testing.assert_close(likeness(pipe, texts[:1], texts[1:]), by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_neighbours_go_from_the_most_like_to_the_least() -> None:
@@ -267,7 +280,7 @@ def test_region_masks_count_only_where_the_concept_is() -> None:
     expected = float(grid[..., :2].norm())
     assert resteering_loss(attention, concept, "published", left) == pytest.approx(expected, rel=1e-5)
     masks = [Image.new("L", (16, 16), 255)] * 2
-    patch = quick(tiny_sd(), references=noise_images(2), masks=masks)
+    patch = quick(tiny_sd(), references=noise_images(2), masks=masks, anchor_weight=1.0)
     assert patch.info["forgetting"]["steps"] == 2
     with pytest.raises(ReferenceImageError, match="give one for each"):
         quick(tiny_sd(), references=noise_images(2), masks=masks[:1])

@@ -30,12 +30,14 @@ def run_folder(tmp_path):
     """A finished run's folder, written through the functions that notebooks use."""
     out = tmp_path / "<cat> & co"
     settings = {"model": "emoji", "concept": "cat", "kind": "object", "preset": "balanced", "seed": 1234}
-    side = {"ua": 0.04, "ira": 0.98, "cra": 0.9, "h": 0.11, "ceiling": 0.96, "images": 144, "frechet": 3.2}
+    side = {"ua": 0.04, "ira": 0.98, "cra": 0.9, "h": 0.11, "ceiling": 0.96, "images": 144, "frechet": 3.2,
+            "kernel": -0.012, "paraphrase_ua": 0.125}
     record(out, {
         "model": "emoji", "concept": {"name": "cat", "kind": "object"}, "preset": "balanced", "seed": 1234,
         "versions": {"python": "3.11"},
         "before": {**side, "ci95": {"ua": [0.0, 0.2]}},
         "after": {**side, "ua": 1.0, "skipped": {"clip_score": "no CLIP model for this one"}},
+        "cost": {"evaluation_seconds": 12.5},
         "forgetting": {"steps": 35, "seconds": 9.1, "stopped_because": "all steps done", "patch_bytes": 182_344},
     })
     for number, colour in enumerate(("orange", "tan")):
@@ -67,7 +69,9 @@ def test_a_runs_page_says_what_was_measured_and_what_was_not(run_folder):
     page = write_report(run_folder).read_text()
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
     for said in ("Forgetting “cat”", "1.000", "0.000 to 0.200", "H can reach 0.960", "182.3 kB", "all steps done",
-                 "after: clip_score : no CLIP model for this one", "1.00e-04", "seed 1234", "03_forget.ipynb"):
+                 "after: clip_score : no CLIP model for this one", "1.00e-04", "seed 1234", "03_forget.ipynb",
+                 "Kernel", "-0.012", "paraphrase UA", "0.125", "asked for in other words",
+                 "evaluation seconds", "12.5"):
         assert re.sub(r"\s+", " ", said) in re.sub(r"\s+", " ", text), said
     assert "<cat>" not in page and 'alt="the map of &lt;cat&gt;"' in page
 
