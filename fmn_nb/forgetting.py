@@ -4,7 +4,8 @@
 
 Each step noises reference images of the concept to random timesteps, runs the denoiser on prompts that name it, and
 moves the trained weights so that the concept's text columns get less attention (Zhang, Wang, Xu, Wang, Shi,
-arXiv 2303.17591). A retain term holds the rest in place: on other prompts the model is to predict what it did before.
+arXiv 2303.17591). An anchor can pull the prediction to what it would be without the concept, and a retain term holds
+the rest in place: on other prompts the model is to predict what it did before.
 Settings and presets are in `forgetting_settings`, the losses in `forgetting_loss`, the data in `forgetting_sets`.
 """
 
