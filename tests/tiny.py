@@ -8,6 +8,7 @@ transformer), `tiny_sd3` (joint attention, two CLIPs and a T5), `tiny_flux` (dou
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import torch
 from diffusers import (
@@ -43,8 +44,8 @@ CORPUS = [
 ]
 
 
-def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with a vocabulary trained on CORPUS: "cat" is one token, "butterfly" several."""
+@cache  # the training breaks ties between pairs at random, so two of them needn't share one vocabulary
+def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     trained = CLIPTokenizer()
     trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -54,8 +55,13 @@ def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
     pieces = alphabet + [letter + "</w>" for letter in alphabet]
     pieces += [left + right for left, right in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}, merges
+
+
+def clip_tokenizer(length: int = 16) -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer with a vocabulary trained on CORPUS: "cat" is one token, "butterfly" several."""
+    vocab, merges = _clip_vocabulary()
+    return CLIPTokenizer(vocab=dict(vocab), merges=list(merges), model_max_length=length)
 
 
 def t5_tokenizer(length: int = 20) -> T5Tokenizer:
