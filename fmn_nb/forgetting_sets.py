@@ -133,14 +133,14 @@ def forget_set(
     for concept in concepts:
         own = list(prompts) if prompts is not None else forget_prompts(pipe, concept, settings.prompts)
         reading = (readings or {}).get(concept.name)
-        anchors += (_with_reading(pipe, concept, reading, prompts, settings) if reading
-                    else [without(prompt, concept) for prompt in own])
+        if settings.anchor_weight:
+            anchors += (_with_reading(pipe, concept, reading, prompts, settings) if reading
+                        else [without(prompt, concept) for prompt in own])
         first, latents = len(texts), sum(len(part) for part in parts)
         texts, owners = texts + own, owners + [concept] * len(own)
         found, matching = _latents(pipe, concept, own, references.get(concept.name), settings, seed, cached is None)
         parts.append(found)
         pairs += [(latents + image, first + prompt) for image, prompt in matching]
-    anchors = anchors if settings.anchor_weight else []
     given = conditions(pipe, [*texts, *anchors], size=settings.size)
     if settings.noise_on == "zeros":
         everything = Latents.exact(torch.zeros(sum(len(part) for part in parts), *given.latent_shape))

@@ -208,8 +208,8 @@ PRESETS: dict[str, Settings] = {
     ),
     # A small LoRA; attention re-steered away from the concept's own columns; the prediction pulled away from the
     # concept, which ends what leaks through the later columns; and a strong retain term. Found on the emoji model:
-    # re-steering the later columns too forgets no better and keeps less. For a large model start from a learning
-    # rate of about 1e-4.
+    # re-steering the later columns too made no difference there. For a large model start from a learning rate of
+    # about 1e-4.
     "balanced": Settings(
         positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
         retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,

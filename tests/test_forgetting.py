@@ -28,7 +28,7 @@ def test_presets_are_data_and_paper_holds_the_published_defaults() -> None:
     assert (paper.steps, paper.learning_rate, paper.batch_size) == (35, 2e-6, 1)
     assert (paper.weight_decay, paper.clip, paper.beta1, paper.beta2, paper.epsilon) == (0.01, 1.0, 0.9, 0.999, 1e-8)
     assert (paper.train, paper.norm, paper.retain_weight, paper.schedule) == ("denoiser", "published", 0.0, "constant")
-    assert PRESETS["balanced"].retain_weight > 0 and PRESETS["balanced"].steps <= 60
+    assert PRESETS["balanced"].retain_weight > 0 and PRESETS["balanced"].steps <= 35
     assert all(json.dumps(preset.to_dict()) for preset in PRESETS.values())
 
 
