@@ -49,7 +49,8 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each preset, over all concepts and by kind: how many, and each figure's mean over concepts.
+    """For each preset, over all concepts and by kind: how many, each figure's mean over concepts, and which reached the
+    smallest share of its ceiling.
 
     The 95% intervals are bootstrapped over concepts (a concept's seeds are averaged first): they say how much the mean
     depends on which concepts are forgotten, and are left out for a single concept.
@@ -63,6 +64,9 @@ def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
             for name in columns:
                 values = means[name].dropna().to_numpy(float)
                 row |= _mean(name, values) if len(values) else {}
+            reached = means["h_of_ceiling"].dropna()
+            if len(reached):
+                row["lowest"] = {"concept": reached.idxmin(), "h_of_ceiling": round(float(reached.min()), 6)}
             rows.append(row)
     return rows
 

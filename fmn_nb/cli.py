@@ -138,7 +138,7 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
-              help="Try a concept inversion of so many steps on each patch; 0: none.")
+              help="Try a concept inversion of so many steps on each patch of the first seed; 0: none.")
 @click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
 def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, model: str, attack: int,
               limit: int | None, note: str, **request: str | None) -> None:
@@ -159,7 +159,8 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, mode
 
         from fmn_nb.benchmark import ATTACK_IMAGES, Bench, InversionBudget, run_benchmark
 
-        bench = Bench.of(model, out, attack=InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None)
+        budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
+        bench = Bench.of(model, out, attack=budget, attack_seed=jobs[0].seed)
         command = shlex.join(["fmn-nb", *sys.argv[1:]])
         click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
 

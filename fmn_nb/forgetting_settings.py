@@ -56,8 +56,8 @@ class Settings:
             what the frozen model predicts for the same prompt without the concept ("a photo" for "a photo of a cat"),
             or with the reading `towards` in its place; on the same noised references. 0 for none.
         anchor_guidance: how far beyond the anchor, away from what the frozen model predicts for the concept, the
-            target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345).
-            Without an anchor it is unused.
+            target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345). So
+            does the target of a correction's pull (`towards_weight`). Without either it is unused.
 
     Keeping the rest:
         retain_weight: factor of the retain term: mean squared difference to the frozen model; 0 for none.

@@ -49,9 +49,9 @@ class Terms:
         """
         found = self._resteer()
         if "retain" in self.sets:
-            found["retain"] = self._keep("retain", self.settings.retain_weight, self.settings.retain_on)
+            found["retain"] = self._keep()
         if "towards" in self.sets:
-            found["towards"] = self._keep("towards", self.settings.towards_weight, "noise")
+            found["towards"] = self._pull()
         return found
 
     def _resteer(self) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Terms:
         batch = self._draw("forget", self.settings.batch_size)
         concept = data.concept[batch.prompts].to(self.device)
         region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
-        target = self._anchor(data, batch)
+        target = self._target(data, batch) if self.settings.anchor_weight else None
         with self.accelerator.autocast():
             attention, predicted = self._attention(data, batch, batch.prompts)
         loss = resteering_loss(attention, concept, self.settings.norm, region)
@@ -73,11 +73,31 @@ class Terms:
         self._backward(total)
         return found
 
-    def _anchor(self, data: TrainingSet, batch: Batch) -> Tensor | None:
-        """What the concept's predictions are pulled to, in float32: the frozen model's for the prompts without it, and
-        past them by `anchor_guidance` times their distance from those with it. None without such a pull."""
-        if not self.settings.anchor_weight:
-            return None
+    def _keep(self) -> float:
+        """The retain term: as the frozen model does, for the same prompts and noisy latents."""
+        data, compared = self.sets["retain"], self.settings.retain_on
+        batch = self._draw("retain", self.settings.retain_batch)
+        with self.weights.frozen(), self.accelerator.autocast():
+            before = self._behaviour(data, batch, compared)
+        with self.accelerator.autocast():
+            now = self._behaviour(data, batch, compared)
+        loss = retain_attention_loss(now, before) if compared == "attention" else retain_loss(now, before)
+        self._backward(loss * self.settings.retain_weight)
+        return float(loss.detach())
+
+    def _pull(self) -> float:
+        """The concept's prompts pulled to the reading that is to show, on images of it."""
+        data = self.sets["towards"]
+        batch = self._draw("towards", self.settings.retain_batch)
+        target = self._target(data, batch)
+        with self.accelerator.autocast():
+            loss = retain_loss(self._predict(data, batch, batch.prompts), target)
+        self._backward(loss * self.settings.towards_weight)
+        return float(loss.detach())
+
+    def _target(self, data: TrainingSet, batch: Batch) -> Tensor:
+        """What the concept's predictions are pulled to, in float32: the frozen model's for the pairs' target prompts,
+        and past them by `anchor_guidance` times their distance from those for the prompts that name the concept."""
         with self.weights.frozen(), self.accelerator.autocast():
             target = self._predict(data, batch, data.target_of[batch.pairs]).float()
             if self.settings.anchor_guidance:
@@ -85,22 +105,10 @@ class Terms:
                 target = target + self.settings.anchor_guidance * (target - named)
         return target
 
-    def _keep(self, name: str, weight: float, compared: str) -> float:
-        """A term that holds the model to what the frozen model does, for the same noisy latents."""
-        data = self.sets[name]
-        batch = self._draw(name, self.settings.retain_batch)
-        target = batch.prompts if data.target_of is None else data.target_of[batch.pairs]
-        with self.weights.frozen(), self.accelerator.autocast():
-            before = self._behaviour(data, batch, target, compared)
-        with self.accelerator.autocast():
-            now = self._behaviour(data, batch, batch.prompts, compared)
-        loss = retain_attention_loss(now, before) if compared == "attention" else retain_loss(now, before)
-        self._backward(loss * weight)
-        return float(loss.detach())
-
-    def _behaviour(self, data: TrainingSet, batch: Batch, prompts: Tensor, compared: str) -> Any:
-        predicted = compared == "noise"
-        return self._predict(data, batch, prompts) if predicted else self._attention(data, batch, prompts)[0]
+    def _behaviour(self, data: TrainingSet, batch: Batch, compared: str) -> Any:
+        if compared == "noise":
+            return self._predict(data, batch, batch.prompts)
+        return self._attention(data, batch, batch.prompts)[0]
 
     def _attention(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Layer -> attention probabilities [batch, heads, pixels, columns], with their graph; and the prediction."""

@@ -15,7 +15,7 @@ QUICK = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count":
 #: Numbers in place of the tuned preset's, so that tuning it on the emoji model changes no test of the machinery.
 UNTUNED = {"positions": ("words", "first_eot", "padding"), "norm": "mean_square", "learning_rate": 1e-2,
            "schedule": "constant", "retain_weight": 10.0, "retain_batch": 8, "anchor_weight": 0.0,
-           "towards_weight": 10.0}
+           "anchor_guidance": 0.0, "towards_weight": 10.0}
 
 
 def quick(pipe: DiffusionPipeline, concept: Concept | str | list = "cat", **overrides: Any) -> Patch:

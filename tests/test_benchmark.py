@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from fmn_nb import benchmark
+from fmn_nb.attacks import InversionBudget
 from fmn_nb.benchmark import Bench, BenchmarkError, run_benchmark
 from fmn_nb.benchmark_base import BaseVerdicts, outcomes_of
 from fmn_nb.benchmark_plan import plan, read_overrides
@@ -214,6 +215,17 @@ def test_the_table_and_its_means_by_hand() -> None:
     assert (everything["concepts"], everything["ua"], everything["ira"]) == (3, 0.5, 0.5)
     assert objects["cra"] == pytest.approx(0.8) and objects["cra_ci95"] == pytest.approx([0.7, 0.9])
     assert styles["ua"] == 0.5 and "ua_ci95" not in styles, "one concept has no spread over concepts"
+    assert objects["lowest"] == {"concept": "dog", "h_of_ceiling": 0}
+
+
+@needs_emoji
+def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few, tmp_path: Path) -> None:
+    jobs = short_plan("cat", presets=("balanced",), seeds=(3, 4))
+    attacked = Bench(bench.pipe, bench.judge, tmp_path, "emoji", steps=2, shared=bench.shared, attack_seed=3,
+                     attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
+    run_benchmark(attacked, jobs, command="fmn-nb benchmark", log=lambda line: None)
+    assert pd.read_csv(tmp_path / "results.csv")["attack_images"].fillna(0).tolist() == [2, 0]
+    assert all(attacked.stored(job) for job in jobs), "both are done"
 
 
 def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:

@@ -51,8 +51,9 @@ def test_several_concepts_and_learned_tokens_at_once() -> None:
     assert patch.info["forgetting"]["losses"][0] > 0 and patch.info["forgetting"]["steps"] == 2
 
 
-def test_concept_correction_moves_the_word_towards_the_other_reading() -> None:
-    """After the fine-tune the word's prediction is nearer to what the frozen model predicts for the reading."""
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_concept_correction_moves_the_word_towards_the_other_reading_and_past_it(guidance) -> None:
+    """The word's prediction comes nearer to the frozen model's for the reading, or as far again beyond it."""
     from fmn_nb.denoising import predict
 
     pipe = tiny_sd()
@@ -63,7 +64,8 @@ def test_concept_correction_moves_the_word_towards_the_other_reading() -> None:
     with torch.no_grad():
         wanted, before = (predict(pipe.unet, noisy, times, given, which) for which in (reading, word))
         patch = quick(pipe, steps=40, towards="birthday cake", towards_weight=100.0, resteer_weight=0.0, prompts=None,
-                      retain_weight=0.0, learning_rate=1e-2, reference_count=4)
+                      retain_weight=0.0, learning_rate=1e-2, reference_count=4, anchor_guidance=guidance)
+        wanted = wanted + guidance * (wanted - before)
         with patch.applied(pipe):
             after = predict(pipe.unet, noisy, times, given, word)
     assert (after - wanted).square().mean() < 0.7 * (before - wanted).square().mean()
