@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fmn_nb.checksums import CHECKSUMS, damaged_files
 from fmn_nb.paths import bundled_models, data_dir, notebooks_dir
-from fmn_nb.plans import RequestError, check_model, course_notebooks
+from fmn_nb.plans import RequestError, check_model, check_on_hub, course_notebooks
 
 MARKS = {"ok": "  ok ", "note": "note ", "failed": "FAIL "}
 _LEAST_PYTHON = (3, 11)
@@ -30,7 +30,10 @@ class Check:
 
 
 def all_checks(model: str = "emoji") -> Iterator[Check]:
-    """Every check in turn, cheap ones first. A check that breaks is itself a failed check, never an exception."""
+    """Every check in turn, cheap ones first. A check that breaks is itself a failed check, never an exception.
+
+    Each has a name, a state (a key of `MARKS`), what was found and what to do about it.
+    """
     for check in (python, packages, machine, kernel, widgets, notebooks, data, lambda: named_model(model)):
         yield _safely(check)
 
@@ -173,16 +176,17 @@ def data() -> Check:
 
 
 def named_model(name: str) -> Check:
-    """The model that was asked about can be found."""
+    """The model that was asked about can be found, here or on the hub."""
+    path = Path(name).expanduser()
     try:
         check_model(name)
+        if name in bundled_models():
+            return Check("model", "ok", f"{name}, bundled")
+        if path.exists():
+            return Check("model", "ok", f"{path.resolve()}")
+        check_on_hub(name)
     except RequestError as error:
-        return Check("model", "failed", str(error), "")
-    if name in bundled_models():
-        return Check("model", "ok", f"{name}, bundled")
-    path = Path(name).expanduser()
-    if path.exists():
-        return Check("model", "ok", f"{path.resolve()}")
+        return Check("model", "failed", str(error), "do what this line says, or give another --model")
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "model_index.json"), str):

@@ -160,7 +160,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, mode
         from fmn_nb.benchmark import ATTACK_IMAGES, Bench, InversionBudget, run_benchmark
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
-        bench = Bench.of(model, out, attack=budget, attack_seed=jobs[0].seed)
+        bench = Bench.of(model, out, attack=budget, attack_seed=lists["seeds"][0])
         command = shlex.join(["fmn-nb", *sys.argv[1:]])
         click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
 
@@ -186,11 +186,22 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _progress() -> Callable[[str], None] | None:
-    """Lines for a person who watches; nothing where standard error is no terminal."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda text: click.echo(text, nl=False, err=True)
+def _progress() -> Callable[[str], None]:
+    """Notebooks as they start and end: on one growing line of a terminal, on a whole line each in a log."""
+    if sys.stderr.isatty():
+        return lambda text: click.echo(text, nl=False, err=True)
+    started = ""
+
+    def tell(text: str) -> None:
+        # A log shows a line only when it ends, and others may write in between.
+        nonlocal started
+        if text.endswith("\n"):
+            click.echo(started + text.strip(), err=True)
+        else:
+            started = text
+            click.echo(started + "...", err=True)
+
+    return tell
 
 
 def _table(out: Path) -> str:

@@ -21,6 +21,7 @@ from fmn_nb.paths import bundled_models, notebooks_dir
 
 COURSE_RUN = ("01", "02", "03", "04")
 RUN_FILE = "run.json"
+HUB_PATIENCE = 10  # seconds for the hub's answer, which no run begins without
 _KINDS = ("object", "style", "identity")
 #: what every run is known by; notebooks get those that they declare
 SETTINGS: dict[str, Parameter] = {
@@ -165,6 +166,11 @@ def course_notebooks() -> dict[str, Path]:
     return {path.name[:2]: path for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))}
 
 
+def measuring_notebook(section: str) -> Path | None:
+    """The course's first notebook that records this section of metrics.json, if any does."""
+    return next((path for path in course_notebooks().values() if section in _promises(path)["metrics"]), None)
+
+
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, defaults filled in, with types, model and concept checked."""
     unknown = [name for name in settings if name not in SETTINGS]
@@ -172,8 +178,11 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(f"a run has no setting '{unknown[0]}'; it has: {', '.join(SETTINGS)}")
     full = {name: one.check(settings.get(name, one.default)) for name, one in SETTINGS.items()}
     check_model(full["model"])
-    if full["model"] not in bundled_models() and Path(full["model"]).expanduser().exists():
-        full["model"] = str(_absolute(Path(full["model"])))
+    if full["model"] not in bundled_models():
+        if Path(full["model"]).expanduser().exists():
+            full["model"] = str(_absolute(Path(full["model"])))
+        else:
+            check_on_hub(full["model"])
     if full["preset"] not in PRESETS:
         raise RequestError(f"there is no preset '{full['preset']}'; there are: {', '.join(PRESETS)}")
     full["kind"] = check_concept(full["model"], full["concept"], full["kind"])
@@ -193,11 +202,37 @@ def check_model(name: str) -> None:
         )
 
 
+@lru_cache(maxsize=256)  # sweeps ask a thousand times; a refusal is never kept
+def check_on_hub(name: str) -> None:
+    """Raise RequestError unless the hub id `name` is in the local cache or names a pipeline on the hub."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    here = f"a bundled name ({', '.join(bundled_models()) or 'none'}), a folder or a .safetensors file"
+    try:
+        if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+            return
+        files = model_info(name, timeout=HUB_PATIENCE).siblings
+    except HFValidationError as error:
+        raise RequestError(f"'{name}' is no hub id: {error}") from None
+    except OfflineModeIsEnabled:
+        raise RequestError(f"the model '{name}' is not on this machine and HF_HUB_OFFLINE forbids to fetch it; "
+                           f"unset that, or give {here}") from None
+    except RepositoryNotFoundError:
+        raise RequestError(f"the hub has no model '{name}', or not for you; look the name up on huggingface.co, log in "
+                           f"(hf auth login) if it is private, or give {here}") from None
+    except Exception as error:  # whichever HTTP library is at work has errors of its own
+        raise RequestError(f"the model '{name}' is not on this machine and the hub can't be reached "
+                           f"({type(error).__name__}); try again with a connection, or give {here}") from error
+    if files is not None and not any(file.rfilename == "model_index.json" for file in files):
+        raise RequestError(f"the hub's '{name}' holds no model_index.json, so it is no diffusers pipeline")
+
+
 def check_concept(model: str, concept: str, kind: str | None) -> str:
-    """The concept's kind; RequestError when the bundled model's world holds no such concept or kind."""
+    """The concept's kind; RequestError when the model's world is the emoji world and holds no such concept or kind."""
     if not concept.strip() or not concept.isprintable() or len(concept) > 100:
         raise RequestError(f"{concept!r} is no concept: give one to a hundred printable characters")
-    if model not in bundled_models():
+    if model not in bundled_models() and not _speaks_emoji(Path(model).expanduser()):
         return kind or "object"
     from fmn_nb.emoji.world import concept_names, kind_of
 
@@ -209,6 +244,20 @@ def check_concept(model: str, concept: str, kind: str | None) -> str:
     if kind not in (None, known):
         raise RequestError(f"'{concept}' is of kind {known} in the {model} model's world; use --kind {known}")
     return known
+
+
+def _speaks_emoji(folder: Path) -> bool:
+    """Whether a folder's model has the bundled emoji model's vocabulary: a copy of it, or an oracle."""
+    ours, theirs = (_vocabulary(one) for one in (bundled_models().get("emoji"), folder))
+    return ours is not None and ours == theirs
+
+
+def _vocabulary(folder: Path | None) -> dict[str, int] | None:
+    path = None if folder is None else folder / "tokenizer" / "tokenizer.json"
+    if path is None or not path.is_file():
+        return None
+    # The words alone: other versions of the library lay the file out differently.
+    return read_json(path).get("model", {}).get("vocab")
 
 
 def _promises(path: Path) -> dict[str, tuple[str, ...]]:

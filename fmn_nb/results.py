@@ -65,7 +65,9 @@ _FORGETTING = {
     },
     "required": ["steps", "seconds", "stopped_because"],
 }
-#: JSON Schema of metrics.json. Sections a run's notebooks don't measure are absent.
+#: what notebooks measure; a section that is absent from a run's metrics.json has its reason under "skipped"
+MEASURED = ("forgetting", "before", "after", "attention", "m_score")
+#: JSON Schema of metrics.json
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -117,9 +119,10 @@ def record(out: str | os.PathLike[str], sections: dict[str, Any]) -> dict[str, A
     """Merge `sections` into `out/metrics.json` and return the whole.
 
     A section given again replaces the one that stood there, so that a rerun leaves no stale figure; only the
-    reasons under "skipped" add up. Numpy and torch scalars become plain numbers. The file is replaced in one
-    step. Raises MetricsError, before anything is written, for an unknown section, a NaN or an infinity (a metric
-    that could not be computed is left out, with its reason under "skipped") and for what JSON cannot hold.
+    reasons under "skipped" add up. A reason goes when its section comes, or when None is given for it. Numpy and
+    torch scalars become plain numbers. The file is replaced in one step. Raises MetricsError, before anything is
+    written, for an unknown section, a NaN or an infinity (a metric that could not be computed is left out, with its
+    reason under "skipped") and for what JSON cannot hold.
     """
     unknown = sorted(set(sections) - set(SCHEMA["properties"]))
     if unknown:
@@ -128,9 +131,11 @@ def record(out: str | os.PathLike[str], sections: dict[str, Any]) -> dict[str, A
         )
     path = Path(out) / METRICS_FILE
     metrics = read_json(path) if path.exists() else {"schema": 1}
-    for name, section in sections.items():
-        section = _plain(section, name)
-        metrics[name] = {**metrics.get(name, {}), **section} if name == "skipped" else section
+    plain = {name: _plain(section, name) for name, section in sections.items()}
+    given = plain.pop("skipped", {})
+    reasons = {name: reason for name, reason in metrics.pop("skipped", {}).items() if name not in plain} | given
+    reasons = {name: reason for name, reason in reasons.items() if reason is not None}
+    metrics |= plain | ({"skipped": reasons} if reasons else {})
     write_json(path, metrics)
     return metrics
 

@@ -18,9 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fmn_nb.files import read_json, replacing, write_json
-from fmn_nb.plans import COURSE_RUN, RUN_FILE, Notebook, Plan, RequestError, plan_run
+from fmn_nb.plans import COURSE_RUN, RUN_FILE, Notebook, Plan, RequestError, measuring_notebook, plan_run
 from fmn_nb.report import write_report
-from fmn_nb.results import METRICS_FILE, record, validate, versions
+from fmn_nb.results import MEASURED, METRICS_FILE, record, validate, versions
 
 Progress = Callable[[str], None]
 
@@ -171,7 +171,26 @@ def _header(plan: Plan) -> dict[str, Any]:
         "preset": settings["preset"],
         "seed": settings["seed"],
         "versions": versions(),
+        "skipped": dict.fromkeys(_promised(plan)),  # an earlier run's reasons are none for what this one measures
     }
+
+
+def _promised(plan: Plan) -> tuple[str, ...]:
+    """The sections of metrics.json that the plan's notebooks say they record."""
+    return tuple(name for one in plan.notebooks for name in one.metrics)
+
+
+def _explain_absent(plan: Plan) -> None:
+    """Give a reason for each section that is absent because no notebook of this run measures it."""
+    metrics = read_json(plan.out / METRICS_FILE)
+    absent = set(MEASURED) - set(_promised(plan)) - set(metrics) - set(metrics.get("skipped", {}))
+    reasons = {}
+    for name in MEASURED:
+        if name in absent:
+            notebook = measuring_notebook(name)
+            reasons[name] = (f"{notebook.stem} measures it, which was not part of this run" if notebook
+                             else "no notebook of this run measures it")
+    record(plan.out, {"skipped": reasons})
 
 
 def _check_promises(plan: Plan, state: "_State") -> None:
@@ -184,7 +203,8 @@ def _check_promises(plan: Plan, state: "_State") -> None:
             state.failed(notebook, error)
             raise error
     try:
-        validate(read_json(plan.out / METRICS_FILE), tuple(name for one in plan.notebooks for name in one.metrics))
+        _explain_absent(plan)
+        validate(read_json(plan.out / METRICS_FILE), _promised(plan))
     except (ValueError, OSError) as problem:
         error = RunError(last.path.name, None, f"metrics.json is not as it should be: {problem}", None)
         state.failed(last, error)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.plans import RUN_FILE, Plan
 from fmn_nb.report import write_report
-from fmn_nb.results import METRICS_FILE, validate
+from fmn_nb.results import MEASURED, METRICS_FILE, validate
 from fmn_nb.runs import RunError, execute
 from fmn_nb.sweep_specs import Sweep, SweepError, plan_sweep
 from fmn_nb.sweep_table import Watch
@@ -28,7 +28,6 @@ from fmn_nb.sweep_table import Watch
 __all__ = ["Sweep", "SweepError", "plan_sweep", "run_sweep"]
 
 SWEEP_FILE = "sweep.json"
-MEASURED = ("forgetting", "before", "after", "attention", "m_score")  # sections of metrics.json
 Outcome = tuple[Plan, str | None]  # a run and its error, None when it is finished
 ATTEMPTS = 3  # how often a run may take its worker down with it
 KERNEL_LAG = 2.5  # seconds: a kernel whose worker died looks for it once a second, then ends

@@ -1,6 +1,7 @@
 """The command: quick to help, one clear line for a wrong request, the right exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fmn_nb import plans
-from fmn_nb.check import Check, all_checks, kernel
+from fmn_nb.check import MARKS, Check, all_checks, kernel
 from fmn_nb.checksums import write_checksums
 from fmn_nb.cli import main
 from fmn_nb.plans import RequestError
@@ -68,12 +69,21 @@ def test_a_run_ends_with_a_table_and_the_reports_path(command, write_notebook, t
     result = command("run", "--notebooks", write_notebook("03_stub.ipynb", CELL, MEASURE), "--concept", "frog")
     assert result.exit_code == 0, result.output
     out = tmp_path / "runs" / "frog-balanced-seed0"
-    assert result.output.splitlines() == [
+    assert result.stdout.splitlines() == [
         f"{'frog':12}{'before':>10}{'after':>10}",
         f"{'UA':12}{'0.040':>10}{'1.000':>10}",
         f"report: {out / 'report.html'}",
     ]
     assert command("report", out).exit_code == 0
+
+
+def test_a_run_without_a_terminal_says_in_plain_lines_where_it_is(command, write_notebook):
+    good, bad = write_notebook("03_stub.ipynb", CELL), write_notebook("04_stub.ipynb", CELL, "1 / 0")
+    result = command("run", "--notebooks", f"{good},{bad}")
+    lines = result.stderr.split("\n")
+    assert lines[0] == "[1/2] 03_stub ..." and re.fullmatch(r"\[1/2\] 03_stub [\d.]+ s", lines[1])
+    assert lines[2:4] == ["[2/2] 04_stub ...", "[2/2] 04_stub failed"] and lines[4].startswith("Error: 04_stub")
+    assert "\r" not in result.stderr and "\x1b" not in result.stderr and "03_stub" not in result.stdout
 
 
 def test_a_failing_cell_exits_non_zero_with_its_error(command, write_notebook, tmp_path):
@@ -103,7 +113,15 @@ def test_the_real_checks_end_without_an_exception():
     assert [one.name for one in checks] == [
         "python", "packages", "machine", "kernel", "widgets", "notebooks", "data", "model",
     ]
-    assert all(one.advice for one in checks if one.state == "failed")
+    assert all(one.advice for one in checks if one.state == "failed") and {one.state for one in checks} <= set(MARKS)
+    assert checks[-1].state == "failed" and "not on this machine" in checks[-1].found  # tests are offline
+
+
+def test_a_model_on_the_hub_is_worth_a_note(monkeypatch):
+    from fmn_nb import check
+
+    monkeypatch.setattr(check, "check_on_hub", lambda name: None)
+    assert check.named_model("owner/name").state == "note" and "downloads" in check.named_model("owner/name").advice
 
 
 def test_a_changed_or_missing_data_file_is_noticed(tmp_path, monkeypatch):

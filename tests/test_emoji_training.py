@@ -1,6 +1,10 @@
 """Training: resumable bit for bit, checkpoints whole, the recipe from end to end in its smoke size."""
 
 import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +13,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
+from fmn_nb.emoji import pretrain as recipe
 from fmn_nb.emoji.judge import NOTHING, Judge, load_judge
 from fmn_nb.emoji.pretrain import Pretraining, pretrain
+from fmn_nb.emoji.request import REQUEST_FILE, claim, origin
 from fmn_nb.emoji.second_judge import load_second_judge
 from fmn_nb.emoji.training import Plan, Training, generator, trapezoid
+from fmn_nb.emoji.world import OBJECTS, STYLES
 
 
 def small_training(path, steps, log=lambda line: None):
@@ -96,9 +103,25 @@ def test_averaged_weights_are_put_back_after_a_look():
     assert torch.equal(training.module.weight, before)
 
 
+def quietly(out, **request):
+    return pretrain(out, log=lambda line: None, **request)
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    return pretrain(tmp_path_factory.mktemp("smoke"), smoke=True, log=lambda line: None)
+def timed_smoke(tmp_path_factory):
+    """The smoke recipe's folder and the seconds of processor time it took, of all threads together."""
+    started = time.process_time()
+    out = quietly(tmp_path_factory.mktemp("smoke"), smoke=True)
+    return out, time.process_time() - started
+
+
+@pytest.fixture(scope="module")
+def smoke(timed_smoke):
+    return timed_smoke[0]
+
+
+def test_the_smoke_recipe_takes_under_a_minute(timed_smoke):
+    assert timed_smoke[1] < 120, "processor time, which other work on the machine does not change, of two cores"
 
 
 def test_the_smoke_recipe_leaves_models_that_plain_libraries_load(smoke):
@@ -137,6 +160,73 @@ def test_a_finished_pipeline_can_be_trained_further(smoke, tmp_path):
     vaes = [load_file(folder / "emoji-diffusion" / "vae" / "diffusion_pytorch_model.safetensors")
             for folder in (smoke, further)]
     assert all(torch.equal(vaes[0][key], vaes[1][key]) for key in vaes[0])
+
+
+def test_a_judge_can_be_trained_where_the_checkpoints_are_gone(smoke, tmp_path):
+    shutil.copytree(smoke / "emoji-diffusion", tmp_path / "models" / "emoji-diffusion")
+    pretrain(tmp_path / "models", smoke=True, stages=["second-judge"], log=lambda line: None)
+    assert load_second_judge(tmp_path / "models" / "emoji-second-judge")
+    with pytest.raises(FileNotFoundError, match="no vae in .* run the stage vae first"):
+        pretrain(tmp_path / "empty", smoke=True, stages=["judge"], log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"seed": 1}, "were trained with seed 0, this training has seed 1; give another --out, or .* --restart"),
+        ({"without": ["cat"]}, "were trained with without nothing, this training has without cat"),
+        ({"smoke": False}, "were trained with size smoke, this training has size full"),
+    ],
+)
+def test_checkpoints_are_never_resumed_for_another_training(tmp_path, other, says):
+    first = {"smoke": True, "stages": ["tokenizer"]}
+    quietly(tmp_path / "models", **first)
+    with pytest.raises(ValueError, match=says):
+        quietly(tmp_path / "models", **first | other)
+    quietly(tmp_path / "models", **first)
+    quietly(tmp_path / "models", **first | other, resume=False)
+    with pytest.raises(ValueError, match="give another --out"):
+        quietly(tmp_path / "models", **first)
+
+
+def test_a_training_that_starts_elsewhere_has_checkpoints_of_its_own(smoke, tmp_path):
+    with pytest.raises(ValueError, match="with start_from nothing, this training has start_from the pipeline in its"):
+        quietly(smoke, smoke=True, start_from=smoke / "emoji-diffusion")
+    with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
+        quietly(tmp_path / "models", smoke=True, start_from=tmp_path)
+    shutil.copytree(smoke / "emoji-diffusion", tmp_path / "copy")
+    assert origin(tmp_path / "copy", smoke) == origin(smoke / "emoji-diffusion", tmp_path)
+    (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"others")
+    assert origin(tmp_path / "copy", smoke) != origin(smoke / "emoji-diffusion", tmp_path)
+
+
+def test_checkpoints_of_which_nothing_is_noted_are_left_alone(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    claim(tmp_path, {"seed": 0})
+    (tmp_path / REQUEST_FILE).unlink()
+    (tmp_path / "vae.safetensors").touch()
+    with pytest.raises(ValueError, match="older version.* this training has seed 0; give another --out"):
+        claim(tmp_path, {"seed": 0})
+    assert not (tmp_path / REQUEST_FILE).exists()
+
+
+@pytest.mark.parametrize(("kind", "names"), [("6 styles", STYLES), ("24 objects", OBJECTS)])
+def test_a_world_of_which_nothing_is_left_is_refused(tmp_path, kind, names):
+    with pytest.raises(ValueError, match=f"all {kind} are left out, so no scene can be drawn"):
+        Pretraining(tmp_path, tmp_path / "work", tmp_path, without=tuple(names)).check(["vae"])
+
+
+def test_the_checksums_are_written_anew_however_the_data_folder_is_named(tmp_path, monkeypatch):
+    summed = []
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr(recipe, "write_checksums", summed.append)
+    monkeypatch.setattr(recipe, "write_picture", lambda *words, **sizes: None)
+    monkeypatch.setattr(recipe, "load", lambda folder: SimpleNamespace(set_progress_bar_config=lambda disable: None))
+    for out in (Path("data"), Path("other")):
+        Pretraining(out, tmp_path / "work", tmp_path)._picture()
+    assert summed == [Path("data")]
 
 
 def test_wrong_stages_and_names_are_answered_before_any_work(tmp_path):

@@ -1,7 +1,9 @@
 """A wrong request is one clear error, before torch or a kernel is touched."""
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +104,85 @@ def test_the_kind_is_found_out_and_foreign_models_take_any_concept():
     ]
     assert check_concept("owner/model", "a very particular vase", None) == "object"
     assert check_concept("owner/model", "van gogh", "style") == "style"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that puts an answer, or an error, in the place of the hub's; nothing is in the cache."""
+    import huggingface_hub
+
+    def answer(error=None, files=("model_index.json",)):
+        def model_info(name, timeout):
+            if error is not None:
+                raise error
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+        monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    plans.check_on_hub.cache_clear()
+    yield answer
+    plans.check_on_hub.cache_clear()
+
+
+def _refused(request_kind):
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its arguments differ between versions
+    return {"unknown": error, "silent": TimeoutError("timed out"), "down": OSError("no route")}[request_kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("unknown", "the hub has no model 'foo/bar', or not for you; look the name up"),
+        ("silent", r"the hub can't be reached \(TimeoutError\); try again with a connection"),
+        ("down", "the hub can't be reached"),
+    ],
+)
+def test_a_hub_id_that_cannot_be_had_is_refused_before_any_work(course, hub, kind, says):
+    hub(_refused(kind))
+    with pytest.raises(RequestError, match=says) as caught:
+        plan_run(notebooks="03", model="foo/bar")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_of_something_else_is_refused_and_a_pipelines_passes(course, hub):
+    hub(files=("config.json",))
+    with pytest.raises(RequestError, match="the hub's 'foo/bar' holds no model_index.json"):
+        plan_run(notebooks="03", model="foo/bar")
+    hub()
+    assert plan_run(notebooks="03", model="foo/bar").settings["model"] == "foo/bar"
+
+
+def test_a_hub_id_needs_no_hub_where_the_cache_has_it(course, monkeypatch):
+    import huggingface_hub
+
+    plans.check_on_hub.cache_clear()
+    with pytest.raises(RequestError, match="'foo/bar' is not on this machine and HF_HUB_OFFLINE forbids to fetch it"):
+        plan_run(notebooks="03", model="foo/bar")  # as all tests run: offline
+    with pytest.raises(RequestError, match="'foo/b--r' is no hub id"):
+        plan_run(notebooks="03", model="foo/b--r")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    assert plan_run(notebooks="03", model="foo/bar").settings["model"] == "foo/bar"
+    plans.check_on_hub.cache_clear()
+
+
+def test_a_copy_of_the_emoji_model_knows_its_concepts_alone(course, tmp_path):
+    def model(name, words):
+        folder = tmp_path / name
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "model_index.json").write_text("{}")
+        (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+        return str(folder)
+
+    words = {"cat": 0, "frog": 1}
+    model(".", words)  # the bundled one, see `bundled`
+    copy, other = model("oracle", words), model("other", {"cat": 1})
+    with pytest.raises(RequestError, match="does not know 'dragon'.*; it knows: cat"):
+        plan_run(notebooks="03", model=copy, concept="dragon")
+    assert plan_run(notebooks="03", model=copy, concept="noto").settings["kind"] == "style"
+    assert plan_run(notebooks="03", model=other, concept="dragon").settings["kind"] == "object"
 
 
 def test_folders_and_single_files_pass_as_models(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from fmn_nb import plans
 from fmn_nb.plans import RequestError, plan_run
 from fmn_nb.report import ReportError, write_report
+from fmn_nb.results import record
 from fmn_nb.runs import RunError, execute
 
 CELL = 'concept: str = "cat"  # what\nseed: int = 0  # seed\nsteps: int = 2  # steps [1..9]\nout: str = ""  # folder'
@@ -85,6 +86,39 @@ def test_the_notebooks_got_their_parameters_and_metrics_follow_the_schema(finish
     assert state["status"] == "done" and state["parameters"] == {"steps": 3}
     assert state["notebooks"]["03_forget.ipynb"]["status"] == "done"
     assert len(state["notebooks"]["03_forget.ipynb"]["sha256"]) == 64
+
+
+@pytest.fixture
+def metrics_of(write_notebook, tmp_path):
+    """A function that runs a small notebook in one and the same folder and returns its metrics.json."""
+
+    def run(name, *cells, **promises):
+        path = write_notebook(name, CELL, *cells, **promises)
+        return json.loads((execute(plan_run(notebooks=[str(path)], out=tmp_path / "out")) / "metrics.json").read_text())
+
+    return run
+
+
+def test_what_a_run_does_not_measure_is_absent_with_its_reason(metrics_of):
+    first = metrics_of("03_forget.ipynb", FORGET, metrics=["forgetting"])
+    assert set(first["skipped"]) == {"before", "after", "attention", "m_score"}
+    assert first["skipped"]["before"] == "04_evaluate measures it, which was not part of this run"
+    assert first["skipped"]["m_score"].startswith("05_can_it_be_brought_back measures it")
+    second = metrics_of("04_measure.ipynb", MEASURE, metrics=["before", "after"])
+    assert "forgetting" in second and set(second["skipped"]) == {"attention", "m_score"}
+    assert second["skipped"]["m_score"] == "not asked for", "the notebook's own reason counts"
+
+
+def test_a_reason_of_an_earlier_run_excuses_no_later_one(metrics_of):
+    assert "before" in metrics_of("03_forget.ipynb", FORGET)["skipped"]
+    with pytest.raises(RunError, match="left no before in metrics.json"):
+        metrics_of("04_measure.ipynb", "pass", metrics=["before"])
+
+
+def test_a_reason_goes_when_its_section_comes(tmp_path):
+    record(tmp_path, {"skipped": {"after": "no judge", "m_score": "no time", "attention": "no text"}})
+    assert record(tmp_path, {"after": {"ua": 1.0}, "skipped": {"attention": None}})["skipped"] == {"m_score": "no time"}
+    assert "skipped" not in record(tmp_path, {"m_score": {}})
 
 
 def test_the_report_needs_nothing_but_itself(finished):

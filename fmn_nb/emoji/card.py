@@ -77,7 +77,8 @@ method works, not how well it works on a large model.
 
 CONTINUED = """ The diffusion model went on from a finished pipeline of the
 same recipe (`fmn-nb pretrain --start-from`), whose own steps and minutes are not in the table; parts that are not in
-the table either were taken from an earlier training by the same recipe."""
+the table either were taken from an earlier training by the same recipe. Whether the recipe meets the bars from nothing,
+in the steps that `fmn-nb pretrain` takes, was not measured."""
 
 
 def write_card(folder: Path, figures: Sequence[Figure], training: dict, pipe: StableDiffusionPipeline,

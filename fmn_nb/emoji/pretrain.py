@@ -31,19 +31,22 @@ from fmn_nb.emoji.diffusion import (
 from fmn_nb.emoji.judge import Judge, judge_loss
 from fmn_nb.emoji.picture import write_picture
 from fmn_nb.emoji.quality import Quality
+from fmn_nb.emoji.request import claim, origin
+from fmn_nb.emoji.saving import save_whole
 from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
 from fmn_nb.emoji.second_judge import SecondJudge
 from fmn_nb.emoji.sprites import build_sprites
 from fmn_nb.emoji.tokenizer import train_tokenizer
 from fmn_nb.emoji.training import Plan, Training
 from fmn_nb.emoji.vae import new_vae, through_vae, vae_loss
-from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, STYLES, concept_names
-from fmn_nb.files import read_json, replacing, replacing_folder, write_json
+from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, OBJECTS, STYLES, concept_names
+from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.models import load
 from fmn_nb.paths import data_dir
 
 STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality", "picture")
 ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
+CHECKPOINTED = ("tokenizer", "vae", "diffusion", "clip", "judge", "second-judge")  # the others resume nothing
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[
         packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
 
     Raises:
-        ValueError: an unknown stage or an unknown name in `without`.
-        FileNotFoundError: sprites, or an emoji set, are missing.
+        ValueError: an unknown stage, an unknown name in `without` or too many of them, or checkpoints in the way that
+            were trained with another seed, size, `without`, `start_from` or other sprites.
+        FileNotFoundError: sprites, an emoji set, or the pipeline to start from, are missing.
     """
     name = "-".join(["pretrain", *(["smoke"] if smoke else []), *(f"without-{w.replace(' ', '-')}" for w in without)])
     out = Path(out) if out else (Path("runs") / name if smoke or without else data_dir())
@@ -95,8 +99,13 @@ def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[
     pretraining = Pretraining(out, work, sprites, SMOKE if smoke else FULL, tuple(without), seed, packages, log=log)
     chosen = tuple(stages) if stages else ORACLE_STAGES if without else STAGES
     pretraining.check(chosen)
+    request = {"seed": seed, "without": sorted(set(without)), "size": "smoke" if smoke else "full",
+               "start_from": origin(start_from, out / "emoji-diffusion"),
+               "sprites": "bundled" if sprites.resolve() == (data_dir() / "sprites").resolve() else "drawn anew"}
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
+    if set(chosen) & set(CHECKPOINTED):
+        claim(work, request)
     if start_from is not None:
         pretraining.take_over(start_from)
         chosen = tuple(stage for stage in chosen if stage not in ("tokenizer", "vae"))
@@ -132,7 +141,7 @@ class Pretraining:
         """Start from a finished pipeline: its tokenizer and VAE stay, its text encoder and U-Net are trained on."""
         self.start = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
         self.start.tokenizer.save_pretrained(self.work / "tokenizer")
-        _save_whole(self.start.vae, self.work / "vae")
+        save_whole(self.start.vae, self.work / "vae")
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise ValueError for unknown stages or names, before anything starts."""
@@ -141,6 +150,10 @@ class Pretraining:
         if unknown := set(self.without) - set(concept_names()):
             known = ", ".join(concept_names())
             raise ValueError(f"the emoji world has no {', '.join(sorted(unknown))}; it has: {known}")
+        for kind, names in (("styles", STYLES), ("objects", OBJECTS)):
+            if set(names) <= set(self.without):
+                raise ValueError(f"all {len(names)} {kind} are left out, so no scene can be drawn; leave at least one "
+                                 "of them in (--without names what is left out)")
 
     def _sprites(self) -> None:
         if self.packages is None:
@@ -162,7 +175,7 @@ class Pretraining:
         vae = new_vae()
         plan = Plan(self.size.vae_steps, learning_rate=2e-3, decay_share=0.4, average=0.998, seed=self.seed)
         self._train("vae", vae, vae_loss(vae, self.images, self.size.vae_batch), plan)
-        _save_whole(vae, folder)
+        save_whole(vae, folder)
 
     def _diffusion(self) -> None:
         folder = self.out / "emoji-diffusion"
@@ -175,7 +188,7 @@ class Pretraining:
         loss = denoising_loss(denoiser, data, empty, self.size.diffusion_batch)
         self._train("diffusion", denoiser, loss, plan)
         self.vae.register_to_config(scaling_factor=data.scaling_factor)
-        _save_whole(assemble(self.vae.half(), self.tokenizer, denoiser.half()), folder)
+        save_whole(assemble(self.vae.half(), self.tokenizer, denoiser.half()), folder)
         self.vae.float()
 
     def _clip(self) -> None:
@@ -188,7 +201,7 @@ class Pretraining:
         self._train("clip", clip, clip_loss(clip, self.images, data.tokens, self.size.clip_batch), plan)
         clip.text_model.load_state_dict(pipe.text_encoder.state_dict())
         folder = self.out / "emoji-clip"
-        _save_whole(clip.half(), folder)
+        save_whole(clip.half(), folder)
         self.tokenizer.save_pretrained(folder)
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         CLIPImageProcessor(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
@@ -210,7 +223,7 @@ class Pretraining:
         styles = torch.tensor([list(STYLES).index(scene.style) for scene in scenes])
         plan = Plan(self.size.judge_steps, learning_rate=learning_rate, seed=self.seed, average=0.99)
         self._train(name, judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
-        _save_whole(judge.half(), self.out / f"emoji-{name}")
+        save_whole(judge.half(), self.out / f"emoji-{name}")
 
     def _quality(self) -> None:
         if not (self.out / "emoji-judge").is_dir():
@@ -226,7 +239,7 @@ class Pretraining:
         small = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2}
         write_picture(pipe, self.out / "pictures" / "before-after.png", self.size.quality_steps,
                       **(small if self.size is SMOKE else {}))
-        if self.out == data_dir():
+        if self.out.resolve() == data_dir().resolve():
             write_checksums(self.out)
 
     # --- what stages share ------------------------------------------------------------------------------------
@@ -241,11 +254,19 @@ class Pretraining:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+        return CLIPTokenizer.from_pretrained(self._part("tokenizer"))
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(self.work / "vae", dtype=torch.float32).eval()
+        return AutoencoderKL.from_pretrained(self._part("vae"), dtype=torch.float32).eval()
+
+    def _part(self, name: str) -> Path:
+        """The folder of this run's tokenizer or VAE, else of the finished pipeline's: checkpoints may be long gone."""
+        for folder in (self.work / name, self.out / "emoji-diffusion" / name):
+            if folder.is_dir():
+                return folder
+        there = f"{self.work} or {self.out / 'emoji-diffusion'}"
+        raise FileNotFoundError(f"no {name} in {there}; run the stage {name} first")
 
     def _latents(self) -> Latents:
         path = self.work / "latents.safetensors"
@@ -283,19 +304,3 @@ def _read_json(path: Path) -> dict | None:
 
 def _finished(folder: Path) -> bool:
     return (folder / "config.json").is_file()
-
-
-def _save_whole(model: torch.nn.Module | StableDiffusionPipeline, folder: Path) -> None:
-    """Save beside `folder`, then swap, so that a kill leaves a whole model; the card of an older one goes."""
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        for config in temporary.rglob("config.json"):
-            # Transformers loads in the dtype named here, diffusers in float32: a pipeline needs one and the same.
-            settings = _without_paths(read_json(config))
-            write_json(config, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
-
-
-def _without_paths(settings: dict) -> dict:
-    """A config without `_name_or_path`, at any depth: where a part was loaded from is of one machine."""
-    return {key: _without_paths(value) if isinstance(value, dict) else value
-            for key, value in settings.items() if key != "_name_or_path"}
