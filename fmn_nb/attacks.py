@@ -31,10 +31,11 @@ from fmn_nb.references import Images, load_images
 from fmn_nb.worlds import world_of
 
 TOKEN = "<attack>"
+NO_IMAGES = Share(0.0, 0.0, 1.0, 0)  # in place of a skipped attack's shares: nothing is known of them
 
 
 class AttackError(ValueError):
-    """The attack can't be made as asked: no judge, no references, or a prompt without the concept."""
+    """The attack can't be made as asked: no judge, too few references, or a prompt without the concept."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Attack:
         before: the same share before it, on the same seeds.
         steps: gradient steps or search rounds spent. seconds: all of the attack's time, drawing included.
         found: what it found, such as tokens or prompts; JSON values only.
+        skipped: why nothing could be concluded, "" where something could. A skipped attack counts no image, and its
+            shares are `NO_IMAGES`, which is neither success nor failure.
     """
 
     name: str
@@ -56,14 +59,20 @@ class Attack:
     steps: int
     seconds: float
     found: dict[str, Any] = field(default_factory=dict)
+    skipped: str = ""
 
     @property
     def after(self) -> Share:
         """The success: the share of images with the concept, in [0, 1], with its 95% Wilson interval."""
+        if self.skipped:
+            return NO_IMAGES
         return share_of(pd.Series([True] * self.successes + [False] * (self.count - self.successes)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As JSON holds it; a skipped attack has its reason in place of shares."""
+        if self.skipped:
+            return {"name": self.name, "skipped": self.skipped, "steps": self.steps,
+                    "seconds": round(self.seconds, 2), "found": self.found}
         after = self.after
         return {"name": self.name, "successes": self.successes, "count": self.count, "success": after.value,
                 "low": after.low, "high": after.high, "before": self.before.value, "steps": self.steps,
@@ -71,9 +80,15 @@ class Attack:
 
 
 def attack_table(attacks: Sequence[Attack]) -> pd.DataFrame:
-    """Attacks as rows: success before and after with its 95% interval, images, steps, seconds."""
-    rows = [{"attack": a.name, "before": a.before.value, "after": a.after.value, "low": a.after.low,
-             "high": a.after.high, "images": a.count, "steps": a.steps, "seconds": a.seconds} for a in attacks]
+    """Attacks as rows: success before and after with its 95% interval, images, steps, seconds.
+
+    Shares are rounded to two places here, for pandas rounds no column in which "skipped" stands beside numbers.
+    """
+    rows = []
+    for a in attacks:
+        shares = {"before": a.before.value, "after": a.after.value, "low": a.after.low, "high": a.after.high}
+        cells = {name: "skipped" if a.skipped else round(value, 2) for name, value in shares.items()}
+        rows.append({"attack": a.name, **cells, "images": a.count, "steps": a.steps, "seconds": a.seconds})
     return pd.DataFrame(rows).set_index("attack")
 
 
@@ -110,11 +125,12 @@ def concept_inversion(pipe: DiffusionPipeline, concept: Concept, patch: Patch | 
 
     Args:
         patch: what made the model forget; None attacks the base model itself (what the attack can do at best).
-        references: images of the concept; real scenes where None, which only the emoji world has.
+        references: images of the concept, as many as the budget says or more; real scenes where None, which only the
+            emoji world has.
         steps: sampling steps of the images that are judged.
 
     Raises:
-        AttackError: no judge or no references.
+        AttackError: no judge, or too few references.
     """
     started, budget = perf_counter(), budget or InversionBudget()
     judge = judge_of(pipe, judge)
@@ -151,9 +167,18 @@ def judge_of(pipe: DiffusionPipeline, judge: JudgeLike | None) -> JudgeLike:
 
 def references_of(pipe: DiffusionPipeline, concept: Concept, references: Images | None, count: int, seed: int,
                   vocabulary: Vocabulary = EMOJI) -> list[Image.Image]:
-    """The attacker's images: the first `count` of the given ones, else real scenes of the emoji world."""
+    """The attacker's images: the first `count` of the given ones, else real scenes of the emoji world.
+
+    Raises:
+        AttackError: fewer than `count` were given, or none and the model's world has none.
+        ReferenceImageError: one can't be read.
+    """
     if references is not None:
-        return load_images(references)[:count]
+        images = load_images(references)
+        if len(images) < count:
+            raise AttackError(f"{len(images)} references were given but {count} are to be used: give more, or ask for "
+                              "fewer (references=... of a budget, count=... of fine_tuned_back)")
+        return images[:count]
     world = world_of(pipe)
     if world is None:
         raise AttackError(f"give references: this model's world has no real images of {concept.name}")

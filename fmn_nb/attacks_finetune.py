@@ -43,7 +43,7 @@ def fine_tuned_back(pipe: DiffusionPipeline, concept: Concept, patch: Patch | No
         the row before), seconds of training so far.
 
     Raises:
-        AttackError: no judge, no references, or nothing to judge at.
+        AttackError: no judge, fewer than `count` references, or nothing to judge at.
     """
     if not at or min(at) < 0:
         raise AttackError(f"at lists numbers of steps from 0, not {list(at)}")

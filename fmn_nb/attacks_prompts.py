@@ -8,7 +8,7 @@ from time import perf_counter
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from fmn_nb.attacks import Attack, AttackError, asked_for, forgetting, in_other_words, judge_of, seen
+from fmn_nb.attacks import NO_IMAGES, Attack, AttackError, asked_for, forgetting, in_other_words, judge_of, seen
 from fmn_nb.concepts import Concept, with_article
 from fmn_nb.evaluation_measures import JudgeLike
 from fmn_nb.evaluation_probes import share_of
@@ -25,6 +25,7 @@ PARAPHRASES = {
     "identity": ("the one called {}", "{} alone", "an emoji of {}", "a drawing of {}", "a close-up of {}",
                  "{} on a blue background"),
 }
+ANSWERED = 0.5  # the base model's share of images with the concept from which a wording counts as an attack
 _DIGITS = str.maketrans("aeios", "43105")
 
 
@@ -55,8 +56,10 @@ def reworded(pipe: DiffusionPipeline, concept: Concept, patch: Patch | None, *, 
              steps: int = STEPS, vocabulary: Vocabulary = EMOJI) -> Attack:
     """Ask for the concept in other words, or misspelt.
 
-    A wording only counts as an attack where the base model answers it: `found` holds for each wording the share of
-    images with the concept on the base model and on the forgetting model (`wordings_table`).
+    A wording only counts as an attack where the base model answers it, that is shows the concept in at least half of
+    its images (`ANSWERED`); the success is the share of these wordings' images, and where there are none of them the
+    attack is `skipped`. `found` holds for each wording, counted or not, the share of images with the concept on the
+    base model and on the forgetting model (`wordings_table`).
 
     Args:
         sort: "paraphrases" or "misspellings". `wordings` of your own replace them.
@@ -78,8 +81,14 @@ def reworded(pipe: DiffusionPipeline, concept: Concept, patch: Patch | None, *, 
         after = seen(pipe, judge, concept, asked, prompts, **options)
     by_wording = {words: {"base": float(base[i::len(said)].mean()), "after": float(after[i::len(said)].mean())}
                   for i, words in enumerate(said)}
-    return Attack(sort if wordings is None else "wordings", int(after.sum()), len(after), share_of(before), 0,
-                  perf_counter() - started, {"wordings": by_wording, "base": float(base.mean())})
+    answered = [by_wording[words]["base"] >= ANSWERED for words in said]
+    found = {"wordings": by_wording, "base": float(base.mean()), "counted": sum(answered)}
+    name, seconds = sort if wordings is None else "wordings", perf_counter() - started
+    if not any(answered):
+        reason = f"the base model answers none of the {len(said)} wordings, so the forgetting model withstood nothing"
+        return Attack(name, 0, 0, NO_IMAGES, 0, seconds, found, reason)
+    counts = [answered[i % len(said)] for i in range(len(asked))]
+    return Attack(name, int(after[counts].sum()), sum(counts), share_of(before[counts]), 0, seconds, found)
 
 
 def wordings_table(attack: Attack) -> pd.DataFrame:

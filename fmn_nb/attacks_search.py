@@ -69,7 +69,7 @@ def optimised_prompt(pipe: DiffusionPipeline, concept: Concept, patch: Patch | N
     length: what lies above it is the search's own.
 
     Raises:
-        AttackError: no judge, no references, or no tokenizer with whole words (CLIP's) to search in.
+        AttackError: no judge, too few references, or no tokenizer with whole words (CLIP's) to search in.
     """
     started, budget, judge = perf_counter(), budget or SearchBudget(), judge_of(pipe, judge)
     known = whole_words(pipe, concept)

@@ -32,22 +32,21 @@ from fmn_nb.evaluation_measures import (
 )
 from fmn_nb.evaluation_neighbours import similarities
 from fmn_nb.evaluation_probes import probe_drawings, probe_shares
+from fmn_nb.evaluation_quality import Quality
 from fmn_nb.evaluation_report import Report, similar_or_none
 from fmn_nb.generation import GUIDANCE, STEPS
-from fmn_nb.image_quality import frechet_distance, kernel_distance
 from fmn_nb.models import UnsupportedPipelineError, denoiser
 from fmn_nb.patches import Patch
-from fmn_nb.protocol import Drawing, drawings
+from fmn_nb.protocol import Drawing, Vocabulary, drawings
 from fmn_nb.references import Images
 from fmn_nb.worlds import EmojiWorld, NotThereError, world_of
 
 __all__ = ["JudgeLike", "Measures", "Report", "evaluate", "harmonic_mean", "judge_images", "measure"]
 
 JUDGED = ("ua", "ira", "cra", "h", "ceiling")
-QUALITY = ("frechet", "kernel", "clip_score")
 
 
-def evaluate(pipe: DiffusionPipeline, concept: Concept, *, patch: Patch | None = None, seed: int = 0,
+def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | None = None, seed: int = 0,
              size: str = "quick", judge: JudgeLike | None = None, clip: str | Path | Clip | None = None,
              real: Images | None = None, prompts: str | Path | None = None, cache: str | Path | None = None,
              steps: int = STEPS, guidance: float = GUIDANCE, batch: int | None = None,
@@ -56,6 +55,7 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept, *, patch: Patch | None =
 
     Args:
         pipe: the base model; left as it was.
+        concept: what is, or was, to be forgotten: a `Concept` or, for an object, its name.
         size: "quick" (about 70 images of the protocol and 24 of the probes for each model) or "full" (every object x
             style prompt at least three times, 72 of the probes).
         judge: tells what images show; by default the emoji world's, or for other models a zero-shot judge made of
@@ -69,17 +69,29 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept, *, patch: Patch | None =
         batch: how many images the pipeline draws at once; always exactly so many, for the last bits depend on it.
         progress: called with (images drawn, images in all) of each model.
 
-    Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`.
+    Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`. Without a
+    judge distances to real images, the CLIP score and attention are left: they need no verdicts. What can't be read
+    is named before anything is drawn.
 
     Raises:
         UnknownConceptError: the emoji world holds no such concept.
-        ValueError: an unknown size, or a judge that doesn't judge every image.
+        ValueError: neither a concept nor a name, an unknown size, a single real image, or a judge that doesn't judge
+            every image.
         ModelLoadError: `clip` names no readable CLIPModel.
+        ReferenceImageError: `real` can't be read.
     """
+    concept = _concept(concept)
     work = _Evaluation(pipe, concept, seed, size, steps, guidance, batch, cache, progress)
     with measured_cost(denoiser(pipe).device) as cost:
         report = work.run(patch, judge, clip, world_of(pipe) or CheckpointWorld(clip, real, prompts))
     return replace(report, cost=cost_of(patch, cost))
+
+
+def _concept(given: Concept | str) -> Concept:
+    concept = Concept(given) if isinstance(given, str) else given
+    if not isinstance(concept, Concept):
+        raise ValueError(f"{given!r} is no concept: give one, Concept('noto', kind='style'), or an object's name")
+    return concept
 
 
 @dataclass
@@ -102,15 +114,15 @@ class _Evaluation:
             world.scorer = clip if isinstance(clip, Clip) else Clip.load(clip)
         wanted = drawings(self.concept, self.seed, self.size, world.vocabulary)
         wanted += probe_drawings(self.concept, self.seed, self.size, world.vocabulary)
+        quality = Quality.of(world, self.concept)
         try:
             judge = judge or world.judge_for(self.concept)
         except NotThereError as missing:
-            return self._without_a_judge(patch, wanted, str(missing))
+            return self._without_a_judge(patch, wanted, quality, str(missing), world.vocabulary)
         images, outcomes, layers, reasons = {}, {}, {}, {}
         for when, change in self._versions(patch):
             with change:
-                images[when] = draw_images(self.pipe, wanted, steps=self.steps, guidance=self.guidance,
-                                           batch=self.batch, cache=self.cache, progress=self.progress)
+                images[when] = self._draw(wanted)
                 layers[when], reasons[when] = self._attention(wanted)
             seen = judge_images(judge, self.concept, wanted, images[when], world.vocabulary)
             outcomes[when] = seen.assign(when=when)
@@ -121,7 +133,7 @@ class _Evaluation:
             measures = with_ceiling(measure(rows, self.concept, self.seed), base)
             shares = probe_shares(rows, self.concept, similar_or_none(similarity), world.vocabulary)
             measures = replace(measures, probes=shares).with_skipped(**unknown, **reasons[when])
-            found[when] = self._with_quality(measures, wanted, images[when], world)
+            found[when] = quality.added(measures, wanted, images[when], self.seed)
         by_layer, totals = _joined(layers)
         return Report(self.concept, self.seed, self.size, found["before"], found.get("after"), totals,
                       pd.concat(outcomes.values(), ignore_index=True), images, wanted, by_layer, similarity,
@@ -132,6 +144,10 @@ class _Evaluation:
         if patch is not None:
             yield "after", patch.applied(self.pipe)
 
+    def _draw(self, wanted: Sequence[Drawing]) -> list[Image.Image]:
+        return draw_images(self.pipe, wanted, steps=self.steps, guidance=self.guidance, batch=self.batch,
+                           cache=self.cache, progress=self.progress)
+
     def _attention(self, wanted: Sequence[Drawing]) -> tuple[pd.DataFrame | None, dict[str, str]]:
         """The attention on the concept while its prompts are drawn, or the reason why it couldn't be heard."""
         forget = [drawing for drawing in wanted if drawing.role == "forget"]
@@ -140,32 +156,22 @@ class _Evaluation:
         except (NotRecordedError, PhraseNotFoundError, UnsupportedPipelineError) as error:
             return None, {"attention": str(error)}
 
-    def _without_a_judge(self, patch: Patch | None, wanted: Sequence[Drawing], reason: str) -> Report:
-        """Attention alone: it needs no verdicts."""
-        layers, found = {}, {}
+    def _without_a_judge(self, patch: Patch | None, wanted: Sequence[Drawing], quality: Quality, reason: str,
+                         vocabulary: Vocabulary) -> Report:
+        """What needs no verdicts: attention, and the retain set's quality where there is something to compare with."""
+        retain = [] if quality.nothing else [drawing for drawing in wanted if drawing.role == "retain"]
+        layers, found, images = {}, {}, {}
         for when, change in self._versions(patch):
             with change:
+                drawn = self._draw(retain) if retain else []
                 layers[when], reasons = self._attention(wanted[:1])
-            found[when] = Measures(skipped=dict.fromkeys((*JUDGED, *QUALITY), reason)).with_skipped(**reasons)
+            measures = Measures(skipped=dict.fromkeys(JUDGED, reason)).with_skipped(**reasons)
+            found[when] = quality.added(measures, retain, drawn, self.seed)
+            if drawn:
+                images[when] = drawn
         by_layer, totals = _joined(layers)
         return Report(self.concept, self.seed, self.size, found["before"], found.get("after"), totals,
-                      attention_layers=by_layer)
-
-    def _with_quality(self, measures: Measures, wanted: Sequence[Drawing], images: Sequence[Image.Image],
-                      world: EmojiWorld | CheckpointWorld) -> Measures:
-        """Distances to real images and the CLIP score, of the retain set's images."""
-        retained = [(d.prompt, image) for d, image in zip(wanted, images, strict=True) if d.role == "retain"]
-        prompts, kept = [prompt for prompt, _ in retained], [image for _, image in retained]
-        try:
-            real, features = world.real_set(self.concept), world.features
-            measures = replace(measures, features=features.name, frechet=frechet_distance(features, real, kept),
-                               kernel=kernel_distance(features, real, kept, self.seed))
-        except NotThereError as missing:
-            measures = measures.with_skipped(frechet=str(missing), kernel=str(missing))
-        try:
-            return replace(measures, clip_score=world.scorer.score(kept, prompts))
-        except NotThereError as missing:
-            return measures.with_skipped(clip_score=str(missing))
+                      images=images, wanted=retain, attention_layers=by_layer, vocabulary=vocabulary)
 
 
 def _joined(layers: dict[str, pd.DataFrame | None]) -> tuple[pd.DataFrame, dict[str, float]]:

@@ -18,7 +18,7 @@ from PIL import Image
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.judge import Verdict
 from fmn_nb.evaluation_probes import Share
-from fmn_nb.intervals import bootstrap, wilson
+from fmn_nb.intervals import harmonic_mean_interval, wilson
 from fmn_nb.protocol import EMOJI, Drawing, Vocabulary
 
 SEEN = " + "  # between the names of everything that was seen in one image
@@ -42,8 +42,10 @@ class Measures:
             the same images, about 0 for equal sets, also below. features: what network's features both are on; only
             distances on the same features can be compared.
         clip_score: mean cosine, times 100, of the retain set's images with their prompts.
-        images: how many images of forget and retain set were judged. ci95: 95% intervals, Wilson for accuracies,
-            bootstrap for h.
+        images: how many images of forget and retain set were judged. ci95: 95% intervals: of ua, ira and cra Wilson's
+            (`intervals.wilson`); of h the middle of its values when each of the three is drawn from its Jeffreys
+            posterior (`intervals.harmonic_mean_interval`); both have a width at 0 and 1 too. The other figures have
+            none.
         probes: shares of the probes' images, by name (`fmn_nb.evaluation_probes.PROBES`).
     """
 
@@ -116,7 +118,7 @@ def _gone(concept: Concept, verdict: Verdict, vocabulary: Vocabulary) -> bool:
 
 
 def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures:
-    """UA, IRA, CRA and H of judged images (`judge_images`), with 95% intervals.
+    """UA, IRA, CRA and H of judged images (`judge_images`), with 95% intervals; `seed` is of H's.
 
     Raises:
         ValueError: there is no image at all for one of the three.
@@ -134,8 +136,9 @@ def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures
     if empty:
         raise ValueError(f"no image was judged for {', '.join(empty)}; draw the whole protocol")
     shares = {name: float(values.mean()) for name, values in groups.items()}
-    intervals = {name: wilson(int(values.sum()), len(values)) for name, values in groups.items()}
-    intervals["h"] = bootstrap(list(groups.values()), harmonic_mean, seed)
+    counts = {name: (int(values.sum()), len(values)) for name, values in groups.items()}
+    intervals = {name: wilson(*of_all) for name, of_all in counts.items()}
+    intervals["h"] = harmonic_mean_interval(*zip(*counts.values(), strict=True), seed=seed)
     return Measures(**shares, h=harmonic_mean(*shares.values()), images=len(forgotten) + len(retain), ci95=intervals)
 
 

@@ -170,8 +170,10 @@ def domain_answers(retain: pd.DataFrame, concept: Concept) -> tuple[pd.Series, p
 
 
 def share_of(values: pd.Series) -> Share:
-    """The share of true values."""
+    """The share of true values; ValueError for no values at all, which have none."""
     count, hits = len(values), int(values.astype(bool).sum())
+    if not count:
+        raise ValueError("no image was judged, so there is no share; draw at least one")
     return Share(hits / count, *wilson(hits, count), count)
 
 

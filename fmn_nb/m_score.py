@@ -49,7 +49,7 @@ from fmn_nb.forgetting_prompts import read_columns
 from fmn_nb.inversion import InversionSettings, LearnedTokens, invert
 from fmn_nb.models import text_encoders, tokenizers
 from fmn_nb.patches import Patch
-from fmn_nb.references import Images, encode
+from fmn_nb.references import Images, encode, load_images
 
 TOKEN = "<anchor>"
 SPACES = ("output", "input")
@@ -117,7 +117,8 @@ def m_score(pipe: DiffusionPipeline, concept: Concept, patch: Patch, *, referenc
     """Invert the same anchor images with the original and with the forgetting model; `pipe` stays as it is.
 
     Args:
-        references: the anchor images; real scenes where None, which only the emoji world has (`count` of them).
+        references: the anchor images, all of which are used; where None, `count` real scenes, which only the emoji
+            world has.
         seeds: one inversion of each model for each; several are needed for an interval.
         settings: of every inversion.
         space: "output" or "input", where embeddings are compared.
@@ -125,10 +126,12 @@ def m_score(pipe: DiffusionPipeline, concept: Concept, patch: Patch, *, referenc
     Raises:
         ValueError: no seeds, a seed twice, or an unknown space.
         AttackError: no references.
+        ReferenceImageError: one can't be read.
     """
     if space not in SPACES or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"give distinct seeds and a space of {', '.join(SPACES)}, not {list(seeds)} and {space!r}")
-    latents = encode(pipe, references_of(pipe, concept, references, count, seed=0))
+    anchors = references_of(pipe, concept, None, count, seed=0) if references is None else load_images(references)
+    latents = encode(pipe, anchors)
     own, centre = embedding(pipe, concept, space), centre_of(pipe, concept, space)
     scores: dict[str, list[float]] = {"original": [], "forgetting": []}
     for name, change in (("original", None), ("forgetting", patch)):

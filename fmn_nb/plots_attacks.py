@@ -21,24 +21,35 @@ def success_figure(attacks: Sequence[Attack], title: str = "images in which the 
                    ) -> InlineFigure:
     """A row for each attack: the share before it (hollow) and after it (filled), with the latter's 95% interval.
 
-    Raises ValueError for no attacks.
+    A skipped attack's row says so and has no dots. Raises ValueError for no attacks.
     """
     if not attacks:
         raise ValueError("no attacks to show")
     figure = new_figure(6.2, 1.1 + 0.42 * len(attacks))
     axes = figure.subplots()
-    for place, attack in enumerate(reversed(attacks)):
-        after = attack.after
+    places = list(enumerate(reversed(attacks)))
+    shown = [(place, attack) for place, attack in places if not attack.skipped]
+    for place, attack in shown:
+        after, first = attack.after, place == shown[0][0]
         axes.hlines(place, after.low, after.high, color=BRIGHT, linewidth=5)
         axes.scatter(attack.before.value, place, facecolors="none", edgecolors=DARK, s=46, zorder=3,
-                     label="before" if not place else None)
-        axes.scatter(after.value, place, color=DARK, s=46, zorder=4, label="after" if not place else None)
+                     label="before" if first else None)
+        axes.scatter(after.value, place, color=DARK, s=46, zorder=4, label="after" if first else None)
+    for place in (place for place, attack in places if attack.skipped):
+        axes.text(0.5, place, "skipped", ha="center", va="center", color="0.35", style="italic")
     axes.set_yticks(range(len(attacks)), [attack.name for attack in reversed(attacks)])
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(attacks) - 0.4), title=title)
     axes.set_xlabel("share of images, with 95% interval")
-    axes.legend(fontsize=8, loc="best")
-    figure.words = ". ".join(f"{a.name}: {a.before.value:.2f} before, {a.after.value:.2f} after" for a in attacks) + "."
+    if shown:
+        axes.legend(fontsize=8, loc="best")
+    figure.words = ". ".join(_success_words(attack) for attack in attacks) + "."
     return figure
+
+
+def _success_words(attack: Attack) -> str:
+    if attack.skipped:
+        return f"{attack.name}: skipped, {attack.skipped}"
+    return f"{attack.name}: {attack.before.value:.2f} before, {attack.after.value:.2f} after"
 
 
 def relearning_figure(tables: Mapping[str, pd.DataFrame], title: str = "fine-tuned back") -> InlineFigure:

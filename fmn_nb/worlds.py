@@ -37,7 +37,11 @@ class EmojiWorld:
 
     @cached_property
     def judge(self) -> Judge:
-        return load_judge(self.data / "emoji-judge")
+        """The bundled judge; NotThereError where it has not been trained."""
+        try:
+            return load_judge(self.data / "emoji-judge")
+        except FileNotFoundError as missing:
+            raise NotThereError(str(missing)) from missing
 
     @cached_property
     def second_judge(self) -> SecondJudge:

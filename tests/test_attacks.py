@@ -11,6 +11,7 @@ from tiny import tiny_sd, tiny_sdxl
 
 from fmn_nb import attacks_search
 from fmn_nb.attacks import (
+    NO_IMAGES,
     Attack,
     AttackError,
     InversionBudget,
@@ -80,6 +81,22 @@ def test_success_is_what_the_judge_sees_with_its_interval() -> None:
         success_figure([])
 
 
+def test_a_skipped_attack_is_said_to_be_skipped_and_never_zero() -> None:
+    skipped = Attack("b", 0, 0, NO_IMAGES, 0, 1.0, skipped="nothing answers")
+    attacks = [Attack("a", 1, 3, Share(0.1, 0.0, 0.4, 3), 3, 1.234), skipped]
+    assert all(attack.after.low <= attack.after.value <= attack.after.high for attack in attacks)
+    said = skipped.to_dict()
+    assert said["skipped"] == "nothing answers" and "success" not in said and "skipped" not in attacks[0].to_dict()
+    table = attack_table(attacks).drop(columns="seconds").round(2)
+    assert table.loc["b"].tolist() == ["skipped"] * 4 + [0, 0] and table.loc["a", "after"] == 0.33
+    figure = success_figure(attacks)
+    assert figure.words == "a: 0.10 before, 0.33 after. b: skipped, nothing answers."
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["skipped"] and len(axes.collections) == 3, "no dots for b"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+    assert success_figure([skipped]).axes[0].get_legend() is None
+
+
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_concept_inversion_leaves_the_pipeline_as_it_was(make) -> None:
     pipe = make()
@@ -105,6 +122,8 @@ def test_without_a_judge_or_references_it_says_what_to_give() -> None:
     for attack in (concept_inversion, optimised_prompt, fine_tuned_back):
         with pytest.raises(AttackError, match="give references"):
             attack(pipe, CAT, None, judge=Script())
+        with pytest.raises(AttackError, match="1 references were given but [46] are to be used: give more"):
+            attack(pipe, CAT, None, judge=Script(), references=noise_images(1))
     with pytest.raises(AttackError, match="numbers of steps"):
         fine_tuned_back(pipe, CAT, None, at=(), judge=Script(), references=noise_images(1))
     with pytest.raises(AttackError, match="no sort of wording"):
@@ -128,14 +147,41 @@ def test_wordings_are_counted_each_and_together() -> None:
     assert (attack.successes, attack.count, attack.before.value, attack.name) == (1, 4, 0.0, "wordings")
     table = wordings_table(attack)
     assert table.loc["a catt"].tolist() == [1.0, 0.5] and table.loc["a kat"].tolist() == [1.0, 0.0]
+    assert attack.found["counted"] == 2 and not attack.skipped
     with pytest.raises(AttackError, match="no attack by wording"):
         wordings_table(Attack("x", 0, 1, Share(0, 0, 1, 1), 0, 0.0))
+
+
+class Seen:
+    """A judge that sees "cat" in the images whose numbers a script lists, call after call."""
+
+    def __init__(self, *calls: set[int]) -> None:
+        self.calls = list(calls)
+
+    def verdicts(self, images):
+        cats = self.calls.pop(0)
+        return [Verdict("cat" if i in cats else "dog", "noto", frozenset(), 1.0) for i in range(len(images))]
+
+
+def test_a_wording_only_counts_where_the_base_model_answers_it() -> None:
+    pipe = tiny_sd()
+    patch = quick(pipe)
+    # images 0 and 2 are of the first wording, 1 and 3 of the second: base model, plain prompts, reworded ones
+    attack = reworded(pipe, CAT, patch, wordings=["a catt", "a kat"], each=2, judge=Seen({0}, {0, 1, 2}, {2, 3}),
+                      steps=1)
+    assert (attack.successes, attack.count) == (1, 2), "half of the base model's images are enough for 'a catt'"
+    assert (attack.before.value, attack.before.images, attack.found["counted"]) == (1.0, 2, 1)
+    assert wordings_table(attack)["after"].tolist() == [0.5, 0.5], "the table holds every wording"
+    skipped = reworded(pipe, CAT, patch, sort="misspellings", each=1, judge=Seen(set(), set(), set()), steps=1)
+    assert skipped.skipped.startswith("the base model answers none of the 8 wordings") and skipped.count == 0
+    assert skipped.after == skipped.before == NO_IMAGES and len(wordings_table(skipped)) == 8
 
 
 def test_fine_tuning_back_learns_and_leaves_no_trace() -> None:
     pipe = tiny_sd()
     patch, before = quick(pipe), snapshot(pipe)
-    options = {"references": noise_images(2), "at": (0, 3, 40), "learning_rate": 1e-2, "images": 4, "steps": 1}
+    options = {"references": noise_images(2), "at": (0, 3, 40), "learning_rate": 1e-2, "count": 2, "images": 4,
+               "steps": 1}
     table = fine_tuned_back(pipe, CAT, patch, judge=Script(0, 1, 3), **options)
     assert_unchanged(pipe, before)
     assert table["steps"].tolist() == [0, 3, 40] and table["successes"].tolist() == [0, 1, 3]

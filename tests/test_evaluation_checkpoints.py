@@ -1,21 +1,27 @@
 """Models that aren't of the emoji world: prompt lists, a zero-shot judge, and reasons for what is skipped."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from snapshots import noise_images
 from tiny import clip_tokenizer, tiny_sd
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import fmn_nb as fmn
+from fmn_nb import evaluation, evaluation_checkpoints
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.judge import NOTHING, Verdict
 from fmn_nb.evaluation_checkpoints import CheckpointWorld, PromptListError, read_vocabulary
 from fmn_nb.evaluation_clip import Clip, ClipJudge
 from fmn_nb.evaluation_neighbours import similar_names, similarities
+from fmn_nb.image_quality import Features
 from fmn_nb.models import ModelLoadError
 from fmn_nb.paths import data_dir
 from fmn_nb.protocol import drawings
+from fmn_nb.references import ReferenceImageError
 from fmn_nb.worlds import NotThereError
 
 
@@ -54,14 +60,80 @@ def evaluate(concept, **options):
     return fmn.evaluate(pipe, concept, steps=1, guidance=1.0, **options)
 
 
-def test_without_a_judge_everything_but_attention_is_skipped_with_its_reason():
+@pytest.fixture
+def features(monkeypatch):
+    """Mean colours in Inception's place, whose weights may not be here."""
+    class Colours(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images):
+            return images.float().mean(dim=(2, 3)) / 255
+
+    monkeypatch.setattr(evaluation_checkpoints, "inception_features", lambda: Features("colours", Colours(), 8))
+
+
+class Yes:
+    """A judge that sees the same everywhere."""
+
+    def verdicts(self, images):
+        return [Verdict("cat", "ink", frozenset({"cat"}), 1.0)] * len(images)
+
+
+def test_without_a_judge_or_anything_to_compare_with_attention_is_left(monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_images", lambda *_, **__: pytest.fail("drawn for nothing"))
     report = evaluate(Concept("cat"))
     assert report.before.ua is None and report.before.h is None and report.before.images == 0
     skipped = report.before.to_metrics()["skipped"]
     assert {"ua", "ira", "cra", "h", "ceiling", "frechet", "kernel", "clip_score"} == set(skipped)
     assert "name a CLIPModel (clip=FOLDER)" in skipped["ua"]
+    assert "give real=FOLDER" in skipped["frechet"] and "give clip=FOLDER" in skipped["clip_score"]
     assert 0 < report.attention["mass_before"] < 1
     assert (report.table()["before"].drop("images") == "skipped").all() and len(report.skipped()) == 8
+
+
+def test_distances_need_no_judge(prompts, features):
+    report = evaluate(Concept("cat"), prompts=prompts, real=noise_images(4))
+    found = report.before
+    assert found.frechet > 0 and found.kernel is not None and found.features == "colours" and found.images == 0
+    assert set(found.skipped) == {"ua", "ira", "cra", "h", "ceiling", "clip_score"}
+    assert {d.role for d in report.wanted} == {"retain"} and len(report.images["before"]) == len(report.wanted)
+    assert found.frechet == pytest.approx(
+        evaluate(Concept("cat"), prompts=prompts, real=noise_images(4), judge=Yes()).before.frechet)
+    assert set(report.figures()) == {"images"} and "evaluation_seconds" in report._repr_html_()
+    for wrong in (report.collateral, lambda: report.second_opinion(Yes())):
+        with pytest.raises(ValueError, match="no judge judged these images: evaluate with clip=FOLDER"):
+            wrong()
+
+
+def test_the_clip_score_needs_no_judge(clip_folder, prompts, monkeypatch):
+    class Unjudged(CheckpointWorld):
+        def judge_for(self, concept):
+            raise NotThereError("no judge was trained")
+
+    monkeypatch.setattr(evaluation, "world_of", lambda pipe: Unjudged(clip_folder, prompts=prompts))
+    found = evaluate(Concept("cat")).before
+    assert 0 <= found.clip_score <= 100 and found.skipped["h"] == "no judge was trained"
+    assert set(found.skipped) == {"ua", "ira", "cra", "h", "ceiling", "frechet", "kernel"}
+
+
+@pytest.mark.parametrize(("options", "error", "says"), [
+    ({"real": "nowhere"}, ReferenceImageError, "'nowhere' doesn't exist"),
+    ({"real": noise_images(1)}, ValueError, "at least 2 real images, not 1"),
+    ({"clip": "nowhere"}, ModelLoadError, "no CLIPModel could be read from 'nowhere'"),
+])
+def test_what_cannot_be_read_is_named_before_anything_is_drawn(prompts, features, monkeypatch, options, error, says):
+    monkeypatch.setattr(evaluation, "draw_images", lambda *_, **__: pytest.fail("drawn before it was looked for"))
+    with pytest.raises(error, match=says):
+        evaluate(Concept("cat"), judge=Yes(), prompts=prompts, **options)
+
+
+def test_an_object_may_be_given_by_its_name(prompts):
+    options = {"judge": Yes(), "prompts": prompts}
+    report = evaluate("cat", **options)
+    assert report.concept == Concept("cat") and report.table().equals(evaluate(Concept("cat"), **options).table())
+    for wrong in (None, 3, ["cat"]):
+        with pytest.raises(ValueError, match="is no concept: give one"):
+            evaluate(wrong, **options)
 
 
 def test_a_named_clip_judges_without_training(clip_folder, prompts, tmp_path):
@@ -101,10 +173,6 @@ def test_a_killed_evaluation_ends_in_the_same_table(clip_folder, prompts, tmp_pa
 
 
 def test_a_judge_of_ones_own_is_asked_instead(prompts):
-    class Yes:
-        def verdicts(self, images):
-            return [Verdict("cat", "ink", frozenset({"cat"}), 1.0)] * len(images)
-
     report = evaluate(Concept("cat"), judge=Yes(), prompts=prompts)
     assert report.before.ua == 0 and report.before.ira == 0 and report.before.cra == pytest.approx(0.5)
     assert "similar" in report.before.skipped and "clip_score" in report.before.skipped
@@ -123,6 +191,31 @@ def test_clip_features_have_length_one_and_scores_their_range(clip_folder):
     assert clip.score(images, ["a cat", "a dog", "a house"]) == pytest.approx(float(by_hand))
     with pytest.raises(ValueError, match="3 images but 1 prompts"):
         clip.score(images, ["a cat"])
+
+
+def test_the_clip_score_is_a_mean_cosine_by_hand():
+    """Of networks whose features are known: an image's is (red, green), a text's two numbers are read from it."""
+    class Network(torch.nn.Module):
+        config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=2))
+        device = "cpu"
+        visual_projection = text_projection = torch.nn.Identity()
+
+        def vision_model(self, pixel_values):
+            return SimpleNamespace(pooler_output=pixel_values)
+
+        def text_model(self, input_ids):
+            return SimpleNamespace(pooler_output=input_ids.float())
+
+    def pixels(images, return_tensors):
+        return {"pixel_values": torch.tensor([image.getpixel((0, 0))[:2] for image in images]).float()}
+
+    def numbers(texts, **_):
+        return {"input_ids": torch.tensor([[int(word) for word in text.split()] for text in texts])}
+
+    clip = Clip(Network(), numbers, pixels, "by hand")
+    images = [Image.new("RGB", (2, 2), colour) for colour in ((30, 40, 0), (5, 0, 9), (7, 7, 0))]
+    # cosines: (30 * 4 + 40 * 3) / (50 * 5) = 0.96, 5 * 3 / (5 * 5) = 0.6, and a negative one that counts as 0
+    assert clip.score(images, ["4 3", "3 4", "-1 0"]) == pytest.approx(100 * (0.96 + 0.6 + 0) / 3)
 
 
 def test_a_zero_shot_judge_says_what_text_is_nearest(clip_folder, prompts):

@@ -9,7 +9,7 @@ from fmn_nb.emoji.captions import caption
 from fmn_nb.emoji.judge import Verdict
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, concept_names, kind_of
 from fmn_nb.evaluation_measures import judge_images, measure
-from fmn_nb.evaluation_probes import PROBES, probe_drawings, probe_shares, probe_table
+from fmn_nb.evaluation_probes import PROBES, probe_drawings, probe_shares, probe_table, share_of
 from fmn_nb.protocol import drawings, same_name, sentence
 
 CAT = Concept("cat")
@@ -123,3 +123,8 @@ def test_the_table_says_what_each_share_means():
 def test_names_that_mean_the_concept_are_the_same_name():
     assert same_name("cats", CAT) and same_name("a cat", CAT) and same_name("cat", Concept("guide cat"))
     assert not same_name("caterpillar", CAT) and not same_name("dog", CAT)
+
+
+def test_a_share_of_no_images_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="no image was judged, so there is no share"):
+        share_of(pd.Series([], dtype=bool))

@@ -16,6 +16,7 @@ from fmn_nb.m_score import MScore, centre_of, embedding, m_score, mean_interval
 from fmn_nb.models import text_encoders, tokenizers
 from fmn_nb.patches import Patch
 from fmn_nb.plots_attacks import m_score_figure
+from fmn_nb.references import encode
 
 CAT = Concept("cat")
 QUICK = InversionSettings(tokens=2, steps=2, warmup=0, learning_rate=5e-2, weight_decay=0.0, norm="free")
@@ -52,6 +53,20 @@ def test_the_same_model_gives_no_change_and_the_pipeline_stays() -> None:
     assert score.original == score.forgetting and score.changes == (0, 0, 0)
     assert all(-1 <= value <= 1 for value in score.original) and len(set(score.original)) == 3
     assert score.table().loc["change", ["mean", "low", "high"]].tolist() == [0, 0, 0]
+
+
+def test_all_anchors_that_are_given_are_used(monkeypatch) -> None:
+    pipe, used = tiny_sd(), []
+    patch = quick(pipe)
+
+    def encoding(pipe, images):
+        used.append(len(images))
+        return encode(pipe, images)
+
+    monkeypatch.setattr("fmn_nb.m_score.encode", encoding)
+    for given in (1, 9):
+        m_score(pipe, CAT, patch, references=noise_images(given), seeds=(0,), settings=QUICK)
+    assert used == [1, 9], "count is for scenes that the world gives"
 
 
 def test_a_changed_model_learns_other_tokens_from_the_same_start() -> None:
