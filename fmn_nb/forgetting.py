@@ -23,6 +23,8 @@ from diffusers import DiffusionPipeline
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import seeded
 from fmn_nb.forgetting_checkpoint import Checkpoint, CheckpointError
+from fmn_nb.forgetting_device import precision_for
+from fmn_nb.forgetting_identity import identity
 from fmn_nb.forgetting_offload import Absent, offloaded
 from fmn_nb.forgetting_sets import TrainingSet, forget_set, retain_set, towards_set
 from fmn_nb.forgetting_settings import PRESETS, Settings, SettingsError, settings_for
@@ -31,15 +33,13 @@ from fmn_nb.forgetting_stops import periodic_judge
 from fmn_nb.forgetting_weights import trainable
 from fmn_nb.models import denoiser, denoiser_name, fingerprint
 from fmn_nb.patches import Patch, applied_patches
-from fmn_nb.references import Images, Latents
+from fmn_nb.references import Images, Latents, load_all, load_images
 from fmn_nb.results import versions
 
 __all__ = [
     "PRESETS", "CheckpointError", "ForgettingError", "Progress", "Settings", "SettingsError", "forget",
     "periodic_judge", "settings_for",
 ]
-
-_NOT_IDENTITY = ("checkpoint_every", "offload", "tracker", "tracker_folder")
 
 
 def forget(
@@ -60,6 +60,8 @@ def forget(
     """Fine-tune until the concept gets no more attention; the result is a patch, the pipeline stays as it is.
 
     Under `accelerate launch` every process calls this alike, its pipeline on its own device; all get the same patch.
+    A progress bar shows only where the error stream is a terminal: in a notebook a `callback` tells the progress, and
+    the lists in the patch's `info["forgetting"]` are the curves afterwards.
 
     Args:
         pipe: a diffusers pipeline; its weights, modes and scheduler are the same afterwards, bit for bit, also
@@ -72,7 +74,7 @@ def forget(
         callback: called after each step with a `Progress`; while it runs, `pipe` is as trained so far. A text that
             it returns ends the fine-tune for that reason (`periodic_judge` makes one that asks a judge).
         checkpoint: a folder to save the state to. A run that finds its own state there goes on from it and ends in
-            the same patch as one that never stopped.
+            the same patch as one that never stopped. Its own: the same settings, images, prompts, weights and tokens.
         prompts: prompts to learn from instead of the preset's; each must hold the (single) concept's phrase.
         retain_prompts: prompts whose images are to stay as they are; those that name a concept are left out. By
             default the bundled model's world, or `data/prompts/neutral.txt`.
@@ -95,15 +97,17 @@ def forget(
     settings, concepts = settings_for(preset, overrides), _concepts(concepts)
     wanted = _by_concept(references, concepts, "references")
     readings = _by_concept(towards, concepts, "towards")
-    _check(concepts, wanted, prompts, seed)
+    _check(concepts, prompts, seed)
+    first = next(denoiser(pipe).parameters())
+    precision_for(settings, first.device, first.dtype)  # told before anything is generated
     base = {"name": str(pipe.config.get("_name_or_path", "") or type(pipe).__name__),
             "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe)}
     info = {"concepts": [asdict(concept) for concept in concepts], "preset": _name_of(preset), "seed": seed,
             "settings": settings.to_dict(), "towards": readings, "base": base, "versions": versions()}
     if applied_patches(pipe):
         info["on_top_of"] = [patch.info.get("concepts", []) for patch, _ in applied_patches(pipe)]
-    saved = Checkpoint(checkpoint, _identity(info, settings, prompts, retain_prompts)) if checkpoint else None
-    sets = _sets(pipe, concepts, wanted, prompts, masks, retain_prompts, readings, settings, seed, saved)
+    sets, saved = _sets(
+        pipe, concepts, wanted, prompts, masks, retain_prompts, readings, settings, seed, checkpoint, info)
     with ExitStack() as borrowed:
         absent = borrowed.enter_context(offloaded(pipe, settings.offload))
         weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(seed, 3)))
@@ -115,13 +119,18 @@ def forget(
 def _sets(
     pipe: DiffusionPipeline, concepts: list[Concept], references: Mapping[str, Images],
     prompts: Sequence[str] | None, masks: Images | None, kept_prompts: Sequence[str] | None,
-    readings: Mapping[str, str], settings: Settings, seed: int, saved: Checkpoint | None,
-) -> dict[str, TrainingSet]:
-    """The forget set and, where asked for, the retain set and the set of the reading to show instead."""
+    readings: Mapping[str, str], settings: Settings, seed: int, checkpoint: str | Path | None, info: Mapping[str, Any],
+) -> tuple[dict[str, TrainingSet], Checkpoint | None]:
+    """The forget set and, where asked for, the retain set and the set of the reading to show instead; and where to
+    keep the run's state."""
+    images = load_all(references)  # once and first: what can't be read is told before anything is generated
+    regions = None if masks is None else load_images(masks)
+    saved = (Checkpoint(checkpoint, identity(pipe, info, images, regions, prompts, kept_prompts))
+             if checkpoint else None)
     cached = saved.latents() if saved else {}
     known = {name: Latents(cached[f"{name}.mean"], cached[f"{name}.std"])
              for name in ("forget", "retain", "towards") if f"{name}.mean" in cached}
-    sets = {"forget": forget_set(pipe, concepts, references, prompts, masks, settings, seed, known.get("forget"),
+    sets = {"forget": forget_set(pipe, concepts, images, prompts, regions, settings, seed, known.get("forget"),
                                 readings)}
     if settings.retain_weight:
         sets["retain"] = retain_set(
@@ -132,7 +141,7 @@ def _sets(
     if saved and not cached:
         saved.keep_latents({f"{name}.{part}": getattr(found.latents, part).clone()
                             for name, found in sets.items() for part in ("mean", "std")})
-    return sets
+    return sets, saved
 
 
 def _with_all_parts(callback: Callback, absent: Absent) -> Callback:
@@ -169,25 +178,11 @@ def _by_concept(given: Any, concepts: Sequence[Concept], what: str) -> dict[str,
     return dict(given)
 
 
-def _check(
-    concepts: Sequence[Concept], references: Mapping[str, Images], prompts: Sequence[str] | None, seed: int
-) -> None:
+def _check(concepts: Sequence[Concept], prompts: Sequence[str] | None, seed: int) -> None:
     if prompts is not None and (len(concepts) > 1 or not prompts or isinstance(prompts, str)):
         raise ValueError("prompts are a list of texts for a single concept")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"a seed is a whole number from 0 to 2**63 - 1, not {seed!r}")
-
-
-def _identity(
-    info: Mapping[str, Any], settings: Settings, prompts: Sequence[str] | None, kept_prompts: Sequence[str] | None
-) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with. More steps are no other run where the schedule
-    doesn't depend on their number."""
-    free = (*_NOT_IDENTITY, "steps") if settings.schedule.startswith("constant") else _NOT_IDENTITY
-    kept = {name: value for name, value in settings.to_dict().items() if name not in free}
-    texts = {"prompts": prompts and list(prompts), "retain_prompts": kept_prompts and list(kept_prompts)}
-    return {**{name: info[name] for name in ("concepts", "seed", "towards")}, **kept, **texts,
-            "fingerprint": info["base"]["fingerprint"]}
 
 
 def _name_of(preset: str | Settings) -> str:

@@ -104,8 +104,15 @@ class Checkpoint:
         return self.folder / f"checkpoint-{step}.safetensors"
 
     def latents(self) -> dict[str, Tensor]:
-        """Latents that were kept by `keep_latents`; empty where there are none."""
+        """Latents that were kept by `keep_latents`; empty where there are none.
+
+        Raises:
+            CheckpointError: the file is damaged, or lost beside a state that was trained on it.
+        """
         file = self.folder / LATENTS_FILE
+        if self._found.get("step") and not file.is_file():
+            raise CheckpointError(f"{file} is missing beside the state of step {self._found['step']}; put it back, or "
+                                  f"delete {self.folder} to start again")
         if not self._found or not file.is_file():
             return {}
         try:
@@ -120,8 +127,9 @@ class Checkpoint:
         self._write({"step": 0})
 
     def _write(self, state: dict[str, Any]) -> None:
-        self._found = {"identity": self.identity, **state}
-        write_json(self.folder / STATE_FILE, self._found)
+        found = {"identity": self.identity, **state}
+        write_json(self.folder / STATE_FILE, found)
+        self._found = found  # only now: what can't be written is not the last good state
 
     def _compare(self, other: Mapping[str, Any]) -> None:
         names = sorted({*self.identity, *other})

@@ -15,18 +15,38 @@ from torch import Tensor, nn
 
 from fmn_nb.forgetting_settings import Settings, SettingsError
 
+_HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def precision_for(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
+    """The precision to train in, for a pipeline whose weights have this dtype: "no", "bf16" or "fp16".
+
+    Raises:
+        SettingsError: half precision where it can't be trained, or whole weights of a pipeline that isn't float32
+            without it. (A LoRA goes beside weights of any dtype.)
+    """
+    auto = _HALVES.get(dtype, "no")
+    precision = auto if settings.precision == "auto" else settings.precision
+    if precision == "fp16" and device.type == "cpu":
+        raise SettingsError("float16 can't be trained on a CPU; load the pipeline with dtype='float32'")
+    if settings.train != "lora" and dtype != torch.float32 and (precision == "no" or dtype not in _HALVES):
+        # Their copies are float32, and only autocast lets them work beside weights in half precision.
+        works = dtype in _HALVES and not (auto == "fp16" and device.type == "cpu")
+        otherwise = f", or leave precision at 'auto', here '{auto}'" if works else ""
+        raise SettingsError(
+            f"train='{settings.train}' with precision='{settings.precision}' needs a float32 pipeline, and this one is "
+            f"{dtype}: load it with dtype='float32'{otherwise}")
+    return precision
+
 
 def accelerator_for(settings: Settings, device: torch.device, dtype: torch.dtype) -> Accelerator:
     """An accelerator for the device where the pipeline is.
 
     Raises:
-        SettingsError: half precision where it can't be trained, a tracker that isn't installed, or the pipeline is on
-            another device than the process that was launched for it.
+        SettingsError: as `precision_for`; a tracker that isn't installed; or the pipeline is on another device than the
+            process that was launched for it.
     """
-    auto = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    precision = auto if settings.precision == "auto" else settings.precision
-    if precision == "fp16" and device.type == "cpu":
-        raise SettingsError("float16 can't be trained on a CPU; load the pipeline with dtype='float32'")
+    precision = precision_for(settings, device, dtype)
     # accelerate passes over a tracker that it can't import without a word.
     if settings.tracker and settings.tracker not in {str(tracker) for tracker in get_available_trackers()}:
         raise SettingsError(f"the tracker {settings.tracker} isn't installed: pip install {settings.tracker}")

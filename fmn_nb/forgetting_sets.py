@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import ImageOps
 from torch import Tensor
 
 from fmn_nb.concepts import Concept, find_phrase
 from fmn_nb.denoising import Conditions, conditions, seeded
 from fmn_nb.forgetting_prompts import concept_mask, forget_prompts, likeness, retain_prompts, spoken, without
-from fmn_nb.forgetting_settings import Settings
+from fmn_nb.forgetting_settings import Settings, SettingsError
 from fmn_nb.references import Images, Latents, ReferenceImageError, encode, generate_latents, load_images
 
 _HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
@@ -128,30 +129,32 @@ def forget_set(
 
     Raises:
         PhraseNotFoundError, ReferenceImageError
+        SettingsError: in some prompt the settings' positions mark nothing.
     """
-    texts, anchors, owners, pairs, parts = [], [], [], [], []
+    texts, anchors, owners, own_texts = [], [], [], []
     for concept in concepts:
         own = list(prompts) if prompts is not None else forget_prompts(pipe, concept, settings.prompts)
         reading = (readings or {}).get(concept.name)
         if settings.anchor_weight:
             anchors += (_with_reading(pipe, concept, reading, prompts, settings) if reading
                         else [without(prompt, concept) for prompt in own])
-        first, latents = len(texts), sum(len(part) for part in parts)
-        texts, owners = texts + own, owners + [concept] * len(own)
+        texts, owners, own_texts = texts + own, owners + [concept] * len(own), [*own_texts, own]
+    given = conditions(pipe, [*texts, *anchors], size=settings.size)
+    marked = _marked(pipe, texts, owners, settings, given.rows["encoder_hidden_states"].shape[1])
+    pairs, parts, first = [], [], 0
+    for concept, own in zip(concepts, own_texts, strict=True):
+        latents = sum(len(part) for part in parts)
         found, matching = _latents(pipe, concept, own, references.get(concept.name), settings, seed, cached is None)
         parts.append(found)
         pairs += [(latents + image, first + prompt) for image, prompt in matching]
-    given = conditions(pipe, [*texts, *anchors], size=settings.size)
+        first += len(own)
     if settings.noise_on == "zeros":
         everything = Latents.exact(torch.zeros(sum(len(part) for part in parts), *given.latent_shape))
     else:
         everything = cached or Latents.joined(parts)
-    length = given.rows["encoder_hidden_states"].shape[1]
-    marked = [concept_mask(pipe, text, concept.phrase, settings.positions, length)
-              for text, concept in zip(texts, owners, strict=True)]
     regions = _regions(masks, everything) if masks is not None else None
     latent_of, prompt_of = torch.tensor(pairs).T
-    return TrainingSet(everything, given, (*texts, *anchors), latent_of, prompt_of, torch.stack(marked), regions,
+    return TrainingSet(everything, given, (*texts, *anchors), latent_of, prompt_of, marked, regions,
                        target_of=prompt_of + len(texts) if anchors else None)
 
 
@@ -251,6 +254,19 @@ def _bank(order: Tensor, settings: Settings, generator: torch.Generator) -> list
     return [int(number) for number in (*order[ranks.clamp(max=len(order) - 1)], *others)]
 
 
+def _marked(
+    pipe: DiffusionPipeline, texts: Sequence[str], owners: Sequence[Concept], settings: Settings, length: int
+) -> Tensor:
+    """Which of the `length` text columns count as the concept: bool [texts, columns]."""
+    masks = [concept_mask(pipe, text, concept.phrase, settings.positions, length)
+             for text, concept in zip(texts, owners, strict=True)]
+    empty = [text for text, mask in zip(texts, masks, strict=True) if not mask.any()]
+    if empty:  # nothing to move attention away from
+        raise SettingsError(f"the positions {', '.join(settings.positions)} mark nothing in the prompt '{empty[0]}'; "
+                            "add 'words' to them, or give prompts that have such positions")
+    return torch.stack(masks)
+
+
 def _latents(
     pipe: DiffusionPipeline, concept: Concept, prompts: list[str], images: Images | None, settings: Settings,
     seed: int, needed: bool,
@@ -284,5 +300,6 @@ def _regions(masks: Images, latents: Latents) -> Tensor:
     if len(pictures) != len(latents) or latents.mean.ndim != 4:
         raise ReferenceImageError(f"{len(pictures)} masks for {len(latents)} reference images; give one for each")
     height, width = latents.mean.shape[-2:]
-    small = [torch.tensor(list(p.convert("L").resize((width, height)).tobytes())) for p in pictures]
+    # Cropped as `encode` crops the images, so that a mask stays where its image is.
+    small = [torch.tensor(list(ImageOps.fit(p.convert("L"), (width, height)).tobytes())) for p in pictures]
     return torch.stack(small).reshape(-1, height, width) / 255

@@ -195,6 +195,8 @@ def _check_ranges(settings: Settings) -> None:
         raise SettingsError("give both height and width, or neither")
     if settings.similar_share > 1 or settings.stop_mass > 1:
         raise SettingsError("similar_share and stop_mass are shares from 0 to 1")
+    if settings.beta1 >= 1 or settings.beta2 >= 1:
+        raise SettingsError(f"beta1 and beta2 must be below 1, not {settings.beta1} and {settings.beta2}")
     if settings.tracker and not settings.tracker_folder:
         raise SettingsError("a tracker needs tracker_folder, the folder it writes to")
 

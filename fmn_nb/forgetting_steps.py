@@ -34,6 +34,7 @@ from fmn_nb.forgetting_weights import Trainable
 from fmn_nb.models import denoiser
 from fmn_nb.patches import Patch
 
+_NO_CHECKPOINT = "there is no checkpoint (give forget a folder: checkpoint=...)"
 _MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
 
 
@@ -82,8 +83,9 @@ class Finetune:
             raise ForgettingError("there is nothing to train: no weight matches the settings")
         self.model, self.weights, self.settings, self.info = denoiser(pipe), weights, settings, info
         self.saved, self.started = saved, started
-        first = next(self.model.parameters())
-        self.accelerator = accelerator_for(settings, first.device, first.dtype)
+        name, first = next(self.model.named_parameters())
+        own = weights.originals.get(name, first)  # a float32 copy may stand in its place, and tells no dtype
+        self.accelerator = accelerator_for(settings, first.device, own.dtype)
         self.memory = Memory(first.device)
         self.terms = Terms(pipe, weights, sets, settings, seed, self.accelerator, self.memory)
         self.parameters = list(weights.parameters.values())
@@ -119,9 +121,12 @@ class Finetune:
                     bar.update()
                     self._after_step(callback)
             except KeyboardInterrupt as interrupt:
-                interrupt.add_note(f"the pipeline is unchanged; {self._last_good_state()}")
+                kept = self._last_good_state()
+                interrupt.add_note(f"the pipeline is unchanged; {kept or _NO_CHECKPOINT}"
+                                   f"{'; call forget again to go on from it' if kept else ''}")
                 raise
-        self.stopped_because = self.stopped_because or f"all {self.settings.steps} steps done"
+        # A state may be further on than the steps that are asked for now.
+        self.stopped_because = self.stopped_because or f"all {self.step} steps done"
 
     def patch(self) -> Patch:
         """What the training has changed up to now, at the settings' strength, with everything known about it."""
@@ -180,8 +185,13 @@ class Finetune:
             raise self._broken(f"a weight became NaN or infinite in step {self.step}")
 
     def _broken(self, what: str) -> ForgettingError:
-        return ForgettingError(f"{what}: lower learning_rate or use precision='no'. The pipeline is unchanged; "
-                               f"{self._last_good_state()}")
+        kept, folder = self._last_good_state(), ""
+        if kept:  # the same settings lead to the same end, and others are another run
+            kept += ", but to go on from it with the same settings would end here again"
+            folder = " and another checkpoint folder, which starts anew"
+        return ForgettingError(
+            f"{what}. The pipeline is unchanged; {kept or _NO_CHECKPOINT}. Call forget with a lower learning_rate (or, "
+            f"if this was half precision, with a float32 pipeline and precision='no'){folder}")
 
     # ---- around the steps -------------------------------------------------------------------------------------------
 
@@ -211,10 +221,9 @@ class Finetune:
                     f"the concept's attention mass fell to {recent:.4f}, under {share:g} of {masses[0]:.4f}")
 
     def _last_good_state(self) -> str:
+        """Where it is; empty where there is none."""
         state = self.saved.load() if self.saved else None
-        if state is None:
-            return "there is no checkpoint (give forget a folder: checkpoint=...)"
-        return f"the last good state is step {state.step} in {self.saved.folder}; call forget again to go on from it"
+        return f"the last good state is step {state.step} in {self.saved.folder}" if state else ""
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from fmn_nb.models import denoiser, text_encoders, tokenizers
 from fmn_nb.references import Images, Latents, encode, load_images
 
 _NAME = re.compile(r"<[\w-]+>")
+_MOST_ENCODERS = 4
 
 
 class InversionError(ValueError):
@@ -99,11 +100,13 @@ class LearnedTokens:
         """Write `learned_embeds.safetensors`, which plain `pipe.load_textual_inversion(folder)` takes.
 
         Further text encoders' vectors go to `learned_embeds_2.safetensors` and so on; diffusers loads each with
-        its own `weight_name`, `text_encoder` and `tokenizer`.
+        its own `weight_name`, `text_encoder` and `tokenizer`. Tokens that were saved to the folder before are replaced.
         """
         for number, vectors in enumerate(self.vectors):
             with replacing(Path(folder) / _file_name(number)) as temporary:
                 save_file({self.name: vectors.contiguous()}, temporary, {"format": "pt"})
+        for number in range(len(self.vectors), _MOST_ENCODERS):  # of a pipeline with more text encoders
+            (Path(folder) / _file_name(number)).unlink(missing_ok=True)
         return Path(folder)
 
     @classmethod
@@ -113,7 +116,7 @@ class LearnedTokens:
         Raises:
             InversionError: the file is missing, damaged, or doesn't hold one learned token.
         """
-        files = [Path(folder) / _file_name(number) for number in range(4)]
+        files = [Path(folder) / _file_name(number) for number in range(_MOST_ENCODERS)]
         found = [_read(file) for file in files if file.is_file() or file is files[0]]
         if len({name for name, _ in found}) != 1:
             raise InversionError(f"the files in {folder} hold different tokens: {', '.join(name for name, _ in found)}")
@@ -317,4 +320,6 @@ def _read(file: Path) -> tuple[str, Tensor]:
     if len(content) != 1:
         raise InversionError(f"{file} holds {len(content)} tensors; learned tokens are one")
     name, vectors = next(iter(content.items()))
+    if vectors.ndim == 0 or vectors.numel() == 0:
+        raise InversionError(f"{file} holds '{name}' of shape {tuple(vectors.shape)}; learned tokens are vectors")
     return name, vectors.float().reshape(-1, vectors.shape[-1])

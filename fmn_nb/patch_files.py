@@ -3,6 +3,7 @@
     pytorch_lora_weights.safetensors    a LoRA, in diffusers' own naming: `unet.MODULE.lora_A.weight`
     fmn_weights.safetensors             or: differences of whole parameters, `unet.PARAMETER`
     fmn.json                            the patch's `info`, its kind, schema and the SHA-256 of the tensors
+    learned_embeds.safetensors          learned tokens, only where `fmn.json` names them (`LearnedTokens.save`)
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ class PatchFileError(ValueError):
     """The folder holds no patch, or a damaged one."""
 
 
+def require_base(info: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `info` doesn't say for which base model the patch is, since `read` would refuse it."""
+    if not _says_base(info):
+        raise ValueError("a patch is saved with its base model: info={'base': {'name': ..., 'component': "
+                         "denoiser_name(pipe), 'fingerprint': fingerprint(pipe)}}, both of fmn_nb.models")
+
+
 def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> Path:
     """Write a patch; `fmn.json` comes last, so a folder without it, or with another sum, is unfinished."""
     prefix, file = _prefix(info), folder / TENSOR_FILES[kind]
+    tokens_go = "tokens" not in info and _ships_tokens(folder)
     named = {prefix + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(file) as temporary:
         save_file(named, temporary, {"format": "pt"})  # diffusers expects the entry of a PyTorch file
@@ -38,6 +47,8 @@ def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str
     shutil.copymode(folder / INFO_FILE, file)  # safetensors makes files that only their owner can read
     for stale in set(TENSOR_FILES.values()) - {file.name}:
         (folder / stale).unlink(missing_ok=True)  # of a patch of the other kind that was here before
+    for stale in folder.glob("learned_embeds*.safetensors") if tokens_go else ():
+        stale.unlink()
     return folder
 
 
@@ -58,7 +69,20 @@ def read(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 
 def _prefix(info: Mapping[str, Any]) -> str:
-    return f"{info.get('base', {}).get('component', 'unet')}."
+    return f"{info['base']['component']}."
+
+
+def _says_base(info: Mapping[str, Any]) -> bool:
+    base = info.get("base")
+    return isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("component", "fingerprint"))
+
+
+def _ships_tokens(folder: Path) -> bool:
+    """Whether a patch that stands in the folder came with learned tokens; a user's own there are left alone."""
+    try:
+        return "tokens" in read_json(folder / INFO_FILE)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
@@ -72,8 +96,10 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise PatchFileError(str(error)) from error
     if not isinstance(info, dict) or info.get("kind") not in TENSOR_FILES or "sha256" not in info:
         raise PatchFileError(f"{file} doesn't describe a patch (its kind or sum is missing or unknown)")
-    if not isinstance(info.get("base", {}), dict) or not isinstance(info.get("concepts", []), list):
-        raise PatchFileError(f"{file} doesn't describe a patch: its base is no object or its concepts are no list")
+    if not _says_base(info):
+        raise PatchFileError(f"{file} doesn't describe a patch: it must say its base model's component and fingerprint")
+    if not isinstance(info.get("concepts", []), list):
+        raise PatchFileError(f"{file} doesn't describe a patch: its concepts are no list")
     if info.get("schema") != SCHEMA:
         raise PatchFileError(f"{file} has schema {info.get('schema')}; this version reads {SCHEMA}: update fmn_nb")
     return info
@@ -83,6 +109,10 @@ def _check_pairs(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     modules = {name.rpartition(".lora_")[0] for name in tensors}
     for module in modules:
         down, up = tensors.get(f"{module}.lora_A.weight"), tensors.get(f"{module}.lora_B.weight")
+        flat = [tensor for tensor in (down, up) if tensor is not None and tensor.ndim < 2]
+        if flat:
+            raise PatchFileError(f"{folder}: a LoRA factor of '{module}' has the shape {tuple(flat[0].shape)}, "
+                                 "which is no matrix's")
         if down is None or up is None or up.shape[1] != down.shape[0]:
             raise PatchFileError(f"{folder}: the LoRA factors of '{module}' are missing or differ in rank")
 

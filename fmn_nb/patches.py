@@ -100,15 +100,18 @@ class Patch:
         Args:
             half: store the tensors as float16; `half_error` in `fmn.json` states what that loses, as a share of the
                 norm of all tensors.
-            tokens: learned tokens to ship beside the patch; by default none ever are.
+            tokens: learned tokens to ship beside the patch; by default none ever are, and those that an earlier patch
+                shipped from this folder go.
 
         Raises:
-            ValueError: a value is too large for float16.
+            ValueError: a value is too large for float16, or `info` doesn't say the base model.
         """
         info = dict(self.info)
+        patch_files.require_base(info)
         tensors = {name: tensor.half() if half else tensor for name, tensor in self.tensors.items()}
         if half:
             info["half_error"] = _relative_error(self.tensors, tensors)
+        info.pop("tokens", None)
         if tokens is not None:
             tokens.save(folder)
             info["tokens"] = tokens.name
@@ -197,11 +200,19 @@ class Patch:
         """Refuse a wrong pipeline before anything is touched."""
         module, base = denoiser(pipe), self.info.get("base", {})
         component, here = base.get("component", denoiser_name(pipe)), denoiser_name(pipe)
-        if component != here:
-            raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
+        # These two first: they are quickly mended, and there is no right fingerprint without.
         if any(getattr(part, "fused_projections", False) for part in module.modules()):
             raise PatchMismatchError(
                 "projections are fused, so a patch would have no effect: unfuse_qkv_projections()")
+        if away := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
+            raise PatchMismatchError(f"{away[0]} is offloaded; load the pipeline on one device for a patch")
+        if not force and "fingerprint" in base and (found := fingerprint(pipe)) != base["fingerprint"]:
+            raise PatchMismatchError(
+                f"the patch was made for the base model {base.get('name', '')} with fingerprint "
+                f"{base['fingerprint']}, this one has {found}; load that model, or pass force=True to apply the patch "
+                "all the same where its shapes fit")
+        if component != here:
+            raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
         names = dict(module.named_parameters())
         for name, difference in self.differences():
             found = names.get(_present_name(names, name))
@@ -209,13 +220,6 @@ class Patch:
                 there = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
                 raise PatchMismatchError(
                     f"the patch doesn't fit: {name} {tuple(difference.shape)}, here {there}")
-            if found.is_meta:
-                raise PatchMismatchError(f"{name} is offloaded; load the pipeline on one device for a patch")
-        if not force and "fingerprint" in base and (found := fingerprint(pipe)) != base["fingerprint"]:
-            raise PatchMismatchError(
-                f"the patch was made for the base model {base.get('name', '')} with fingerprint "
-                f"{base['fingerprint']}, this one has {found}; pass force=True to apply it all the same"
-            )
 
 
 def weights_checksum(pipe: DiffusionPipeline) -> str:
@@ -244,7 +248,8 @@ def combine(patches: Sequence[Patch], weights: Sequence[float] | None = None) ->
     if not patches or len(weights) != len(patches):
         raise ValueError(f"combine needs patches and one weight each, not {len(patches)} and {len(weights)}")
     bases = [patch.info.get("base", {}) for patch in patches]
-    if any(base != bases[0] for base in bases):
+    # Not by name, which is where a model was loaded from.
+    if len({(base.get("component"), base.get("fingerprint")) for base in bases}) > 1:
         both = " and ".join(sorted({str(base.get("fingerprint")) for base in bases}))
         raise PatchMismatchError(f"patches for different base models can't be combined: {both}")
     together = [patch.scaled(weight) for patch, weight in zip(patches, weights, strict=True)]

@@ -6,7 +6,7 @@ step can draw anew, as the published code does by encoding the image in every st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,23 @@ def load_images(source: Images) -> list[Image.Image]:
         raise ReferenceImageError(
             f"there is no image in '{source}'; known are files ending in {', '.join(sorted(_SUFFIXES))}")
     return images
+
+
+def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:
+    """The reference images of several concepts, under the concepts' names.
+
+    Raises:
+        ReferenceImageError: what can't be read, of all of them in one message.
+    """
+    loaded, failures = {}, []
+    for name, source in sources.items():
+        try:
+            loaded[name] = load_images(source)
+        except ReferenceImageError as error:
+            failures.append(f"{name}: {error}")
+    if failures:
+        raise ReferenceImageError("; ".join(failures))
+    return loaded
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from snapshots import assert_unchanged, noise_images, snapshot
 from tiny import tiny_sd
 
+import fmn_nb
 from fmn_nb.attention import MissedLayersError, record_attention
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import conditions, predict
@@ -255,7 +257,12 @@ def test_fault_9_a_frechet_distance_takes_both_sides_through_one_network() -> No
 
 
 def test_fault_10_text_encoders_are_reached_without_text_model() -> None:
-    """transformers 5.6 removed `text_encoder.text_model`; nothing in the package's sources uses it on an encoder."""
+    """transformers 5.6 removed `text_encoder.text_model`; the package's sources ask only whole CLIP models for one."""
+    sources = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(fmn_nb.__file__).parent.rglob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    asked = {ast.unparse(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr == "text_model"}
+    assert asked <= {"clip", "self.model"}, f"is a text encoder asked for its text_model? {asked}"
+    assert not [node for node in nodes if isinstance(node, ast.Constant) and node.value == "text_model"]
     pipe = tiny_sd()
     encoder = pipe.text_encoder
     assert not hasattr(type(encoder), "text_model")

@@ -41,6 +41,8 @@ def test_presets_are_data_and_paper_holds_the_published_defaults() -> None:
     ({"height": 64}, "both height and width"), ({"gradient_checkpointing": 1}, "must be a bool"),
     ({"train": "lora", "projections": ("to_z",)}, "no attention layer has"),
     ({"tracker": "tensorboard"}, "tracker_folder"),
+    ({"beta1": 1.0}, "below 1"), ({"beta2": 1.0}, "below 1"),
+    ({"positions": ("later",), "prompts": ["a photo of a cat"]}, "later mark nothing in the prompt 'a photo of a cat'"),
 ])
 def test_wrong_settings_are_one_clear_error_and_touch_nothing(overrides: dict, text: str) -> None:
     pipe = tiny_sd()

@@ -183,6 +183,19 @@ def test_bfloat16_trains_in_float32_and_comes_near_to_it() -> None:
         quick(tiny_sd(), precision="fp16")
 
 
+@pytest.mark.parametrize("how", ["projections", "cross_attention", "denoiser"])
+def test_whole_weights_of_a_half_precision_pipeline_need_autocast(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_sd().to(torch.bfloat16)
+    before = snapshot(pipe)
+    assert quick(pipe, train=how, retain_weight=0.0).info["forgetting"]["steps"] == 2  # "auto" is bf16 here
+    monkeypatch.setattr("fmn_nb.forgetting_sets.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    with pytest.raises(SettingsError, match="needs a float32 pipeline.*torch.bfloat16.*or leave precision at 'auto'"):
+        quick(pipe, train=how, precision="no")
+    with pytest.raises(SettingsError, match=r"torch.float64: load it with dtype='float32'$"):
+        quick(tiny_sd().to(torch.float64), train=how)
+    assert_unchanged(pipe, before)
+
+
 def test_a_loss_scaler_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 on a GPU scales its losses, more and more; on a CPU a scaler of our own stands for it."""
     scalers, real = [], forgetting_steps.accelerator_for

@@ -14,7 +14,7 @@ from tiny import tiny_sd
 
 from fmn_nb.concepts import Concept
 from fmn_nb.denoising import conditions, seeded
-from fmn_nb.forgetting import settings_for
+from fmn_nb.forgetting import SettingsError, settings_for
 from fmn_nb.forgetting_prompts import likeness, neighbours_of, retain_prompts, stand_in_for, without
 from fmn_nb.forgetting_sets import TrainingSet, _bank, forget_set, retain_set, towards_set
 from fmn_nb.inversion import LearnedTokens
@@ -226,6 +226,17 @@ def test_deep_pictures_keep_their_brightness_and_photographs_stand_upright() -> 
     assert load_images([turned])[0].size == (2, 4)
 
 
+@pytest.mark.parametrize("noise_on", ["images", "zeros"])
+def test_what_no_concept_can_read_is_one_error_before_anything_is_generated(
+    noise_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmn_nb.forgetting_sets.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    (tmp_path / "bad.png").write_bytes(b"no")
+    folders = {"dog": tmp_path, "frog": tmp_path / "nowhere", "fish": noise_images(1)}  # the cat has none
+    with pytest.raises(ReferenceImageError, match="(?s)^dog: 1 of 1 .*bad.png.*; frog: the folder .*nowhere"):
+        quick(tiny_sd(), ["cat", *folders], references=folders, noise_on=noise_on, retain_prompts=["a penguin"])
+
+
 def test_a_folder_of_pictures_of_any_size_is_learned_from(tmp_path: Path) -> None:
     for number, size in enumerate([(1, 1), (40, 9), (16, 16), (300, 200)]):
         noise_images(1, seed=number, size=size)[0].save(tmp_path / f"{number}.png")
@@ -286,6 +297,38 @@ def test_region_masks_count_only_where_the_concept_is() -> None:
     assert patch.info["forgetting"]["steps"] == 2
     with pytest.raises(ReferenceImageError, match="give one for each"):
         quick(tiny_sd(), references=noise_images(2), masks=masks[:1])
+
+
+def test_a_mask_stays_where_its_image_is_whatever_their_shape() -> None:
+    """Images are cropped to their centre, and so are the masks: of a wide one only the middle is seen."""
+    pipe, settings = tiny_sd(), settings_for("balanced", {"prompts": "plain", "height": 16, "width": 16})
+    beside, half = Image.new("L", (32, 16)), Image.new("L", (32, 16))
+    beside.paste(255, (0, 0, 8, 16))  # the middle goes from 8 to 24
+    half.paste(255, (0, 0, 16, 16))
+    images = {"cat": noise_images(2, size=(16, 32))}
+    data = forget_set(pipe, [Concept("cat")], images, None, [beside, half], settings, 0)
+    assert data.regions.shape == (2, 8, 8) and data.regions[0].max() < 0.1  # smoothed at its edge
+    columns = data.regions[1].mean(0)
+    assert columns[:3].min() > 0.9 and columns[5:].max() < 0.1
+
+
+def test_a_region_changes_the_loss_as_its_share_of_the_attention_says() -> None:
+    left = Image.new("L", (16, 16))
+    left.paste(255, (0, 0, 8, 16))
+    losses = {}
+    for name, masks in (("everywhere", None), ("white", [Image.new("L", (16, 16), 255)]), ("left", [left])):
+        patch = quick(tiny_sd(), references=noise_images(1), masks=masks, retain_weight=0.0, steps=1)
+        losses[name] = patch.info["forgetting"]["losses"][0]
+    assert losses["white"] == pytest.approx(losses["everywhere"], rel=1e-5)
+    assert 0.2 < losses["left"] / losses["everywhere"] < 0.8
+
+
+def test_positions_that_mark_nothing_are_told_with_the_prompt_before_anything_is_generated(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmn_nb.forgetting_sets.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    with pytest.raises(SettingsError, match="positions later mark nothing in the prompt 'a photo of a cat'; add 'word"):
+        quick(tiny_sd(), positions=("later",), prompts=["a cat and a dog", "a photo of a cat"])
 
 
 def test_pure_noise_needs_no_images_and_no_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:

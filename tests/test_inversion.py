@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import quick
 from safetensors.torch import save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import tiny_sd, tiny_sdxl
 
 from fmn_nb import inversion
-from fmn_nb.concepts import TEMPLATES
+from fmn_nb.attention import record_attention
+from fmn_nb.concepts import TEMPLATES, Concept
 from fmn_nb.inversion import InversionError, InversionSettings, LearnedTokens, invert
+from fmn_nb.patches import Patch
 from fmn_nb.references import encode
 
 QUICK = InversionSettings(tokens=2, steps=3, warmup=0, learning_rate=1e-2)
@@ -129,6 +132,29 @@ def test_initial_words_are_shared_out_over_the_tokens() -> None:
     assert len({tuple(row.tolist()) for row in many.vectors[0]}) == len(ids) + 2
 
 
+def test_a_concept_that_words_describe_badly_is_inverted_and_then_forgotten(tmp_path: Path) -> None:
+    """The whole way: tokens from images, a fine-tune on their name, and the patch without them in it."""
+    pipe, images = tiny_sd(), noise_images(2)
+    before = snapshot(pipe)
+    tokens = invert(pipe, images, name="<toy>", settings=QUICK)
+
+    def mass() -> float:
+        with record_attention(pipe) as attention:
+            draw(pipe, "a photo of <toy>")
+        return attention.mass("<toy>")
+
+    with tokens.loaded(pipe):
+        patch = quick(pipe, Concept("toy", phrase="<toy>"), references=images, steps=25, learning_rate=2e-2,
+                      retain_weight=1.0, positions=("words",))
+        whole = mass()
+        with Patch.load(patch.save(tmp_path)).applied(pipe):
+            forgotten = mass()
+    assert 0 < forgotten < 0.6 * whole
+    assert patch.info["concepts"] == [{"name": "toy", "kind": "object", "phrase": "<toy>"}] and patch.tokens is None
+    assert not list(tmp_path.glob("learned_embeds*"))
+    assert_unchanged(pipe, {**before, "timesteps": pipe.scheduler.timesteps, "steps": 3})  # draw sets these
+
+
 @pytest.mark.parametrize(("wrong", "text"), [
     ({"name": "toy"}, "angle brackets"), ({"name": "<a b>"}, "angle brackets"), ({"kind": "animal"}, "no kind"),
     ({"name": "<|endoftext|>"}, "angle brackets"), ({"initial": "<|endoftext|>"}, "no token but special"),
@@ -168,6 +194,10 @@ def test_damaged_files_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "learned_embeds.safetensors").write_bytes(b"xx")
     with pytest.raises(InversionError, match="can't be read"):
         LearnedTokens.load(tmp_path)
+    for vectors in (torch.tensor(1.0), torch.zeros(2, 0)):
+        save_file({"<a>": vectors}, tmp_path / "learned_embeds.safetensors")
+        with pytest.raises(InversionError, match="learned tokens are vectors"):
+            LearnedTokens.load(tmp_path)
     save_file({"<a>": torch.zeros(1, 4), "<b>": torch.zeros(1, 4)}, tmp_path / "learned_embeds.safetensors")
     with pytest.raises(InversionError, match="learned tokens are one"):
         LearnedTokens.load(tmp_path)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from quick import quick
 from safetensors.torch import save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import quiet, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb import patch_files, patches
 from fmn_nb.inversion import LearnedTokens
@@ -239,6 +240,20 @@ def test_learned_tokens_are_shipped_only_when_asked_for(base: dict, tmp_path: Pa
     assert torch.equal(loaded.tokens.vectors[0], tokens.vectors[0]) and "tokens" not in loaded.info
 
 
+def test_tokens_of_an_earlier_patch_do_not_stay_in_its_folder(base: dict, tmp_path: Path) -> None:
+    two, one = (LearnedTokens("<toy>", tuple(torch.randn(2, 16) for _ in range(count))) for count in (2, 1))
+    lora(base).save(tmp_path, tokens=two)
+    lora(base).save(tmp_path, tokens=one)  # of a model with fewer text encoders
+    assert len(Patch.load(tmp_path).tokens.vectors) == 1
+    lora(base).save(tmp_path, tokens=two)
+    lora(base).save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fmn.json", "pytorch_lora_weights.safetensors"]
+    assert Patch.load(tmp_path).tokens is None
+    one.save(tmp_path / "own")  # not a patch's, so nobody else's to delete
+    lora(base).save(tmp_path / "own")
+    assert LearnedTokens.load(tmp_path / "own").name == "<toy>"
+
+
 def test_combined_is_the_weighted_sum(base: dict) -> None:
     parts, pipe = [lora(base, 0), lora(base, 1, rank=2, name="dog")], tiny_sd()
     together = combine(parts, weights=[1.0, -0.5])
@@ -256,6 +271,21 @@ def test_combined_is_the_weighted_sum(base: dict) -> None:
         combine(parts, weights=[1.0])
     with pytest.raises(PatchMismatchError, match="different base models"):
         combine([parts[0], lora({**base, "fingerprint": "0" * 64})])
+
+
+def test_patches_of_one_model_in_two_places_combine(tmp_path: Path) -> None:
+    parts = []
+    for name in ("here", "there"):
+        tiny_sd().save_pretrained(tmp_path / name)
+        pipe = quiet(StableDiffusionPipeline.from_pretrained(tmp_path / name))
+        parts.append(quick(pipe, references=noise_images(1), retain_weight=0.0, seed=len(parts)))
+    bases = [part.info["base"] for part in parts]
+    assert bases[0]["name"] != bases[1]["name"] and bases[0]["fingerprint"] == bases[1]["fingerprint"]
+    together = combine(parts)
+    with together.applied(tiny_sd()):
+        pass
+    with pytest.raises(PatchMismatchError, match="different base models"):
+        combine([parts[0], lora({**bases[0], "component": "transformer"})])
 
 
 def test_low_rank_states_its_error(base: dict) -> None:
@@ -288,6 +318,27 @@ def test_another_base_model_is_refused_with_both_fingerprints(base: dict) -> Non
         assert applied_patches(other)
     with pytest.raises(PatchMismatchError, match="changes a unet"):
         patch.apply(tiny_pixart(), force=True)
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_pixart])
+def test_another_kind_of_model_is_refused_with_both_fingerprints_first(make, base: dict) -> None:
+    """Its shapes and component don't fit either, but that isn't what is wrong."""
+    other, patch = make(), lora(base)
+    before = snapshot(other)
+    with pytest.raises(PatchMismatchError) as refused:
+        patch.apply(other)
+    assert base["fingerprint"] in str(refused.value) and fingerprint(other) in str(refused.value)
+    assert_unchanged(other, before)
+    with pytest.raises(PatchMismatchError, match="doesn't fit|changes a unet"):
+        patch.apply(other, force=True)
+    assert_unchanged(other, before)
+
+
+def test_offloaded_weights_are_told_before_they_are_read(base: dict) -> None:
+    pipe = tiny_sd()
+    pipe.unet.to("meta")
+    with pytest.raises(PatchMismatchError, match="is offloaded"):
+        lora(base).apply(pipe)
 
 
 def test_shapes_that_do_not_fit_are_refused_even_by_force(base: dict) -> None:
@@ -347,7 +398,13 @@ def test_foreign_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
         ("half a pair", {down: whole[down]}, {}, "missing or differ in rank"),
         ("two ranks", {**whole, up: torch.zeros(16, 1)}, {}, "missing or differ in rank"),
         ("nan", {**whole, up: whole[up] * float("nan")}, {}, "NaN or infinite"),
+        ("one dimension", {down: whole[down][0], up: whole[up]}, {}, "which is no matrix"),
+        ("flat", {down: whole[down], up: whole[up][0]}, {}, "which is no matrix"),
         ("base", {}, {"base": "stable diffusion"}, "doesn't describe a patch"),
+        ("no base", {}, {"base": None}, "its base model's component and fingerprint"),
+        ("no fingerprint", {}, {"base": {"component": "unet"}}, "its base model's component and fingerprint"),
+        ("no component", {}, {"base": {"fingerprint": "0" * 64}}, "its base model's component and fingerprint"),
+        ("numbers", {}, {"base": {"component": "unet", "fingerprint": 5}}, "its base model's component and fing"),
         ("concepts", {}, {"concepts": "cat"}, "doesn't describe a patch"),
         ("tokens", {}, {"tokens": "<toy>"}, "can't be read as learned tokens"),
     ):
@@ -363,6 +420,14 @@ def test_foreign_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
     (tmp_path / "binary" / "fmn.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PatchFileError, match="not valid JSON"):
         Patch.load(tmp_path / "binary")
+
+
+def test_a_patch_that_says_no_base_model_is_not_saved(base: dict, tmp_path: Path) -> None:
+    for said in ({}, {"base": {"fingerprint": base["fingerprint"]}}):
+        with pytest.raises(ValueError, match="saved with its base model"):
+            Patch("weights", {"conv_in.bias": torch.zeros(16)}, said).save(
+                tmp_path / "patch", tokens=LearnedTokens("<toy>", (torch.randn(2, 16),)))
+    assert not (tmp_path / "patch").exists()
 
 
 def test_nan_never_becomes_a_patch() -> None:
