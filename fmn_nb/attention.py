@@ -28,8 +28,9 @@ from fmn_nb.attention_layers import (
     text_layers,
 )
 from fmn_nb.attention_maths import attend, join_heads, probabilities, scores, split_heads
+from fmn_nb.attention_missed import MissedLayersError
 from fmn_nb.attention_record import AttentionRecord
-from fmn_nb.attention_recorder import MissedLayersError, Recorder
+from fmn_nb.attention_recorder import Recorder
 from fmn_nb.attention_rows import Row
 from fmn_nb.attention_selection import MEBIBYTE, Selection, as_numbers, as_phrases
 from fmn_nb.concepts import Concept, PromptTokens
@@ -55,7 +56,7 @@ def record_attention(
 
     Args:
         model: a diffusers pipeline, or its denoiser alone (then every row is "cond" and an image of its own, and
-            text columns are known by number only, unless `prompts` names them).
+            text columns are known by number only, unless `prompts` says what they are).
         layers: names or patterns ("up_blocks*") of the layers to keep; all where None.
         steps: the steps to keep, from 0; all where None.
         heads: the heads to keep, or "mean" to average them at once; all where None.
@@ -64,11 +65,13 @@ def record_attention(
             them has no map of it; one that is in no prompt is an error.
         columns: keep only these text columns: numbers, or in differentiable mode also one tensor of numbers for each
             row of the batch, of any lengths, or a boolean mask [rows, columns].
-        prompts: one text for each image, where the pipeline gets embeddings instead of prompts.
+        prompts: where the pipeline gets embeddings instead of prompts, one text for each image, or one for each
+            prompt that is drawn several times. For a denoiser alone, which has no tokenizer, each must be a
+            `PromptTokens` (`fmn_nb.concepts.read_prompt`).
         keep: "steps" keeps every step, "mean" a running mean over steps, "auto" steps while `max_bytes` lasts and
             their mean where it doesn't, with a warning.
         differentiable: keep the probabilities of the last run of the model with their graph, for a loss: see
-            `Recorder.columns`. Nothing else is kept then.
+            `Recorder.columns`. Nothing else is kept then, so only layers, heads and columns can be selected.
         dtype: of kept steps, torch.float16 to halve them; running means are always summed in float32.
         max_bytes: what may be kept at most.
 
@@ -76,7 +79,8 @@ def record_attention(
         The recorder, an `AttentionRecord`.
 
     Raises:
-        ValueError: a selection that means nothing, named.
+        ValueError: a selection that means nothing, named; texts whose tokens can't be known; a pipeline whose rows
+            can't be told apart.
         UnknownArchitectureError: it isn't known where this model looks at the text.
         AttentionBudgetError: on the way, before more than `max_bytes` are kept.
         MissedLayersError: at the end, if layers ran whose attention couldn't be heard.

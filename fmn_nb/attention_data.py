@@ -93,7 +93,8 @@ class AttentionData:
         found = texts.prompt if branch == "cond" else texts.negative
         if found is None:
             raise NotRecordedError("the prompt isn't known (a bare denoiser, or embeddings without their text): "
-                                   "give prompts=[...] to record_attention, or ask for columns=[...] by number")
+                                   "give prompts=[...] to record_attention (for a bare denoiser each as "
+                                   "read_prompt(tokenizer, text)), or ask for columns=[...] by number")
         return found
 
     def coverage(self) -> list[LayerCoverage]:

@@ -20,12 +20,14 @@ class TextLayers:
     """A family of attention layers: `name` is a regular expression that a module's whole dotted name must match.
 
     `text` says which keys are text: "all" (cross-attention), or the "first" or "last" of a joint sequence. `extra`
-    keys of no prompt stand before the text (AuraFlow's registers).
+    keys of no prompt stand before the text (AuraFlow's registers). `packed` says that each row has as many text keys
+    as its encoder_attention_mask counts, then its pixels, then nothing (Lumina 2).
     """
 
     name: str
     text: Literal["all", "first", "last"]
     extra: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,25 @@ class Architecture:
     """Where a denoiser looks at the text, and whose tokens the text's columns are, tokenizer after tokenizer.
 
     No tokenizers: the pipeline wraps the prompt in a template of its own, so columns are known by position only.
+    `beside` is the tokenizer of a further encoder whose tokens share the first tokenizer's columns; it counts where a
+    prompt of its own was given (prompt_2).
     """
 
     layers: tuple[TextLayers, ...]
     tokenizers: tuple[str, ...] = ("tokenizer",)
+    beside: str = ""
 
 
 _CROSS = TextLayers(r".*\.attn[12]", "all")  # of these, the modules built for cross-attention
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "UNet2DConditionModel": Architecture((_CROSS,)),  # Stable Diffusion 1.x, 2.x, SDXL (same columns for both encoders)
+    "UNet2DConditionModel": Architecture((_CROSS,), beside="tokenizer_2"),  # Stable Diffusion 1.x, 2.x, SDXL
     "PixArtTransformer2DModel": Architecture((_CROSS,)),
     "SanaTransformer2DModel": Architecture((_CROSS,), ()),
     "HunyuanDiT2DModel": Architecture((_CROSS,), ("tokenizer", "tokenizer_2")),
     "WanTransformer3DModel": Architecture((_CROSS,)),
     "SD3Transformer2DModel": Architecture(  # its attn2, where there is one, is image self-attention
-        (TextLayers(r"transformer_blocks\.\d+\.attn", "last"),), ("tokenizer", "tokenizer_3")),
+        (TextLayers(r"transformer_blocks\.\d+\.attn", "last"),), ("tokenizer", "tokenizer_3"), "tokenizer_2"),
     "FluxTransformer2DModel": Architecture(
         (TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "first"),), ("tokenizer_2",)),
     "ChromaTransformer2DModel": Architecture((TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "first"),)),
@@ -56,6 +61,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         (TextLayers(r"(joint|single)_transformer_blocks\.\d+\.attn", "first", extra=8),)),
     "QwenImageTransformer2DModel": Architecture((TextLayers(r"transformer_blocks\.\d+\.attn", "first"),), ()),
     "CogView4Transformer2DModel": Architecture((TextLayers(r"transformer_blocks\.\d+\.attn1", "first"),), ()),
+    "Lumina2Transformer2DModel": Architecture((TextLayers(r"layers\.\d+\.attn", "first", packed=True),), ()),
 }
 
 
@@ -138,6 +144,32 @@ def image_rows(rule: TextLayers, queries: int, text_length: int | None) -> slice
     return slice(0, queries - text_length)
 
 
+def unpacked(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None,
+             columns: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query and key [B, H, T, d] of packed rows as `columns` of text and then the pixels, in every row alike.
+
+    Args:
+        lengths: how many text keys each row has.
+
+    Returns:
+        Query, key, and a mask [B, 1, 1, columns + pixels] that is False at columns a row lacks.
+
+    Raises:
+        ValueError: the lengths aren't known.
+    """
+    if lengths is None or columns is None:
+        raise ValueError("each row has its own number of text keys, and the denoiser wasn't told which: call it with "
+                         "encoder_hidden_states and encoder_attention_mask")
+    lengths, positions = lengths.to(key.device, torch.long)[:, None], key.shape[2]
+    pixels = positions - int(lengths.max())
+    text = torch.arange(columns, device=key.device).expand(len(key), -1)
+    image = lengths + torch.arange(pixels, device=key.device)
+    places = torch.cat([text.clamp(max=positions - 1), image], dim=1)[:, None, :, None]
+    there = torch.cat([text < lengths, torch.ones_like(image, dtype=torch.bool)], dim=1)[:, None, None]
+    places = places.expand(-1, key.shape[1], -1, key.shape[3])
+    return query.gather(2, places), key.gather(2, places), there
+
+
 def pixel_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
     """The rows and columns of a layer that sees `height` x `width` latents as `pixels` positions.
 
@@ -153,6 +185,21 @@ def pixel_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
         if rows * columns < pixels:
             break
     raise ValueError(f"{pixels} positions are no whole reduction of {height} x {width} latents")
+
+
+def image_grid(name: str, pixels: int, latents: tuple[int, int] | None, joint: bool) -> tuple[int, int]:
+    """The rows and columns of layer `name`'s pixels; in joint attention further images may follow them.
+
+    Raises:
+        ValueError: no such grid.
+    """
+    if latents is None:
+        side = round(pixels**0.5)
+        if side * side != pixels:
+            raise ValueError(f"{name} sees {pixels} pixels of latents of unknown size: teach "
+                             "fmn_nb.attention_layers.latent_size to read this model's arguments")
+        return side, side
+    return latents if joint and pixels > latents[0] * latents[1] else pixel_grid(pixels, *latents)
 
 
 def latent_size(denoiser: torch.nn.Module, arguments: dict[str, Any]) -> tuple[int, int] | None:

@@ -129,7 +129,9 @@ class AttentionRecord(AttentionData):
             raise ValueError("say what to look at: a phrase, a part (begin, words, first_eot, padding) or columns")
         if self.phrases is not None:
             if part is not None or phrase not in self.phrases or occurrence != "all":
-                raise NotRecordedError(f"only the phrases {', '.join(map(repr, self.phrases))} were recorded")
+                more = f"; all occurrences of each are summed, so occurrence={occurrence} can't be chosen: record " \
+                       "without phrases=[...] for that" if occurrence != "all" else ""
+                raise NotRecordedError(f"only the phrases {', '.join(map(repr, self.phrases))} were recorded{more}")
             self.text(image).find(phrase)
             return [self.phrases.index(phrase)]
         text = self._text_for(phrase, branch, image)

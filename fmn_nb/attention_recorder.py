@@ -13,21 +13,19 @@ from fmn_nb.attention_calls import Call, CallLog
 from fmn_nb.attention_data import AttentionBudgetError, LayerCoverage, NotRecordedError
 from fmn_nb.attention_layers import (
     choose_layers,
+    image_grid,
     image_rows,
-    pixel_grid,
     text_columns,
     text_layers,
+    unpacked,
 )
 from fmn_nb.attention_maths import column_shares
+from fmn_nb.attention_missed import MissedLayersError, why_missed
 from fmn_nb.attention_record import AttentionRecord
 from fmn_nb.attention_rows import Row, watch_prompts
 from fmn_nb.attention_selection import Selection, column_table
 from fmn_nb.attention_tap import AttentionCall, tap
 from fmn_nb.prompt_tokens import PhraseNotFoundError, PromptTokens
-
-
-class MissedLayersError(RuntimeError):
-    """Layers ran whose attention couldn't be heard; the text names them and says what to do."""
 
 
 class Recorder(AttentionRecord):
@@ -44,11 +42,14 @@ class Recorder(AttentionRecord):
         self.denoiser, self.pipe, self.selection = denoiser, pipe, selection
         self.rules = text_layers(denoiser)
         self.chosen_layers = choose_layers(list(self.rules), selection.layers)
+        self._image_first = {  # Wan with image conditioning: cross-attention to the image, then to the text
+            name for name, rule in self.rules.items()
+            if rule.text == "all" and getattr(denoiser.get_submodule(name), "add_k_proj", None) is not None}
         self.log = CallLog(denoiser, pipe, prompts)
         self.images, self.timesteps = self.log.images, self.log.timesteps
         self.phrases = list(selection.phrases) if selection.phrases else None
         if selection.columns is not None and not selection.differentiable:
-            self.chosen_columns = [int(column) for column in selection.columns]
+            self.chosen_columns = list(selection.columns)
         self.model = {"denoiser": type(denoiser).__name__, "pipeline": type(pipe).__name__ if pipe else "",
                       "name": str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or "")}
         self.column_mask: torch.Tensor | None = None
@@ -59,7 +60,7 @@ class Recorder(AttentionRecord):
         self._missed: set[str] = set()
         self._weights: dict[tuple, torch.Tensor] = {}
         self._graph: dict[str, torch.Tensor] = {}
-        self._bytes = 0
+        self._bytes, self._bytes_before = 0, 0  # kept, and kept when the generation began
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -90,6 +91,8 @@ class Recorder(AttentionRecord):
             self._latents = call.latents
             if len(self.images) > images and self.phrases is not None:
                 self._check_phrases([image.prompt for image in self.images[images:]])
+        if call.first:
+            self._bytes_before = self._bytes
         self._graph = {}
         self._call = call
 
@@ -98,8 +101,10 @@ class Recorder(AttentionRecord):
         if call is not None and call.step == 0 and self._keeps_steps and not self.selection.differentiable:
             steps = self.log.expected_steps() or 1
             kept = steps if self.selection.steps is None else len(self.selection.steps & set(range(steps)))
-            if self._bytes * kept > self.selection.max_bytes:
-                self._over_budget(f"{kept} steps of {self._bytes:,} bytes each")
+            each = self._bytes - self._bytes_before
+            if self._bytes_before + each * kept > self.selection.max_bytes:
+                earlier = f" after {self._bytes_before:,} of earlier generations" if self._bytes_before else ""
+                self._over_budget(f"{kept} steps of {each:,} bytes each{earlier}")
 
     def _check_phrases(self, texts: list[PromptTokens | None]) -> None:
         """Each selected phrase must be in one prompt at least."""
@@ -118,14 +123,22 @@ class Recorder(AttentionRecord):
         if not heard:
             self._missed.add(name)
 
-    def _hear(self, name: str, heard: AttentionCall) -> None:
-        """Keep one layer's attention of one call, as far as it was selected."""
-        call, selection = self._call, self.selection
+    def _hear(self, name: str, heard: AttentionCall) -> bool:
+        """Keep one layer's attention of one call, as far as it was selected; False where its keys aren't the text."""
+        call = self._call
         if call is None or name not in self.chosen_layers:
-            return
-        if selection.differentiable:
+            return True
+        if name in self._image_first and heard.key.shape[2] != call.text_length:
+            return False
+        if self.selection.differentiable:
             self._keep_graph(name, heard, call)
-            return
+        else:
+            self._keep(name, heard, call)
+        return True
+
+    def _keep(self, name: str, heard: AttentionCall, call: Call) -> None:
+        """Keep what was selected of one layer's attention."""
+        selection = self.selection
         rows = [index for index, row in enumerate(call.rows)
                 if row is not None and selection.branch in (None, row.branch)]
         if not rows or (selection.steps is not None and call.step not in selection.steps):
@@ -141,6 +154,8 @@ class Recorder(AttentionRecord):
         if query.ndim != 4 or len(query) != len(call.rows):
             raise MissedLayersError(f"{name} computes attention on {tuple(query.shape)}, not on [batch of "
                                     f"{len(call.rows)}, heads, pixels, channels]: leave it out with layers=[...]")
+        if rule.packed:
+            query, key, mask = unpacked(query, key, call.text_lengths, call.text_length)
         pixels = image_rows(rule, query.shape[2], call.text_length)
         text = text_columns(rule, key.shape[2], call.text_length)
         self._note_layer(name, query.shape[1], len(range(query.shape[2])[pixels]), call.latents)
@@ -161,7 +176,7 @@ class Recorder(AttentionRecord):
         chosen = self.selection.heads
         if isinstance(chosen, tuple) and max(chosen) >= heads:
             raise ValueError(f"head {max(chosen)} was selected; {name} has heads 0 to {heads - 1}")
-        self.grids[name] = _grid(name, pixels, latents, self.rules[name].text != "all")
+        self.grids[name] = image_grid(name, pixels, latents, self.rules[name].text != "all")
         self.heads[name] = () if chosen == "mean" else tuple(range(heads) if chosen is None else chosen)
         self.layers = list(self.grids)
 
@@ -171,7 +186,12 @@ class Recorder(AttentionRecord):
             shares = shares.mean(dim=1, keepdim=True)
         if self.phrases is not None:
             return shares @ self._phrase_weights(rows, shares.shape[-1]).to(shares)
-        return shares if self.chosen_columns is None else shares[..., self.chosen_columns]
+        if self.chosen_columns is None:
+            return shares
+        if not all(0 <= column < shares.shape[-1] for column in self.chosen_columns):
+            raise ValueError(f"columns={self.chosen_columns}: text columns go from 0 to {shares.shape[-1] - 1}; choose "
+                             "from these")
+        return shares[..., self.chosen_columns]
 
     def _phrase_weights(self, rows: tuple[Row, ...], columns: int) -> torch.Tensor:
         """[rows, 1, columns, phrases]: 1 where a column belongs to a phrase of the row's image."""
@@ -191,7 +211,7 @@ class Recorder(AttentionRecord):
         """Keep one tensor, as a step of its own or in the running mean, within the budget."""
         key = (name, step if self._keeps_steps else None, rows)
         if key in self.sums:
-            self.sums[key] += shares
+            self.sums[key] += shares.to(self.sums[key])  # a mean begun from steps is on the CPU
             self.counts[key] += 1
             return
         dtype = self.selection.dtype if self._keeps_steps else torch.float32
@@ -251,10 +271,12 @@ class Recorder(AttentionRecord):
 
         Raises:
             NotRecordedError: not in differentiable mode, or the model hasn't run.
+            MissedLayersError: it ran, and no layer could be heard.
         """
         if not self.selection.differentiable:
             raise NotRecordedError("columns with a graph need record_attention(..., differentiable=True)")
         if not self._graph:
+            self._check_heard()
             raise NotRecordedError("nothing was recorded yet: run the model inside the 'with' block")
         return dict(self._graph)
 
@@ -282,38 +304,15 @@ class Recorder(AttentionRecord):
             MissedLayersError: names the layers.
             NotRecordedError: none of the selected steps or branches ran.
         """
-        missed = [entry for entry in self.coverage() if entry.state == "missed"]
-        if missed:
-            raise MissedLayersError(_why_missed(self.denoiser, missed))
+        self._check_heard()
         if self.timesteps and not self.selection.differentiable and not self.sums:
             raise NotRecordedError(f"nothing matched the selection: {len(self.timesteps)} steps ran, with branches "
                                    f"{', '.join(sorted(self.log.branches))}")
 
-
-def _why_missed(denoiser: torch.nn.Module, missed: Sequence[LayerCoverage]) -> str:
-    """Names the layers that couldn't be heard, and what to do about it."""
-    names = ", ".join(entry.layer for entry in missed)
-    otherwise = "or leave these layers out with layers=[...]"
-    if not any(entry.runs for entry in missed):
-        return (f"attention of {names} couldn't be heard: the model ran past these layers' hooks, as a compiled one "
-                f"does. Record the model as it was before torch.compile, {otherwise}")
-    kinds = {type(getattr(denoiser.get_submodule(entry.layer), "processor", None)).__name__ for entry in missed}
-    calls = ("disable_attention_slicing", "disable_xformers_memory_efficient_attention",
-             "set_default_attn_processor", "reset_attention_backend")
-    ways = ", ".join(f"{call}()" for call in calls if hasattr(denoiser, call))
-    return (f"attention of {names} couldn't be heard: {', '.join(sorted(kinds))} doesn't call torch's "
-            f"scaled_dot_product_attention. Try {ways or 'its usual attention processor'} on the model, {otherwise}")
-
-
-def _grid(name: str, pixels: int, latents: tuple[int, int] | None, joint: bool) -> tuple[int, int]:
-    """The rows and columns of a layer's pixels; in joint attention further images may follow them."""
-    if latents is None:
-        side = round(pixels**0.5)
-        if side * side != pixels:
-            raise ValueError(f"{name} sees {pixels} pixels of latents of unknown size: teach "
-                             "fmn_nb.attention_layers.latent_size to read this model's arguments")
-        return side, side
-    return latents if joint and pixels > latents[0] * latents[1] else pixel_grid(pixels, *latents)
+    def _check_heard(self) -> None:
+        missed = [entry for entry in self.coverage() if entry.state == "missed"]
+        if missed:
+            raise MissedLayersError(why_missed(self.denoiser, missed))
 
 
 def _failure(text: PromptTokens | None, phrase: str) -> PhraseNotFoundError | None:

@@ -36,7 +36,8 @@ class Generation:
     first_image: int = 0
     prompts: list[str] | None = None
     negative_prompts: list[str] | None = None
-    further_prompts: dict[str, list[str]] = field(default_factory=dict)
+    further_prompts: dict[str, list[str]] = field(default_factory=dict)  # prompt_2, prompt_3
+    further_negatives: dict[str, list[str]] = field(default_factory=dict)  # under the same names
     cond: torch.Tensor | None = None
     uncond: torch.Tensor | None = None
     seeds: list[int] = field(default_factory=list)
@@ -108,6 +109,7 @@ class PromptWatch:
         earlier = self.pending
         if earlier is not None and earlier.uncond is None and len(embeddings) == 1:
             earlier.negative_prompts, earlier.uncond = prompts, embeddings[0]  # Flux, Qwen: a second call for uncond
+            earlier.further_negatives = self._further(arguments, "prompt")
             return
         if earlier is not None and prompts is not None and prompts == earlier.prompts:
             return  # Hunyuan: the same prompts for a second encoder
@@ -117,9 +119,15 @@ class PromptWatch:
         self.pending = Generation(
             prompts=prompts and [clean(p) for p in prompts],
             negative_prompts=[clean(p) for p in _as_list(arguments.get("negative_prompt")) or [""]],
-            further_prompts={name: [clean(p) for p in _as_list(arguments[name])]
-                             for name in ("prompt_2", "prompt_3") if arguments.get(name)},
+            further_prompts=self._further(arguments, "prompt"),
+            further_negatives=self._further(arguments, "negative_prompt"),
             cond=embeddings[0], uncond=embeddings[1] if len(embeddings) > 1 else None)
+
+    def _further(self, arguments: dict[str, Any], name: str) -> dict[str, list[str]]:
+        """The prompts (or negative prompts) of further encoders that were given."""
+        clean = self._cleaner(arguments)
+        return {f"prompt_{n}": [clean(p) for p in _as_list(arguments[f"{name}_{n}"])]
+                for n in (2, 3) if arguments.get(f"{name}_{n}")}
 
     def latents_prepared(self, arguments: dict[str, Any], _result: Any) -> None:
         """Take the seeds of the generators that draw the noise."""
@@ -143,7 +151,16 @@ class PromptWatch:
 
 @contextmanager
 def watch_prompts(pipe: Any) -> Iterator[PromptWatch]:
-    """See every prompt that `pipe` encodes while this is open; the pipeline is put back as it was on exit."""
+    """See every prompt that `pipe` encodes while this is open; the pipeline is put back as it was on exit.
+
+    Raises:
+        ValueError: a pipeline without `encode_prompt`, in which rows can't be told apart.
+    """
+    if not hasattr(pipe, "encode_prompt"):
+        part = "unet" if hasattr(pipe, "unet") else "transformer"
+        raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so it isn't known which row of its batches is "
+                         f"which image and branch: record its denoiser alone, record_attention(pipe.{part}), where "
+                         "each row counts as an image")
     watch = PromptWatch(pipe)
     with _watched(pipe, "encode_prompt", watch.encoded), _watched(pipe, "prepare_latents", watch.latents_prepared):
         yield watch

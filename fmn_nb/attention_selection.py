@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,10 @@ class Selection:
         _one_of("dtype", self.dtype, (torch.float32, torch.float16, torch.bfloat16))
         if self.phrases is not None and self.columns is not None:
             raise ValueError("select phrases or columns, not both")
+        if self.differentiable:
+            self._check_differentiable()
+        elif self.columns is not None:
+            object.__setattr__(self, "columns", _plain_numbers(self.columns))
         for name in ("steps", "heads", "phrases"):
             value = getattr(self, name)
             if value is not None and not value:
@@ -44,6 +48,16 @@ class Selection:
                 raise ValueError(f"{name} count from 0; got {sorted(value)}")
         if self.max_bytes < 1:
             raise ValueError(f"max_bytes={self.max_bytes} keeps nothing; give a number of bytes above 0")
+
+    def _check_differentiable(self) -> None:
+        """Nothing is kept but the last run's graph, so what says what to keep would be ignored."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        ignored = [name for name in ("phrases", "branch", "steps", "keep", "dtype", "max_bytes")
+                   if getattr(self, name) != defaults[name]]
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)} can't be selected with differentiable=True, which keeps the whole "
+                             "batch of the last run: choose layers, heads and columns there (columns of a phrase: "
+                             "fmn_nb.concepts.positions)")
 
 
 def as_phrases(phrases: str | Concept | Iterable[str | Concept] | None) -> tuple[str, ...] | None:
@@ -94,6 +108,20 @@ def column_table(columns: Any, rows: int, count: int,
     for index, row in enumerate(lists):
         table[index, : len(row)], there[index, : len(row)] = row, 1
     return table.to(device), there.to(device)
+
+
+def _plain_numbers(columns: Any) -> tuple[int, ...]:
+    """Column numbers that hold for all rows.
+
+    Raises:
+        ValueError: a list for each row, a mask, or nothing.
+    """
+    numbers = columns.tolist() if isinstance(columns, torch.Tensor) else list(columns)
+    if not numbers:
+        raise ValueError("columns is empty, so nothing would be kept; leave it out to keep all")
+    if any(isinstance(number, bool | list | tuple) or torch.as_tensor(number).ndim for number in numbers):
+        raise ValueError("columns must be plain numbers here; lists for each row and masks need differentiable=True")
+    return tuple(int(number) for number in numbers)
 
 
 def _one_of(name: str, value: Any, choices: tuple) -> None:

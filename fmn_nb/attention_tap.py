@@ -33,7 +33,7 @@ class _Frame:
 
     name: str
     module: torch.nn.Module
-    hear: Callable[[str, AttentionCall], None]
+    hear: Callable[[str, AttentionCall], bool]
     heard: bool = False
 
 
@@ -57,23 +57,24 @@ def _relay(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mas
                        scale=scale, **more)
     frames = _frames()
     listeners = [f for f in frames if f.module is frames[-1].module and not f.heard] if frames else []
-    for frame in listeners:  # only a layer's first call: an IP-Adapter's further ones have no text keys
-        frame.heard = True
+    for frame in listeners:  # up to a layer's attention to the text: an IP-Adapter's further calls have no text keys
         if key.ndim == 4 and key.shape[1] != query.shape[1]:  # grouped-query attention: fewer key heads
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         if is_causal:
             attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-        frame.hear(frame.name, AttentionCall(query, key, attn_mask, scale))
+        frame.heard = True  # also where hear raises
+        frame.heard = frame.hear(frame.name, AttentionCall(query, key, attn_mask, scale))
     return result
 
 
 @contextmanager
-def tap(layers: Mapping[str, torch.nn.Module], hear: Callable[[str, AttentionCall], None],
+def tap(layers: Mapping[str, torch.nn.Module], hear: Callable[[str, AttentionCall], bool],
         finished: Callable[[str, bool], None], active: Callable[[], bool]) -> Iterator[None]:
-    """While open, `hear(name, call)` is called for the first attention of each run of each of `layers`.
+    """While open, `hear(name, call)` is called for the attention of each run of each of `layers`.
 
     Args:
         layers: name -> module.
+        hear: returns whether that was the layer's attention to the text; until then it is told of the run's next one.
         finished: called after each run of a layer with its name and whether any attention was heard.
         active: runs that start while this is False are ignored (gradient checkpointing runs layers a second time).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,7 +45,11 @@ class PromptTokens:
         tokens: the token in each column as text.
         spans: the characters [start, end) of `prompt` each column stands for; None for begin, end-of-text, padding.
         begin, words, first_eot, padding: the columns of each part; every column belongs to exactly one.
-        cut_off: the end of the prompt that didn't fit into the limit of tokens ("" where all of it did).
+        cut_off: the end of the prompt that didn't fit into the limit of tokens ("" where all of it did); of several
+            tokenizers, the longest.
+        limit: the limit that cut it off, in tokens.
+        beside: what the same columns, from the first on, are to a further text encoder that was given a text of its
+            own (Stable Diffusion XL's prompt_2): phrases that this text lacks are looked up there.
     """
 
     prompt: str
@@ -56,30 +60,43 @@ class PromptTokens:
     first_eot: tuple[int, ...]
     padding: tuple[int, ...]
     cut_off: str = ""
+    limit: int = 0
+    beside: PromptTokens | None = None
 
     def find(self, phrase: str, occurrence: int | Literal["all"] = "all") -> TokenPositions:
         """The columns of `phrase` (case doesn't matter, whole words only), every occurrence or the n-th, from 0.
 
-        A learned token that stands for several ("<toy> <toy>_1 <toy>_2") is found with all of them.
+        A learned token that stands for several ("<toy> <toy>_1 <toy>_2") is found with all of them. An occurrence that
+        was cut off, or cut in its middle, doesn't count.
 
         Raises:
             PhraseNotFoundError: it isn't in the prompt, there are fewer occurrences, or it was cut off.
         """
         spans = find_phrase(self.prompt, phrase)
         if not spans:
-            raise PhraseNotFoundError(
-                f"{phrase!r} is not in the prompt {self.prompt!r}; words there: {', '.join(words_of(self.prompt))}")
-        found = [hits for span in spans if (hits := tuple(c for c in self.words if _overlap(self.spans[c], span)))]
-        if not found:
-            raise PhraseNotFoundError(
-                f"{phrase!r} stands past the limit of {len(self.tokens)} tokens; cut off was {self.cut_off!r}: "
-                "shorten the prompt or put the phrase first")
+            if self.beside is not None and find_phrase(self.beside.prompt, phrase):
+                return self.beside.find(phrase, occurrence)
+            texts = [self.prompt] if self.beside is None else [self.prompt, self.beside.prompt]
+            raise PhraseNotFoundError(f"{phrase!r} is not in the prompt {' or '.join(map(repr, texts))}; words there: "
+                                      f"{', '.join(words_of(' '.join(texts)))}")
+        found = [self._columns_of(span) for span in spans]
         if occurrence != "all":
             if not 0 <= occurrence < len(found):
                 raise PhraseNotFoundError(f"{phrase!r} occurs {len(found)} time(s) in {self.prompt!r}, counted from 0; "
                                           f"there is no occurrence {occurrence}")
             found = [found[occurrence]]
-        return TokenPositions(phrase, tuple(found))
+        if not any(found):
+            which = "" if occurrence == "all" else f", occurrence {occurrence} from 0,"
+            raise PhraseNotFoundError(
+                f"{phrase!r}{which} stands past the limit of {self.limit or len(self.tokens)} tokens; cut off was "
+                f"{self.cut_off!r}: shorten the prompt or put the phrase first")
+        return TokenPositions(phrase, tuple(columns for columns in found if columns))
+
+    def _columns_of(self, span: tuple[int, int]) -> tuple[int, ...]:
+        """The columns of the characters [start, end) of the prompt; none where their end was cut off."""
+        columns = tuple(column for column in self.words if _overlap(self.spans[column], span))
+        whole = not self.cut_off or any(self.spans[column][1] >= span[1] for column in columns)
+        return columns if whole else ()
 
     def part(self, name: str, phrase: str | None = None) -> tuple[int, ...]:
         """The columns of a named part.
@@ -101,7 +118,8 @@ class PromptTokens:
         own = self.find(phrase).columns
         if name == "words":
             return own
-        end = max(self.spans[column][1] for column in self.find(phrase, 0).columns)
+        first = self.find(phrase).occurrences[0]
+        end = max(self.spans[column][1] for column in first)
         return tuple(c for c in self.words if self.spans[c][0] >= end and c not in own)
 
     def label(self, column: int) -> str:
@@ -119,7 +137,9 @@ class PromptTokens:
         """The reverse of `to_dict`."""
         parts = {name: tuple(values[name]) for name in ("begin", "words", "first_eot", "padding")}
         spans = tuple(None if span is None else (int(span[0]), int(span[1])) for span in values["spans"])
-        return cls(values["prompt"], tuple(values["tokens"]), spans, cut_off=values["cut_off"], **parts)
+        beside = values.get("beside")
+        return cls(values["prompt"], tuple(values["tokens"]), spans, **parts, cut_off=values["cut_off"],
+                   limit=values.get("limit", 0), beside=beside and cls.from_dict(beside))
 
 
 def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> PromptTokens:
@@ -147,11 +167,12 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
     words = tuple(column for column, span in enumerate(spans) if span is not None)
     begin = tuple(column for column in special if column not in eot)
     return PromptTokens(prompt, tokens, spans, begin, words, tuple(eot), padding,
-                        _cut_off(tokenizer, prompt, sum(mask), spans))
+                        _cut_off(tokenizer, prompt, sum(mask), spans), len(tokens))
 
 
 def join_prompts(parts: Sequence[PromptTokens]) -> PromptTokens:
     """The columns of several tokenizers one after another (Stable Diffusion 3: CLIP's, then T5's)."""
+    cut = max((part for part in parts if part.words), key=lambda part: len(part.cut_off), default=parts[0])
     joined = parts[0]
     for part in parts[1:]:
         columns, text, characters = len(joined.tokens), joined.prompt, 0
@@ -160,9 +181,8 @@ def join_prompts(parts: Sequence[PromptTokens]) -> PromptTokens:
         spans = tuple(span and (span[0] + characters, span[1] + characters) for span in part.spans)
         shifted = {name: getattr(joined, name) + tuple(column + columns for column in getattr(part, name))
                    for name in ("begin", "words", "first_eot", "padding")}
-        joined = PromptTokens(text, joined.tokens + part.tokens, joined.spans + spans, **shifted,
-                              cut_off=part.cut_off)
-    return joined
+        joined = PromptTokens(text, joined.tokens + part.tokens, joined.spans + spans, **shifted)
+    return replace(joined, cut_off=cut.cut_off, limit=cut.limit)
 
 
 def token_spans(tokenizer: Any, prompt: str, phrase: str, occurrence: int | Literal["all"] = "all",

@@ -85,6 +85,7 @@ class AttentionExplorer(ipywidgets.VBox):
                                            step=_chosen(self.step), branch=self.branch.value, image=self.image.value)
         except (NotRecordedError, PhraseNotFoundError) as reason:
             self.words.value = f"Nothing to show: {html.escape(str(reason))}"
+            self.picture.value = b""  # or the last choice's picture would stand beside the words
             return
         figure = plots.attention_map(values, label) if self.images is None \
             else plots.overlay(self.images[self.image.value], values, label)

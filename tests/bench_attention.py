@@ -2,9 +2,12 @@
 
 All on one thread: with more, threads that wait for each other count as work, and vary more than recording costs.
 
-    python tests/bench_attention.py emoji      a U-Net of the emoji model's size, 20 steps with guidance
-    python tests/bench_attention.py sd15       a randomly initialised Stable Diffusion 1.5 U-Net, 32 x 32 latents
-    python tests/bench_attention.py memory     what any number of steps at 64 x 64 latents keeps: means of two phrases
+    python tests/bench_attention.py emoji      the bundled emoji pipeline, 20 steps with guidance
+    python tests/bench_attention.py sd15       a randomly initialised Stable Diffusion 1.5 U-Net in its full size,
+                                               32 x 32 latents, a step with guidance; some minutes
+    python tests/bench_attention.py memory     what 50 steps at 64 x 64 latents keep: means of two phrases
+
+Each figure stands beside the limit it is to keep.
 """
 
 from __future__ import annotations
@@ -15,47 +18,54 @@ import time
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DConditionModel
-from tiny import tiny_sd
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from tiny import clip_text_encoder, clip_tokenizer, quiet, tiny_sd, tiny_vae
 
+import fmn_nb as fmn
 from fmn_nb.attention import record_attention
 
-
-def emoji_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=8, out_channels=8, block_out_channels=(32, 64, 128), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=8).eval()
+PROMPT, PHRASES = "a photo of a cat and a frog", ["cat", "frog"]
+EVERYTHING, TWO_PHRASES = {}, {"phrases": PHRASES, "keep": "mean"}
 
 
-def sd15_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+def sd15() -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's U-Net in its full size; what stands around it is small and hardly takes time."""
+    tokenizer = clip_tokenizer(77)
+    return quiet(StableDiffusionPipeline(
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval(),
+        tokenizer=tokenizer, text_encoder=clip_text_encoder(tokenizer, width=768), vae=tiny_vae(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False))
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Processor seconds of one run, which a busy machine disturbs less than the clock."""
     started = time.process_time()
     run()
     return time.process_time() - started
 
 
-@torch.no_grad()
-def speed(unet: UNet2DConditionModel, side: int, tokens: int, steps: int, times: int) -> None:
-    width = unet.config.cross_attention_dim
-    latents, text = torch.randn(2, unet.config.in_channels, side, side), torch.randn(2, tokens, width)
+def speed(pipe: DiffusionPipeline, limits: dict[str, tuple[dict, float | None]], times: int,
+          **arguments: object) -> None:
+    """Compare recorded generations with plain ones.
 
+    Args:
+        limits: name -> what to record, and the ratio that is to hold (None where none is set).
+        times: how often each is measured.
+        arguments: of the pipeline.
+    """
     def generation() -> None:
-        for step in range(steps):
-            unet(latents, 1000 - step, encoder_hidden_states=text)
+        pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments)
 
-    def recorded(**selection: object) -> Callable[[], None]:
+    def recorded(selection: dict) -> Callable[[], None]:
         def run() -> None:
-            with record_attention(unet, **selection):
+            with record_attention(pipe, **selection) as attention:
                 generation()
+            assert all(attention.map(phrase).any() for phrase in PHRASES)
         return run
 
     generation()
-    runs = {"everything": recorded(), "two columns": recorded(columns=[2, 5]), "plain again": generation}
+    runs = {name: recorded(selection) for name, (selection, _) in limits.items()} | {"plain again": generation}
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     plain = [seconds(generation)]
     for _ in range(times):
@@ -66,7 +76,13 @@ def speed(unet: UNet2DConditionModel, side: int, tokens: int, steps: int, times:
     print(f"plain        {statistics.median(plain):8.3f} s of the processor")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        print(f"{name:12} {middle:8.3f} x   (half of {times} runs: {low:.3f} to {high:.3f})")
+        limit = limits[name][1] if name in limits else None
+        verdict = "" if limit is None else against(middle, limit, "x")
+        print(f"{name:12} {middle:8.3f} x   (half of {times} runs: {low:.3f} to {high:.3f})   {verdict}")
+
+
+def against(value: float, limit: float, unit: str) -> str:
+    return f"limit {limit:.2f} {unit}: {'holds' if value <= limit else 'DOES NOT HOLD'}"
 
 
 def memory() -> None:
@@ -76,12 +92,14 @@ def memory() -> None:
                    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
     kept = []
     for steps in (1, 3):  # a running mean doesn't grow: what these keep, 50 steps keep
-        with record_attention(pipe, phrases=["photo", "cat"], keep="mean") as attention:
-            pipe("a photo of a cat", num_inference_steps=steps, height=128, width=128, output_type="latent")
+        with record_attention(pipe, **TWO_PHRASES) as attention:
+            pipe(PROMPT, num_inference_steps=steps, height=128, width=128, output_type="latent")
         kept.append(attention.bytes)
+    assert kept[0] == kept[1]
     finest = attention.grids[attention.layers[0]]
     print(f"{len(attention.layers)} layers of 8 heads, {finest[0]} x {finest[1]} at the finest, both branches: "
-          f"{kept[0] / 1e6:.2f} MB after 1 step, {kept[1] / 1e6:.2f} MB after 3")
+          f"{kept[0] / 1e6:.2f} MB after 1 step, {kept[1] / 1e6:.2f} MB after 3, so also after 50   "
+          f"{against(kept[1] / 1e6, 5, 'MB')}")
 
 
 if __name__ == "__main__":
@@ -89,8 +107,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     what = sys.argv[1] if len(sys.argv) > 1 else "emoji"
     if what == "emoji":
-        speed(emoji_unet(), 16, 32, steps=20, times=9)
+        # the limit for two phrases is set on the full-size model: here each layer takes less than the way to it
+        speed(quiet(fmn.load("emoji")), {"everything": (EVERYTHING, 1.3), "two phrases": (TWO_PHRASES, None)}, times=9,
+              num_inference_steps=20)
     elif what == "sd15":
-        speed(sd15_unet(), 32, 77, steps=1, times=9)
+        speed(sd15(), {"everything": (EVERYTHING, 1.10), "two phrases": (TWO_PHRASES, 1.05)}, times=5,
+              num_inference_steps=1, height=64, width=64, output_type="latent")
     else:
         memory()

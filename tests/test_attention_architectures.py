@@ -8,12 +8,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from diffusers import Lumina2Transformer2DModel
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers import Lumina2Transformer2DModel, WanTransformer3DModel
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection, apply_rotary_emb
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import fill_zero_weights, generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 from tiny_denoisers import MAKERS as DENOISERS
 from tiny_denoisers import TOKENS, make
 
@@ -24,6 +24,7 @@ from fmn_nb.attention import (
     MissedLayersError,
     TextLayers,
     UnknownArchitectureError,
+    probabilities,
     record_attention,
     register,
 )
@@ -38,7 +39,7 @@ by_pipe = pytest.mark.parametrize("kind", PIPES)
 
 def test_the_table_has_no_line_without_a_test():
     tested = {type(denoiser(maker())).__name__ for maker in PIPES.values()}
-    tested |= {type(make(name)[0]).__name__ for name in DENOISERS}
+    tested |= {type(make(name)[0]).__name__ for name in DENOISERS} | {"Lumina2Transformer2DModel"}
     assert tested == set(ARCHITECTURES)
 
 
@@ -79,10 +80,18 @@ def test_each_column_is_its_own_token_s(name):
         assert (ratio[..., token] - ratio[..., others[0]]).abs().max() > 0.01
 
 
-def test_a_model_that_is_not_in_the_table_can_be_added_and_is_never_empty():
+def lumina2() -> Lumina2Transformer2DModel:
+    torch.manual_seed(0)
     model = Lumina2Transformer2DModel(
         sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
-        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(16, 16, 16), cap_feat_dim=16).eval()
+        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(16, 16, 16), cap_feat_dim=16)
+    fill_zero_weights(model)
+    return model.eval()
+
+
+def test_a_model_that_is_not_in_the_table_can_be_added_and_is_never_empty(monkeypatch):
+    monkeypatch.delitem(ARCHITECTURES, "Lumina2Transformer2DModel")
+    model = lumina2()
     arguments = {"hidden_states": torch.randn(1, 4, 8, 12), "timestep": torch.tensor([0.5]),
                  "encoder_hidden_states": torch.randn(1, 5, 16),
                  "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool)}
@@ -90,12 +99,75 @@ def test_a_model_that_is_not_in_the_table_can_be_added_and_is_never_empty():
             record_attention(model):
         pass
     register("Lumina2Transformer2DModel", Architecture((TextLayers(r"layers\.\d+\.attn", "first"),)))
-    try:
-        with torch.no_grad(), record_attention(model) as attention:
-            model(**arguments)
-    finally:
-        del ARCHITECTURES["Lumina2Transformer2DModel"]
+    with torch.no_grad(), record_attention(model) as attention:
+        model(**arguments)
     assert attention.values("layers.0.attn").shape == (2, 24, 5)  # two heads, though keys have one
+
+
+@torch.no_grad()
+def test_rows_packed_with_texts_of_different_lengths():
+    """Lumina 2 puts each row's pixels right behind its own text: a batch's maps are those of its rows alone."""
+    model, lengths = lumina2(), [3, 6, 5]
+    noise, text = torch.randn(3, 4, 8, 12), torch.randn(3, 7, 16)
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+
+    def arguments(rows: slice) -> dict:
+        return {"hidden_states": noise[rows], "timestep": torch.full((len(noise[rows]),), 0.5),
+                "encoder_hidden_states": text[rows], "encoder_attention_mask": mask[rows]}
+
+    plain = model(**arguments(slice(3)), return_dict=False)[0]
+    with record_attention(model) as batch:
+        assert torch.equal(model(**arguments(slice(3)), return_dict=False)[0], plain)
+    assert batch.grids == {"layers.0.attn": (4, 6)}
+    for row, length in enumerate(lengths):
+        kept = batch.values("layers.0.attn", image=row)
+        assert kept.shape == (2, 24, 7) and (kept[..., :length] > 0).all() and not kept[..., length:].any()
+        with record_attention(model) as alone:
+            seen = []
+            handle = model.get_submodule("layers.0.attn").register_forward_pre_hook(
+                lambda _module, _args, inputs, seen=seen: seen.append(inputs), with_kwargs=True)
+            model(**arguments(slice(row, row + 1)))
+            handle.remove()
+        torch.testing.assert_close(kept, alone.values("layers.0.attn"), atol=1e-5, rtol=0)
+        expected = lumina2_by_hand(model.get_submodule("layers.0.attn"), seen[0])[0, :, length:, :length]
+        torch.testing.assert_close(kept[..., :length], expected, atol=1e-5, rtol=0)
+    model.train()
+    with torch.enable_grad(), record_attention(model, differentiable=True, columns=[1, 2]) as attention:
+        model(**arguments(slice(3)))
+        sum(values.square().sum() for values in attention.columns().values()).backward()
+    assert model.layers[0].attn.to_k.weight.grad.any()
+    torch.testing.assert_close(attention.columns()["layers.0.attn"][1].detach(),
+                               batch.values("layers.0.attn", image=1)[..., [1, 2]], atol=1e-5, rtol=0)
+
+
+def lumina2_by_hand(module: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    x = inputs["hidden_states"]
+    q, k = (project(x).unflatten(-1, (-1, 12)) for project in (module.to_q, module.to_k))
+    q, k = (apply_rotary_emb(norm(y), inputs["image_rotary_emb"], use_real=False).transpose(1, 2)
+            for norm, y in ((module.norm_q, q), (module.norm_k, k)))
+    return (module.scale * q @ k.transpose(-1, -2)).softmax(-1)
+
+
+@torch.no_grad()
+def test_the_keys_of_an_image_that_come_first_are_not_taken_for_text():
+    """Wan with image conditioning attends to the image before it attends to its 512 text tokens."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=16, added_kv_proj_dim=24)
+    fill_zero_weights(model)
+    seen = []
+    with record_attention(model.eval()) as attention:
+        model.get_submodule(attention.chosen_layers[0]).register_forward_pre_hook(
+            lambda _module, args: seen.append(args))
+        model(hidden_states=torch.randn(1, 4, 1, 8, 12), encoder_hidden_states=torch.randn(1, 512, 16),
+              encoder_hidden_states_image=torch.randn(1, 9, 16), timestep=torch.tensor([500]))
+    layer = attention.layers[0]
+    module, (pixels, text) = model.get_submodule(layer), seen[0][:2]
+    q, k = (norm(y).unflatten(-1, (2, -1)).transpose(1, 2) for norm, y in (
+        (module.norm_q, module.to_q(pixels)), (module.norm_k, module.to_k(text[:, 9:]))))
+    torch.testing.assert_close(attention.values(layer), probabilities(q, k)[0], atol=1e-6, rtol=0)
+    assert {entry.state for entry in attention.coverage()} == {"recorded"}
 
 
 @by_pipe
@@ -140,17 +212,23 @@ def test_attention_computed_by_hand_is_named_not_left_out(kind):
 
     pipe = PIPES[kind]()
     model = denoiser(pipe)
+    loaded_with = dict(model.attn_processors)
     with record_attention(pipe) as attention:
         generate(pipe)
     layer = attention.layers[0]
     model.get_submodule(layer).processor = ByHand()
     with pytest.raises(MissedLayersError) as error, record_attention(pipe):
         generate(pipe)
-    advice = "reset_attention_backend" if kind in ("sd3", "flux") else "set_default_attn_processor"
+    joint = kind in ("sd3", "flux")
+    advice = "Put back the attention processors" if joint else "set_attn_processor(AttnProcessor2_0())"
     assert layer in str(error.value) and "ByHand" in str(error.value) and advice in str(error.value)
     with record_attention(pipe, layers=attention.layers[1:]) as rest:
         generate(pipe)
     assert rest.layers == attention.layers[1:] and rest.map("cat").any()
+    model.set_attn_processor(loaded_with if joint else AttnProcessor2_0())  # as the error says
+    with record_attention(pipe) as again:
+        generate(pipe)
+    np.testing.assert_allclose(again.map("cat"), attention.map("cat"), atol=1e-5)
 
 
 def test_a_model_that_runs_past_its_hooks_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from test_attention_recorder import by_hand, spied
 from tiny import tiny_sd, tiny_sd3
 
@@ -147,6 +148,24 @@ def test_only_the_last_run_is_kept_and_none_without_one(unet):
         unet(x, 500, encoder_hidden_states=text)
     with pytest.raises(NotRecordedError, match="differentiable=True"):
         plain.columns()
+
+
+def test_what_would_be_ignored_is_refused(unet):
+    for ignored in ({"phrases": "cat"}, {"branch": "cond"}, {"steps": [0]}, {"keep": "mean"}, {"dtype": torch.float16},
+                    {"max_bytes": 10}):
+        with pytest.raises(ValueError, match=f"{next(iter(ignored))} can't be selected with differentiable=True"), \
+                record_attention(unet, differentiable=True, **ignored):
+            pass
+
+
+def test_layers_that_cannot_be_heard_are_named_before_the_loss_is_needed(unet):
+    unet.set_attn_processor(AttnProcessor())
+    x, text = inputs()
+    with pytest.raises(MissedLayersError, match=r"AttnProcessor2_0\(\)"), \
+            record_attention(unet, differentiable=True) as attention:
+        unet(x, 500, encoder_hidden_states=text)
+        with pytest.raises(MissedLayersError, match=r"AttnProcessor2_0\(\)"):
+            attention.columns()
 
 
 def test_masks_numbers_and_lists_mean_the_same(unet):

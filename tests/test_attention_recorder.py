@@ -8,20 +8,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, FusedAttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.embeddings import apply_rotary_emb
 from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmn_nb.attention import (
     AttentionBudgetError,
     AttentionRecord,
     MissedLayersError,
     NotRecordedError,
+    Recorder,
+    Row,
     UnknownArchitectureError,
     probabilities,
     record_attention,
 )
-from fmn_nb.concepts import Concept, PhraseNotFoundError
+from fmn_nb.attention_selection import Selection
+from fmn_nb.concepts import Concept, PhraseNotFoundError, read_prompt
 from fmn_nb.models import denoiser
 
 MAKERS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart, "sd3": tiny_sd3,
@@ -227,6 +236,43 @@ def test_the_budget_holds_before_it_is_exceeded(sd):
     np.testing.assert_allclose(attention.map("cat"), mean.map("cat"), atol=1e-6)
 
 
+def test_steps_on_a_gpu_become_a_mean_there(sd):
+    """Kept steps are moved to the CPU, so the mean begun from them is there and the next step isn't."""
+    with FakeTensorMode():
+        recorder = Recorder(sd.unet, None, Selection(max_bytes=1500))
+        with pytest.warns(UserWarning, match="only the mean"):
+            for step in range(3):
+                recorder._add("layer", step, (Row("cond", 0),), torch.zeros(1, 2, 10, 16, device="cuda"))
+    assert recorder.counts == {("layer", None, (Row("cond", 0),)): 3}
+
+
+def test_the_budget_counts_finished_generations_once(sd):
+    with record_attention(sd, keep="steps") as one:
+        generate(sd, steps=3)
+    with record_attention(sd, keep="steps", max_bytes=2 * one.bytes) as two:
+        generate(sd, steps=3)
+        generate(sd, steps=3, seed=1)
+    assert two.bytes == 2 * one.bytes and len(two.images) == 2
+    with pytest.raises(AttentionBudgetError, match="after .* of earlier generations"), \
+            record_attention(sd, keep="steps", max_bytes=2 * one.bytes - 1) as two:
+        generate(sd, steps=3)
+        generate(sd, steps=3, seed=1)
+    assert two.bytes < 1.5 * one.bytes  # it failed at the end of the first step
+
+
+def test_the_denoiser_alone_needs_prompts_that_say_their_columns(sd):
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
+    with pytest.raises(ValueError, match=r"denoiser alone has no tokenizer.*read_prompt\(tokenizer, text\)"), \
+            record_attention(sd.unet, prompts=["a cat", "a frog"]):
+        pass
+    named = [read_prompt(sd.tokenizer, prompt) for prompt in ("a cat", "a frog")]
+    with torch.no_grad(), record_attention(sd.unet, prompts=named) as attention:
+        sd.unet(x, 500, encoder_hidden_states=text)
+    assert np.array_equal(attention.map("frog", image=1), attention.select(columns=[2], image=1))
+    with pytest.raises(ValueError, match="prompts is empty"), record_attention(sd, prompts=[]):
+        pass
+
+
 def test_the_denoiser_alone_is_recorded_by_columns(sd):
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
     with torch.no_grad(), record_attention(sd.unet) as attention:
@@ -240,8 +286,13 @@ def test_the_denoiser_alone_is_recorded_by_columns(sd):
         attention.select(columns=[16])
 
 
-@pytest.mark.parametrize("kind", [AttnProcessor, lambda: SlicedAttnProcessor(1)])
-def test_layers_that_cannot_be_heard_are_named(kind):
+@pytest.mark.parametrize("kind, advice, follow", [
+    (AttnProcessor, "set_attn_processor(AttnProcessor2_0())",
+     lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0())),
+    (lambda: SlicedAttnProcessor(1), "pipe.disable_attention_slicing()",
+     lambda pipe: pipe.disable_attention_slicing()),
+    (lambda: SlicedAttnProcessor(1), "set_attention_slice(None)", lambda pipe: pipe.unet.set_attention_slice(None))])
+def test_layers_that_cannot_be_heard_are_named(kind, advice, follow):
     pipe = tiny_sd()
     layer = next(name for name in pipe.unet.attn_processors if "attn2" in name)
     pipe.unet.set_attn_processor({name: kind() if name == layer else processor
@@ -250,11 +301,15 @@ def test_layers_that_cannot_be_heard_are_named(kind):
     with pytest.raises(MissedLayersError, match=layer.replace(".", r"\.")) as error, \
             record_attention(pipe) as attention:
         generate(pipe)
-    assert "set_default_attn_processor" in str(error.value)
+    assert advice in str(error.value)
     assert {entry.layer for entry in attention.coverage() if entry.state == "missed"} == {layer}
     with record_attention(pipe, layers=[name for name in attention.layers if name != layer]) as attention:
         generate(pipe)
     assert layer not in attention.layers
+    follow(pipe)
+    with record_attention(pipe) as attention:
+        generate(pipe)
+    assert layer in attention.layers
 
 
 def test_fused_projections_and_the_math_backend_are_heard(sd):
@@ -367,8 +422,21 @@ def test_bad_selections_are_named(sd):
         generate(sd)
     with pytest.raises(NotRecordedError, match="2 steps ran"), record_attention(sd, steps=[9]):
         generate(sd)
+    for column in (99, -1):
+        with pytest.raises(ValueError, match=r"text columns go from 0 to 15"), record_attention(sd, columns=[column]):
+            generate(sd)
+    for columns in ([[1], [2]], torch.ones(16, dtype=torch.bool), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="plain numbers"), record_attention(sd, columns=columns):
+            pass
     with pytest.raises(UnknownArchitectureError, match="Linear"), record_attention(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_an_occurrence_of_a_summed_phrase_cannot_be_chosen(sd):
+    with record_attention(sd, phrases="cat") as attention:
+        generate(sd, "a cat and a cat")
+    with pytest.raises(NotRecordedError, match="'cat' were recorded.*occurrence=1 can't be chosen"):
+        attention.select("cat", occurrence=1)
 
 
 def test_a_concept_is_looked_up_by_its_phrase(sd):

@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -250,6 +251,59 @@ def test_embeddings_without_their_text(sd):
         generate(sd, "a cat")
     for other in (named, read, inside):
         assert np.array_equal(other.map("cat"), plain.map("cat"))
+
+
+def test_given_prompts_are_placed_as_pipelines_order_images(sd):
+    prompts = ["a photo of a cat", "a frog and a dog", "a fish"]
+    cond, uncond = sd.encode_prompt(prompts, "cpu", 1, True)
+
+    def run(rows: slice, each: int) -> None:
+        generate(sd, None, prompt_embeds=cond[rows], negative_prompt_embeds=uncond[rows], num_images_per_prompt=each)
+
+    with record_attention(sd) as expected:
+        generate(sd, prompts[:2], num_images_per_prompt=2)
+    with record_attention(sd, prompts=prompts[:2]) as attention:
+        run(slice(2), 2)
+        run(slice(2), 1)
+    texts = [image.prompt.prompt for image in attention.images]
+    assert texts == [prompts[0]] * 2 + [prompts[1]] * 2 + prompts[:2]
+    assert np.array_equal(attention.map("dog", image=2), expected.map("dog", image=2))
+    with record_attention(sd, prompts=prompts) as attention:  # a batch after the other
+        run(slice(2), 1)
+        run(slice(2, 3), 1)
+    assert [image.prompt.prompt for image in attention.images] == prompts
+    with pytest.raises(ValueError, match="3 prompts were given for a generation of 4 images"), \
+            record_attention(sd, prompts=prompts):
+        run(slice(2), 2)
+
+
+@pytest.mark.parametrize("maker", [tiny_sdxl, tiny_sd3])
+def test_a_second_prompt_is_searched_too(maker):
+    pipe = maker()
+    own = {"prompt_3": "a fish"} if maker is tiny_sd3 else {}
+    with record_attention(pipe) as attention:
+        generate(pipe, "a photo of a cat", prompt_2="a frog", negative_prompt="a penguin", negative_prompt_2="a cake",
+                 guidance_scale=4.0, **own)
+    assert attention.text().find("cat").columns == (5,) and attention.text().find("frog").columns == (2,)
+    assert np.array_equal(attention.map("frog"), attention.select(columns=[2]))
+    with pytest.raises(PhraseNotFoundError, match="'dog' is not in the prompt .* or 'a frog'; words there: .*frog"):
+        attention.map("dog")
+    negative = attention.text(branch="uncond")
+    assert negative.prompt.startswith("a penguin") and negative.find("cake").columns[0] == 2
+    assert type(attention.text()).from_dict(attention.text().to_dict()) == attention.text()
+    with record_attention(pipe) as same:
+        generate(pipe, "a photo of a cat", prompt_2="a photo of a cat", **own)
+    assert same.text().beside is None
+
+
+def test_a_pipeline_whose_rows_cannot_be_told_apart_is_refused():
+    pipe = StableDiffusionInstructPix2PixPipeline(**tiny_sd(in_channels=8).components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=r"Pix2PixPipeline has no encode_prompt.*record_attention\(pipe.unet\)"), \
+            record_attention(pipe):
+        pass
+    with record_attention(pipe.unet) as attention:  # as the error says
+        quiet(pipe)("a cat", image=PICTURE, num_inference_steps=2, output_type="np")
+    assert len(attention.images) == 3 and attention.select(columns=[2], image=0).shape == (8, 12)
 
 
 def test_phrases_of_some_prompts_only(sd):

@@ -157,6 +157,38 @@ def test_what_is_cut_off(clip):
     assert read_prompt(clip, "a cat").cut_off == "" and read_prompt(clip, prompt, 64).cut_off == ""
 
 
+def test_an_occurrence_past_the_limit_is_named_so(clip):
+    read = read_prompt(clip, "a cat " + "and a dog " * 6)
+    with pytest.raises(PhraseNotFoundError, match="'dog', occurrence 5 from 0, stands past the limit of 16 tokens"):
+        read.find("dog", 5)
+    with pytest.raises(PhraseNotFoundError, match="occurs 6 time"):
+        read.find("dog", 6)
+
+
+def test_a_phrase_cut_in_its_middle_is_not_found_in_part(clip):
+    start = "a cat and a dog and a cat and a "
+    read = read_prompt(clip, start + "butterfly house")
+    assert read.words[-1] in read_prompt(clip, start + "butterfly").words and read.cut_off  # "butt" or so is there
+    for phrase in ("butterfly house", "butterfly"):
+        with pytest.raises(PhraseNotFoundError, match="stands past the limit of 16 tokens; cut off was "):
+            read.find(phrase)
+    assert len(read_prompt(clip, start + "butterfly, a butterfly house", 24).find("butterfly").occurrences) == 1
+    whole = read_prompt(clip, start + "butterfly house", 40).find("butterfly house").columns
+    assert len(whole) > 2
+
+
+def test_what_is_cut_off_of_several_tokenizers(clip):
+    long = "a cat " + "and a dog " * 6 + "and a frog"
+    absent = PromptTokens(long, ("",) * 20, (None,) * 20, (), (), (), tuple(range(20)))
+    without = join_prompts([read_prompt(clip, long), absent])
+    assert without.cut_off == "and a dog and a dog and a frog" and len(without.tokens) == 36
+    with pytest.raises(PhraseNotFoundError, match="limit of 16 tokens; cut off was 'and a dog and a dog and a frog'"):
+        without.find("frog")
+    both = join_prompts([read_prompt(clip, long), read_prompt(t5_tokenizer(40), long)])
+    assert both.cut_off == without.cut_off and len(both.find("frog").columns) == 1  # the second holds it
+    assert PromptTokens.from_dict(both.to_dict()) == both
+
+
 def test_two_tokenizers_one_after_another(clip, t5):
     same = join_prompts([read_prompt(clip, "a cat"), read_prompt(t5, "a cat")])
     assert same.prompt == "a cat" and len(same.tokens) == 40
