@@ -22,6 +22,9 @@ from fmn_nb.protocol import REPEATS, check_concept
 SETTINGS_FILE = "settings.yaml"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
 _BASE = "preset"  # in a variant's settings: the preset that it changes
+_SEEDS = "seeds"  # in a preset's settings: the only seeds that it is made with, of those asked for
+#: to be raised whenever forgetting or measuring changes so that equal settings give other results: older ones are stale
+ALGORITHM = 2
 GROUPS: dict[str, tuple[str, ...]] = {
     "objects": tuple(OBJECTS), "styles": tuple(STYLES), "identities": tuple(IDENTITIES), "words": tuple(AMBIGUOUS),
 }
@@ -55,7 +58,7 @@ class Job:
 
     def made_from(self) -> dict[str, Any]:
         """Everything about the job that its result depends on, as JSON holds it."""
-        return {"concept": asdict(self.concept), "towards": self.towards, "preset": self.preset,
+        return {"algorithm": ALGORITHM, "concept": asdict(self.concept), "towards": self.towards, "preset": self.preset,
                 "settings": self.settings.to_dict(), "seed": self.seed, "size": self.size}
 
 
@@ -67,7 +70,7 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
         concepts: names or groups (objects, styles, identities, words); all four groups where empty.
         presets: names of presets, or of variants that `overrides` define.
         overrides: preset -> settings to replace (`read_overrides`). One that says which "preset" it changes is a
-            variant, with a name of its own.
+            variant, with a name of its own; one that names "seeds" is made with these alone, of those asked for.
 
     Raises:
         ValueError: an unknown name, size or seed, or nothing to do; the text lists what there is.
@@ -83,12 +86,20 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
         raise ValueError(f"give at least one preset and seeds that are whole numbers from 0, not {list(seeds)}")
     settings = {preset: _settings(preset, (overrides or {}).get(preset, {})) for preset in presets}
     known = [_concept(name) for name in _names(concepts)]
-    return [Job(concept, towards, preset, settings[preset], seed, size)
-            for seed in dict.fromkeys(seeds) for concept, towards in known for preset in settings]
+    its_seeds = {preset: (overrides or {}).get(preset, {}).get(_SEEDS, seeds) for preset in presets}
+    jobs = [Job(concept, towards, preset, settings[preset], seed, size) for seed in dict.fromkeys(seeds)
+            for concept, towards in known for preset in settings if seed in its_seeds[preset]]
+    if not jobs:
+        raise ValueError(f"nothing to do: no preset is made with the seeds {list(seeds)}, by its settings")
+    return jobs
 
 
 def _settings(name: str, changes: Mapping[str, Any]) -> Settings:
-    return settings_for(changes.get(_BASE, name), {key: value for key, value in changes.items() if key != _BASE})
+    seeds = changes.get(_SEEDS, ())
+    if not isinstance(seeds, (list, tuple)):
+        raise SettingsError(f"the seeds of '{name}' are a list, [0, 1], not {seeds!r}")
+    return settings_for(changes.get(_BASE, name),
+                        {key: value for key, value in changes.items() if key not in (_BASE, _SEEDS)})
 
 
 def _names(wanted: Sequence[str]) -> Iterable[str]:
@@ -118,6 +129,7 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
         paper-words:
           preset: paper
           positions: [words]
+          seeds: [0]        # whatever seeds are asked for, it is made with this one alone
 
     Raises:
         SettingsError: the file or a text isn't of this shape, names an unknown preset, or gives a variant a name that

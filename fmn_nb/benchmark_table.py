@@ -41,7 +41,7 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
         row["overshadowed_before"] = overshadowed["before"]["value"]
         share = overshadowed["after"]
         row |= {"overshadowed_after": share["value"], "overshadowed_after_low": share["low"],
-                "overshadowed_after_high": share["high"]}
+                "overshadowed_after_high": share["high"], "overshadowed_images": share["images"]}
     if attack := result.get("attack"):
         row |= {"attack_success": attack["success"], "attack_success_low": attack["low"],
                 "attack_success_high": attack["high"], "attack_images": attack["count"]}

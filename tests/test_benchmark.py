@@ -100,6 +100,14 @@ def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
     jobs = plan(["cat"], ["paper-words", "paper"], overrides=read_overrides(file, presets=["all"]))
     assert [job.name for job in jobs] == ["cat-paper-words-seed0", "cat-paper-seed0"]
     assert jobs[0].settings == settings_for("paper", {"positions": ("words",)}) and jobs[1].settings.steps == 3
+    few = {"paper": {"steps": 3, "seeds": [1]}}
+    jobs = plan(["cat"], ["balanced", "paper"], seeds=[0, 1], overrides=few)
+    assert [job.name for job in jobs] == ["cat-balanced-seed0", "cat-balanced-seed1", "cat-paper-seed1"]
+    assert jobs[-1].settings == settings_for("paper", {"steps": 3})
+    with pytest.raises(ValueError, match="nothing to do"):
+        plan(["cat"], ["paper"], overrides=few)
+    with pytest.raises(SettingsError, match="are a list"):
+        plan(["cat"], ["paper"], overrides={"paper": {"seeds": 1}})
     for name in ("../words", "all", "balanced"):
         file.write_text(f"{name}: {{preset: paper}}")
         with pytest.raises(SettingsError, match="no name for a variant"):
