@@ -61,15 +61,18 @@ class Size:
     clip_steps: int
     clip_batch: int
     judge_steps: int
+    second_judge_steps: int  # attention learns slower than filters
     judge_batch: int
     quality_scale: int  # divides the numbers of images that measure quality
     quality_steps: int
 
 
 FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4000, diffusion_batch=32,
-            clip_steps=700, clip_batch=64, judge_steps=1600, judge_batch=64, quality_scale=1, quality_steps=20)
+            clip_steps=700, clip_batch=64, judge_steps=1600, second_judge_steps=4000, judge_batch=64,
+            quality_scale=1, quality_steps=20)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
-             clip_steps=3, clip_batch=8, judge_steps=4, judge_batch=8, quality_scale=20, quality_steps=2)
+             clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
+             quality_scale=20, quality_steps=2)
 
 
 def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[str] = (),
@@ -208,20 +211,20 @@ class Pretraining:
 
     def _judge(self) -> None:
         torch.manual_seed(self.seed)
-        self._train_judge("judge", Judge(), learning_rate=2e-3)
+        self._train_judge("judge", Judge(), self.size.judge_steps, learning_rate=2e-3)
 
     def _second_judge(self) -> None:
         torch.manual_seed(self.seed + 1)
-        self._train_judge("second-judge", SecondJudge(), learning_rate=1e-3)
+        self._train_judge("second-judge", SecondJudge(), self.size.second_judge_steps, learning_rate=1e-3)
 
-    def _train_judge(self, name: str, judge: Judge | SecondJudge, learning_rate: float) -> None:
+    def _train_judge(self, name: str, judge: Judge | SecondJudge, steps: int, learning_rate: float) -> None:
         # Half the scenes as they are, half as the VAE gives them back: generated images are as soft as those.
         third = len(self.scenes) // 3
         images = np.concatenate([through_vae(self.vae, self.images[:third]), self.images[third:2 * third]])
         scenes = self.scenes[:2 * third]
         labels = _label_matrix(scenes)
         styles = torch.tensor([list(STYLES).index(scene.style) for scene in scenes])
-        plan = Plan(self.size.judge_steps, learning_rate=learning_rate, seed=self.seed, average=0.99)
+        plan = Plan(steps, learning_rate=learning_rate, seed=self.seed, average=0.99)
         self._train(name, judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
         save_whole(judge.half(), self.out / f"emoji-{name}")
 
