@@ -62,7 +62,7 @@ def test_same_seed_same_pixels(pipe):
     assert np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
 
 
-@pytest.mark.parametrize("which, least", [("judge", 0.95), ("second_judge", 0.85)])
+@pytest.mark.parametrize("which, least", [("judge", 0.95), ("second_judge", 0.93)])
 def test_the_judges_know_held_out_scenes_sharp_and_through_the_vae(pipe, which, least):
     """Every object of a scene, one or two, and no other; the second judge only checks the first."""
     judge = getattr(world_of(pipe), which)
