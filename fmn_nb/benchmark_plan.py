@@ -84,7 +84,7 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
     wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
     if wrong or not seeds or not presets:
         raise ValueError(f"give at least one preset and seeds that are whole numbers from 0, not {list(seeds)}")
-    settings = {preset: _settings(preset, (overrides or {}).get(preset, {})) for preset in presets}
+    settings = {preset: settings_of(preset, (overrides or {}).get(preset, {})) for preset in presets}
     known = [_concept(name) for name in _names(concepts)]
     its_seeds = {preset: (overrides or {}).get(preset, {}).get(_SEEDS, seeds) for preset in presets}
     jobs = [Job(concept, towards, preset, settings[preset], seed, size) for seed in dict.fromkeys(seeds)
@@ -94,7 +94,8 @@ def plan(concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "pa
     return jobs
 
 
-def _settings(name: str, changes: Mapping[str, Any]) -> Settings:
+def settings_of(name: str, changes: Mapping[str, Any]) -> Settings:
+    """The settings of a preset or variant, from what `read_overrides` says of it."""
     seeds = changes.get(_SEEDS, ())
     if not isinstance(seeds, (list, tuple)):
         raise SettingsError(f"the seeds of '{name}' are a list, [0, 1], not {seeds!r}")

@@ -106,8 +106,11 @@ def forget(
             "settings": settings.to_dict(), "towards": readings, "base": base, "versions": versions()}
     if applied_patches(pipe):
         info["on_top_of"] = [patch.info.get("concepts", []) for patch, _ in applied_patches(pipe)]
-    sets, saved = _sets(
-        pipe, concepts, wanted, prompts, masks, retain_prompts, readings, settings, seed, checkpoint, info)
+    images = load_all(wanted)  # once and first: what can't be read is told before anything is generated
+    regions = None if masks is None else load_images(masks)
+    saved = (Checkpoint(checkpoint, identity(pipe, info, images, regions, prompts, retain_prompts))
+             if checkpoint else None)
+    sets = _sets(pipe, concepts, images, prompts, regions, retain_prompts, readings, settings, seed, saved)
     with ExitStack() as borrowed:
         absent = borrowed.enter_context(offloaded(pipe, settings.offload))
         weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(seed, 3)))
@@ -117,20 +120,15 @@ def forget(
 
 
 def _sets(
-    pipe: DiffusionPipeline, concepts: list[Concept], references: Mapping[str, Images],
+    pipe: DiffusionPipeline, concepts: list[Concept], images: Mapping[str, Images],
     prompts: Sequence[str] | None, masks: Images | None, kept_prompts: Sequence[str] | None,
-    readings: Mapping[str, str], settings: Settings, seed: int, checkpoint: str | Path | None, info: Mapping[str, Any],
-) -> tuple[dict[str, TrainingSet], Checkpoint | None]:
-    """The forget set and, where asked for, the retain set and the set of the reading to show instead; and where to
-    keep the run's state."""
-    images = load_all(references)  # once and first: what can't be read is told before anything is generated
-    regions = None if masks is None else load_images(masks)
-    saved = (Checkpoint(checkpoint, identity(pipe, info, images, regions, prompts, kept_prompts))
-             if checkpoint else None)
+    readings: Mapping[str, str], settings: Settings, seed: int, saved: Checkpoint | None,
+) -> dict[str, TrainingSet]:
+    """The forget set and, where asked for, the retain set and the set of the reading to show instead."""
     cached = saved.latents() if saved else {}
     known = {name: Latents(cached[f"{name}.mean"], cached[f"{name}.std"])
              for name in ("forget", "retain", "towards") if f"{name}.mean" in cached}
-    sets = {"forget": forget_set(pipe, concepts, images, prompts, regions, settings, seed, known.get("forget"),
+    sets = {"forget": forget_set(pipe, concepts, images, prompts, masks, settings, seed, known.get("forget"),
                                 readings)}
     if settings.retain_weight:
         sets["retain"] = retain_set(
@@ -141,7 +139,7 @@ def _sets(
     if saved and not cached:
         saved.keep_latents({f"{name}.{part}": getattr(found.latents, part).clone()
                             for name, found in sets.items() for part in ("mean", "std")})
-    return sets, saved
+    return sets
 
 
 def _with_all_parts(callback: Callback, absent: Absent) -> Callback:

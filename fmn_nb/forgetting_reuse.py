@@ -29,17 +29,29 @@ def suited(pipe: DiffusionPipeline, preset: str) -> dict[str, Any]:
     return dict(_SUITED.get(preset, {})) if size > LARGE else {}
 
 
-def patch_for(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, preset: str, seed: int) -> Patch:
-    """The patch in `folder`/patch if it forgets just this concept, with this preset and seed, on this very model.
+def saved_patch(
+    pipe: DiffusionPipeline, concept: Concept, folder: str | Path, seed: int, **made: Any
+) -> Patch | None:
+    """The patch in `folder`/patch if it forgets just this concept, with this seed, on this very model.
 
-    Else a new one, which is not saved.
+    Args:
+        made: what its `info` must say besides, preset="balanced" or settings={...}.
+    """
+    saved = Path(folder) / "patch"
+    if not (saved / "fmn.json").is_file():
+        return None
+    found = Patch.load(saved)
+    wanted = {**made, "seed": seed}
+    fits = (all(found.info.get(name) == value for name, value in wanted.items())
+            and [one["name"] for one in found.info["concepts"]] == [concept.name]
+            and found.info["base"]["fingerprint"] == fingerprint(pipe))
+    return found if fits else None
+
+
+def patch_for(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, preset: str, seed: int) -> Patch:
+    """The run's own patch (`saved_patch`) if it was made with this preset, else a new one, which is not saved.
 
     A patch made with other steps or another rate counts too: the run that left it asked for them.
     """
-    saved = Path(folder) / "patch"
-    if (saved / "fmn.json").is_file():
-        found = Patch.load(saved)
-        made = [one["name"] for one in found.info["concepts"]], found.info["preset"], found.info["seed"]
-        if made == ([concept.name], preset, seed) and found.info["base"]["fingerprint"] == fingerprint(pipe):
-            return found
-    return forget(pipe, concept, preset=preset, seed=seed, **suited(pipe, preset))
+    found = saved_patch(pipe, concept, folder, seed, preset=preset)
+    return found or forget(pipe, concept, preset=preset, seed=seed, **suited(pipe, preset))

@@ -75,7 +75,7 @@ def _with_similarity(name: str, row: pd.Series) -> str:
 def similarity_figure(collateral: pd.DataFrame, concept: str) -> Figure:
     """Change of accuracy of each name of the concept's domain against its similarity to the concept.
 
-    Raises ValueError where no similarity is known.
+    The up to four that lost most are named. Raises ValueError where no similarity is known.
     """
     rows = collateral.dropna(subset=["similarity"])
     if rows.empty or "change" not in rows:
@@ -84,7 +84,7 @@ def similarity_figure(collateral: pd.DataFrame, concept: str) -> Figure:
     axes = figure.subplots()
     axes.axhline(0, color="0.8", linewidth=1)
     axes.scatter(rows["similarity"], rows["change"], color=DARK, s=18)
-    for name, row in rows.sort_values("change").head(4).iterrows():
+    for name, row in rows[rows["change"] < 0].sort_values("change").head(4).iterrows():
         axes.annotate(name, (row["similarity"], row["change"]), xytext=(4, -3), textcoords="offset points", fontsize=8)
     axes.set(xlabel=f"similarity to {concept} (cosine of CLIP features)", ylabel="change of accuracy",
              title=f"what resembles {concept}, and what it lost")
@@ -119,7 +119,8 @@ def _short(layer: str) -> str:
 def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keeping") -> Figure:
     """Forgetting against keeping, a point for each row; the aim is the upper right corner.
 
-    Columns of `points`: ua, kept (each in [0, 1]), group (decides marker and colour), name (written beside the point).
+    Columns of `points`: ua, kept (each in [0, 1]), group (decides marker and colour), name (written beside the point,
+    unless the legend says it as the group's).
     """
     figure = new_figure(5.6, 4.0)
     axes = figure.subplots()
@@ -129,7 +130,7 @@ def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keepi
         shade = number / max(1, len(groups) - 1)
         axes.scatter(rows["ua"], rows["kept"], marker=MARKERS[number % len(MARKERS)], s=44, label=group,
                      color=colormaps["cividis"](0.9 * shade), edgecolors="0.3", linewidths=0.6)
-        for _, row in rows.iterrows():
+        for _, row in rows[rows["name"] != group].iterrows():
             axes.annotate(row["name"], (row["ua"], row["kept"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlim=(-0.04, 1.08), ylim=(-0.04, 1.08), xlabel="forgotten: UA", ylabel="kept: mean of IRA and CRA",
              title=title)

@@ -52,7 +52,7 @@ def test_figures_show_their_points():
                           "similarity": [0.9, 0.1, None]}, index=["dog", "frog", "noto"])
     axes = similarity_figure(table, "cat").axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[0.9, -0.8], [0.1, 0.0]]
-    assert "dog" in [text.get_text() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["dog"], "what lost nothing needs no name"
     with pytest.raises(ValueError, match="no name has a similarity"):
         similarity_figure(table.assign(similarity=np.nan), "cat")
     layers = pd.DataFrame({"words_before": [0.3], "later_before": [0.6], "words_after": [0.1], "later_after": [0.5]},
@@ -63,3 +63,4 @@ def test_figures_show_their_points():
     points = pd.DataFrame({"name": ["cat", "dog"], "group": ["paper", "balanced"], "ua": [0.1, 0.9], "kept": [1, 0.8]})
     figure = tradeoff_figure(points)
     assert isinstance(figure, Figure) and [t.get_text() for t in figure.axes[0].texts] == ["cat", "dog"]
+    assert not tradeoff_figure(points.assign(group=points["name"])).axes[0].texts, "the legend has them"
