@@ -1,4 +1,7 @@
-"""Images from prompts, each with a seed of its own, so that batch size and order don't decide what is drawn."""
+"""Images from prompts, each with a seed of its own, so that batch size and order don't decide what is drawn.
+
+To the last bit they do on a CPU, where a convolution rounds by how many images go through it: see `evaluation_images`.
+"""
 
 from __future__ import annotations
 
