@@ -48,7 +48,7 @@ def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
 
 @main.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The sweep's folder.  [default: runs/NAME-OF-SPEC]")
+@click.option("--out", help="The sweep's folder, or a URL as s3://bucket/x.  [default: runs/NAME-OF-SPEC]")
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time.  [default: the spec's, else 1]")
 @click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler, tcp://host:8786 (extra: dask).")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier attempt.")
@@ -59,12 +59,14 @@ def sweep(spec: Path, **options: Any) -> None:
 
         planned = plan_sweep(spec, options.pop("out"))
 
-        from fmn_nb.sweep_table import LiveTable
+        from fmn_nb.sweep_table import LiveTable, PlainLines
         from fmn_nb.sweeps import run_sweep
 
-        watch = LiveTable() if sys.stderr.isatty() else None
-        folder, failed = run_sweep(planned, watch=watch, **options)
-        click.echo(f"results: {folder / 'results.csv'}\nreport: {folder / 'report.html'}")
+        watch = LiveTable() if sys.stderr.isatty() else PlainLines()
+        place, failed = run_sweep(planned, watch=watch, **options)
+        listed = [str(place / name) if isinstance(place, Path) else f"{place}/{name}"
+                  for name in ("results.csv", "report.html")]
+        click.echo(f"results: {listed[0]}\nreport: {listed[1]}")
         if failed:
             raise click.ClickException(
                 f"{len(failed)} of {len(planned.plans)} runs failed; again with --retry-failed:\n"

@@ -7,25 +7,26 @@
 """
 
 import itertools
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fmn_nb.plans import COURSE_RUN, SETTINGS, Plan, plan_run
+from fmn_nb.storage import Local, Remote, Storage, SweepError, check_url, is_url
 
 KEYS = ("notebooks", "notebook", "fixed", "grid", "list", "workers", "cluster")
 CLUSTER_KINDS = ("scheduler", "local", "slurm", "kubernetes")
 MOST_RUNS = 100_000
 
 
-class SweepError(ValueError):
-    """A specification that cannot be run as it stands, or a sweep's folder that cannot be used."""
-
-
 @dataclass(frozen=True)
 class Sweep:
-    """A validated sweep: its absolute folder, its runs in order, and what differs between them."""
+    """A validated sweep: its absolute folder, its runs in order, and what differs between them.
+
+    With results at a URL, `folder` is where the runs would work on a worker's machine; see `moved`.
+    """
 
     folder: Path
     plans: tuple[Plan, ...]
@@ -33,17 +34,39 @@ class Sweep:
     notebooks: tuple[str, ...]
     workers: int
     cluster: dict[str, Any] | None
+    storage: Storage = Local()
+
+    @property
+    def place(self) -> Path | str:
+        """Where a person finds the results: the folder, or the URL."""
+        return self.storage.url if isinstance(self.storage, Remote) else self.folder
+
+    def moved(self, folder: Path) -> "Sweep":
+        """The same sweep with its runs inside another local folder."""
+        return replace(self, folder=folder, plans=tuple(_moved(plan, self.folder, folder) for plan in self.plans))
+
+
+def _moved(plan: Plan, old: Path, new: Path) -> Plan:
+    def value(one: Any) -> Any:
+        inside = isinstance(one, str) and Path(one).is_relative_to(old)
+        return str(new / Path(one).relative_to(old)) if inside else one
+
+    notebooks = tuple(
+        replace(notebook, values={name: value(one) for name, one in notebook.values.items()})
+        for notebook in plan.notebooks
+    )
+    return replace(plan, out=new / plan.out.relative_to(old), notebooks=notebooks)
 
 
 def plan_sweep(spec: Path | str | Mapping[str, Any], out: Path | str | None = None) -> Sweep:
     """Read and check a specification (a YAML file, or its content) and every run in it. Nothing is written.
 
-    The folder is `out`, by default `runs/` and the file's name. SweepError (or a run's own RequestError or
-    ParameterError) names the first fault.
+    The results go to `out`, a folder (by default `runs/` and the file's name) or an fsspec URL (s3://bucket/x).
+    SweepError (or a run's own RequestError or ParameterError) names the first fault.
     """
     content = dict(spec) if isinstance(spec, Mapping) else _read(Path(spec))
     name = "sweep" if isinstance(spec, Mapping) else Path(spec).stem
-    folder = (Path(out) if out is not None else Path("runs") / name).expanduser().resolve()
+    storage, folder = _place(out if out is not None else Path("runs") / name)
     _check_keys(content)
     notebooks = [content["notebook"]] if "notebook" in content else content.get("notebooks", COURSE_RUN)
     notebooks = tuple(str(one) for one in notebooks)
@@ -52,7 +75,16 @@ def plan_sweep(spec: Path | str | Mapping[str, Any], out: Path | str | None = No
     doubled = len(plans) - len({plan.key for plan in plans})
     if doubled:
         raise SweepError(f"{doubled} of the {len(plans)} runs repeat another one's parameters; name each but once")
-    return Sweep(folder, plans, _varied(combinations), notebooks, content.get("workers", 1), content.get("cluster"))
+    workers, cluster = content.get("workers", 1), content.get("cluster")
+    return Sweep(folder, plans, _varied(combinations), notebooks, workers, cluster, storage)
+
+
+def _place(out: Path | str) -> tuple[Storage, Path]:
+    """The storage that `out` names, and the folder in which the runs are planned."""
+    if not is_url(out):
+        return Local(), Path(out).expanduser().resolve()
+    url = check_url(str(out))
+    return Remote(url), Path(tempfile.gettempdir()).resolve() / "fmn-sweep" / url.rsplit("/", 1)[-1]
 
 
 def _varied(combinations: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -99,6 +131,8 @@ def _check_cluster(cluster: Any) -> None:
         raise SweepError(f"cluster must hold a kind, one of: {', '.join(CLUSTER_KINDS)}, as in {{kind: slurm}}")
     if cluster["kind"] == "scheduler" and not isinstance(cluster.get("address"), str):
         raise SweepError("cluster of kind scheduler needs its address, as in tcp://host:8786")
+    if cluster["kind"] == "kubernetes" and not isinstance(cluster.get("image"), str):
+        raise SweepError("cluster of kind kubernetes needs an image, one in which this version of fmn-nb is installed")
 
 
 def _combinations(content: Mapping[str, Any]) -> list[dict[str, Any]]:

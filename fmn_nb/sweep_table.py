@@ -1,7 +1,8 @@
-"""What a person sees of a sweep while it works: a live table in a terminal, the time left once it can be told."""
+"""What a person sees of a sweep while it works: a live table in a terminal, else a line a run, and the time left."""
 
+import sys
 import time
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from fmn_nb.report import FRACTIONS
 
@@ -34,7 +35,7 @@ class Pace:
 
 
 class Watch:
-    """Receives a sweep's rows as they come. This one keeps quiet, for places without a terminal."""
+    """Receives a sweep's rows as they come. This one keeps quiet."""
 
     pace: Pace
 
@@ -51,6 +52,25 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         return None
+
+
+class PlainLines(Watch):
+    """A line when the sweep begins and one for every run that ends, for logs and places without a terminal."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream
+
+    def start(self, total: int, done: int, workers: int) -> None:
+        super().start(total, done, workers)
+        self._say(f"{total} runs, {done} of them through already")
+
+    def row(self, row: dict[str, Any]) -> None:
+        super().row(row)
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f} s, "
+        self._say(f"{row['folder']}: {seconds}{_state(row)} ({self.pace})")
+
+    def _say(self, line: str) -> None:
+        print(line, file=self.stream or sys.stderr, flush=True)
 
 
 class LiveTable(Watch):
@@ -77,9 +97,8 @@ class LiveTable(Watch):
 
         table = Table("run", *(name.upper() for name in FRACTIONS), "seconds", "state", title=str(self.pace), box=None)
         for row in self.rows:
-            state = "done" if row["status"] == "done" else row["error"].splitlines()[0]
             table.add_row(row["folder"], *(_figure(row.get(f"after.{name}"), 2) for name in FRACTIONS),
-                          _figure(row["seconds"], 1), state)
+                          _figure(row["seconds"], 1), _state(row))
         self.live.update(table, refresh=True)
 
     def __enter__(self) -> Self:
@@ -95,6 +114,11 @@ def readable_time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _state(row: dict[str, Any]) -> str:
+    """"done", or the first line of the run's error."""
+    return "done" if row["status"] == "done" else (row["error"].splitlines() or ["failed"])[0]
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -1,18 +1,21 @@
 """Sweeps on Dask: a scheduler and two workers started here, one of them killed in the middle of a run."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import psutil
 import pytest
 
+from fmn_nb import clusters
 from fmn_nb.clusters import in_dask
 from fmn_nb.sweep_specs import SweepError, plan_sweep
-from fmn_nb.sweeps import attempt, run_sweep
+from fmn_nb.sweeps import attempt, run_sweep, threads_each
 
 pytest.importorskip("distributed", reason="the extra dask is not installed")
 
@@ -74,6 +77,77 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(spec, scheduler, tmp_path):
 
 
 @pytest.mark.slow
+def test_cards_that_no_worker_has_are_told(spec, scheduler, tmp_path):
+    plans = plan_sweep(spec(), tmp_path / "out").plans
+    with pytest.raises(SweepError, match=r'none of the workers .* --resources "GPU=1"'):
+        list(in_dask(plans, attempt, 1, scheduler, {"kind": "local", "gpu": True}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["a cluster of its own", "an existing scheduler"])
+def test_two_workers_of_one_machine_divide_its_cores_among_their_kernels(spec, tmp_path, request, monkeypatch, own):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    measure = "import os, fmn_nb; fmn_nb.record(out, {'after': {'images': int(os.environ['OMP_NUM_THREADS'])}})"
+    content = spec(measure, workers=2, **({"cluster": {"kind": "local"}} if own else {}))
+    scheduler = None if own else request.getfixturevalue("scheduler")
+    folder, failed = run_sweep(plan_sweep(content, tmp_path / "out"), scheduler=scheduler)
+    assert failed == [] and set(pandas.read_csv(folder / "results.csv")["after.images"]) == {threads_each(2)}
+
+
+@pytest.mark.slow
+def test_one_worker_of_a_local_cluster_has_all_cores(spec, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    measure = "import os, fmn_nb; fmn_nb.record(out, {'after': {'images': int(os.environ['OMP_NUM_THREADS'])}})"
+    content = spec(measure, grid={"seed": [0]}, cluster={"kind": "local"})
+    folder, failed = run_sweep(plan_sweep(content, tmp_path / "out"))
+    assert failed == [] and list(pandas.read_csv(folder / "results.csv")["after.images"]) == [threads_each(1)]
+    assert "OMP_NUM_THREADS" not in os.environ, "this process keeps its environment"
+
+
+@pytest.mark.slow
+def test_a_run_that_kills_its_workers_is_given_up_and_the_others_are_kept(spec, tmp_path):
+    kill = "import os, signal, time\nif seed: os.kill(os.getppid(), signal.SIGKILL); time.sleep(20)"
+    measure = "import fmn_nb; fmn_nb.record(out, {'after': {'ua': 0.5}})"
+    content = spec(kill, measure, grid={"seed": [1, 0]}, cluster={"kind": "local", "n_workers": 1})
+    folder, failed = run_sweep(plan_sweep(content, tmp_path / "out"))
+    assert [row["error"] for row in failed] == [clusters.KILLER]
+    assert list(pandas.read_csv(folder / "results.csv")["status"]) == ["failed", "done"]
+
+
+@pytest.mark.slow
+def test_slurm_jobs_through_a_stand_in_sbatch(spec, tmp_path, monkeypatch):
+    tools, jobs = tmp_path / "bin", tmp_path / "jobs"
+    tools.mkdir(), jobs.mkdir()
+    # Like Slurm: the script runs elsewhere, in its own session, with the cores it asked for; scancel ends it.
+    _script(tools / "sbatch", f"""
+n=$$; cp "$1" {jobs}/$n.sh
+SLURM_CPUS_PER_TASK=3 setsid bash {jobs}/$n.sh > {tmp_path}/job-$n.log 2>&1 < /dev/null &
+echo $! > {tmp_path}/job-$n.pid
+echo "Submitted batch job $n"
+""")
+    _script(tools / "scancel", f'kill -- -$(cat {tmp_path}/job-$1.pid); echo $1 >> {tmp_path}/cancelled')
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    measure = ("import os, fmn_nb; assert os.environ['OMP_NUM_THREADS'] == '3'\n"
+               "fmn_nb.record(out, {'after': {'ua': (len(concept) + seed) / 10}})")
+    block = {"kind": "slurm", "cores": 3, "memory": "2GB", "queue": "short", "interface": "lo"}
+    content = spec(measure, grid={"concept": ["cat", "frog"]}, cluster=block)
+    folder, failed = run_sweep(plan_sweep(content, tmp_path / "out"), workers=2)
+    assert failed == [] and list(pandas.read_csv(folder / "results.csv")["after.ua"]) == [0.3, 0.4]
+    scripts = sorted(jobs.iterdir())
+    assert len(scripts) == 2 and "#SBATCH -p short" in scripts[0].read_text()
+    assert "#SBATCH --cpus-per-task=3" in scripts[0].read_text()
+    cancelled = sorted((tmp_path / "cancelled").read_text().split())
+    assert cancelled == sorted(script.stem for script in scripts), "jobs end with the sweep"
+
+
+def _script(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text.strip()}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.slow
 def test_the_specs_own_local_cluster_gives_a_card_to_one_run_at_a_time(spec, tmp_path):
     busy = tmp_path / "busy"
     alone = f"import pathlib, time; busy = pathlib.Path({str(busy)!r}); busy.mkdir(); time.sleep(0.5); busy.rmdir()"
@@ -91,6 +165,93 @@ def test_a_scheduler_that_is_not_there_is_told(spec, tmp_path, monkeypatch):
     plans = plan_sweep(spec(), tmp_path / "out").plans
     with pytest.raises(SweepError, match="the Dask scheduler cannot be reached: Timed out"):
         list(in_dask(plans, attempt, 1, "tcp://127.0.0.1:1", None))
+
+
+def test_the_kernels_of_a_local_cluster_get_their_share(spec, tmp_path, monkeypatch):
+    """The process is changed by each run, so the variables are looked at where `attempt` would be."""
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    seen = []
+    clusters._on_worker(lambda plan: seen.append(dict(os.environ)), {"OMP_NUM_THREADS": "2"}, None, None)
+    assert seen == [{"OMP_NUM_THREADS": "2"}]
+
+
+@pytest.mark.parametrize(("booked", "cores", "share"), [("6", 8, "3"), ("", 8, "2"), ("", 4, "2")])
+def test_a_workers_share_is_of_what_it_was_given_or_of_the_machine(monkeypatch, booked, cores, share):
+    """Two threads a worker; on the machine's 8 cores there are two such workers, unless this one has its own cores."""
+    import dask.system
+    import distributed
+
+    everyone = {"tcp://a:1": {"host": "a", "nthreads": 2}, "tcp://a:2": {"host": "a", "nthreads": 2},
+                "tcp://b:1": {"host": "b", "nthreads": 9}}
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(dask.system, "CPU_COUNT", cores)
+    monkeypatch.setattr(os, "environ", {"SLURM_CPUS_PER_TASK": booked, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "2"})
+    worker = SimpleNamespace(address="tcp://a:1", state=SimpleNamespace(nthreads=2))
+    monkeypatch.setattr(distributed, "get_worker", lambda: worker)
+    client = SimpleNamespace(scheduler_info=lambda: {"workers": everyone})
+    monkeypatch.setattr(distributed, "get_client", lambda: client)
+    variables = clusters._own_share()
+    assert variables["OMP_NUM_THREADS"] == share and variables["MKL_NUM_THREADS"] == "2"
+
+
+def test_a_scheduler_without_workers_is_told():
+    def wait(_count, timeout):
+        raise TimeoutError
+
+    with pytest.raises(SweepError, match="tcp://x:1 has no workers; start some with: dask worker tcp://x:1"):
+        clusters._check_workers(SimpleNamespace(wait_for_workers=wait), "tcp://x:1", gpu=False)
+
+
+def test_every_local_worker_has_a_card_of_its_own(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert clusters._cards(2) == ["4", "7"]
+    with pytest.raises(SweepError, match="3 workers need a card each and this machine has 2"):
+        clusters._cards(3)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_kubernetes_is_asked_for(monkeypatch, gpu):
+    """A stand-in that takes exactly what dask_kubernetes 2026.3's KubeCluster and make_cluster_spec take."""
+    asked = {}
+
+    def make_cluster_spec(name, image="", n_workers=None, resources=None, env=None, worker_command="dask-worker",
+                          scheduler_service_type="ClusterIP", idle_timeout=0, jupyter=False):
+        container = {"image": image, "args": worker_command, "resources": resources}
+        return {"metadata": {"name": name}, "spec": {
+            "worker": {"replicas": n_workers, "spec": {"containers": [container]}},
+            "scheduler": {"spec": {"containers": [{"resources": resources}]}},
+        }}
+
+    def kube_cluster(*, name=None, namespace=None, image=None, n_workers=None, resources=None, env=None,
+                     worker_command=None, custom_cluster_spec=None):
+        asked.update(name=name, namespace=namespace, image=image, n_workers=n_workers, resources=resources,
+                     worker_command=worker_command, spec=custom_cluster_spec)
+
+    module = SimpleNamespace(KubeCluster=kube_cluster, make_cluster_spec=make_cluster_spec)
+    monkeypatch.setattr(clusters, "_module", lambda name: module)
+    memory = {"limits": {"memory": "8G"}}
+    options = {"image": "me/fmn:1", "namespace": "lab", "resources": memory}
+    clusters._cluster("kubernetes", options, 3, gpu)
+    assert asked["namespace"] == "lab"
+    if not gpu:
+        assert asked["name"].startswith("fmn-nb-") and asked["image"] == "me/fmn:1" and asked["n_workers"] == 3
+        assert asked["resources"] == memory and asked["worker_command"] == ["dask", "worker", "--nthreads", "1"]
+        return
+    container, = asked["spec"]["spec"]["worker"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "8G", "nvidia.com/gpu": 1}
+    assert container["image"] == "me/fmn:1"
+    assert container["args"][-2:] == ["--resources", "GPU=1"] and asked["spec"]["spec"]["worker"]["replicas"] == 3
+    of_the_scheduler = asked["spec"]["spec"]["scheduler"]["spec"]["containers"][0]["resources"]
+    assert of_the_scheduler == {"limits": {"memory": "8G"}}, "the scheduler takes no card"
+    if _installed("dask_kubernetes"):
+        import inspect
+
+        from dask_kubernetes.operator import KubeCluster
+
+        inspect.signature(KubeCluster).bind(**{"custom_cluster_spec": {}, "namespace": ""})
 
 
 def test_a_missing_package_is_named(spec, tmp_path):

@@ -14,8 +14,8 @@ PACKAGE = Path(fmn_nb.__file__).parent
 MOST_LINES = 340  # "about 300"
 #: Lowest first; a module imports from its own layer or from lower ones. A new module gets its place here.
 LAYERS = (
-    ("files", "paths", "checksums", "image_change", "intervals", "generation", "prompt_tokens", "plots_figure",
-     "plots_evaluation"),
+    ("files", "storage", "paths", "checksums", "image_change", "intervals", "generation", "prompt_tokens",
+     "plots_figure", "plots_evaluation"),
     ("emoji", "emoji.*", "results", "parameters"),
     ("models", "concepts"),
     ("attention", "attention_*", "grounding", "denoising", "references"),

@@ -118,7 +118,28 @@ def test_the_code_keeps_the_style():
     assert result.returncode == 0, result.stdout
 
 
-def test_the_readme_holds_the_command_that_ci_runs():
-    between = r"<!-- test command -->\n```bash\n(.*?)```\n<!-- end -->"
-    (block,) = re.findall(between, (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "-c constraints.txt" in block and ".[test]" in block and "pytest" in block
+@pytest.mark.parametrize("name, extra, program", [("test", ".[test]", "pytest"), ("run", ".[lab]", "fmn-nb run")])
+def test_the_readme_holds_its_two_commands(name, extra, program):
+    between = rf"<!-- {name} command -->\n```bash\n(.*?)```\n<!-- end -->"
+    (block,) = re.findall(between, (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "-c constraints.txt" in block and extra in block and program in block
+
+
+def test_the_errors_that_the_readme_explains_are_the_packages_own():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| the error says |")[1].split("\n\n")[0]
+    quoted = [found[1] for line in table.splitlines() if (found := re.match(r"\| `([^`]+)` \|", line))]
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "fmn_nb").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message that goes on in the next line
+    assert len(quoted) > 5
+    for message in quoted:
+        if "torchvision" not in message:
+            parts = [re.escape(part) for part in re.split(r"'cat'|'?\.\.\.'?", message) if part.strip()]
+            assert re.search(".{1,80}".join(parts), source), f"no error of this package says: {message}"
+
+
+def test_the_package_needs_no_posix():
+    only_posix = re.compile(r"^(?:import|from) (?:resource|fcntl|pwd|grp)\b|os\.fork|[\"']/tmp\b|[\"']fork[\"']", re.M)
+    assert only_posix.search("x = 1\nimport resource\n") and only_posix.search('open("/tmp/x")')
+    modules = (ROOT / "fmn_nb").rglob("*.py")
+    found = {path.name: only_posix.findall(path.read_text(encoding="utf-8")) for path in modules}
+    assert not {name: uses for name, uses in found.items() if uses}

@@ -71,6 +71,22 @@ def test_a_sweep_killed_at_a_random_moment_completes(spec, tmp_path, number):
     assert_whole(tmp_path / "out")
 
 
+def test_a_killed_kernel_fails_its_run_alone_and_in_words(spec, tmp_path, write_notebook):
+    flag = tmp_path / "killed"
+    kill_once = (
+        f"import os, pathlib, signal, time; flag = pathlib.Path({str(flag)!r})\n"
+        "if seed and concept == 'cat' and not flag.exists():\n"
+        "    flag.touch(); os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
+    )
+    write_notebook("03_stub.ipynb", CELL, kill_once, MEASURE)
+    sweep = plan_sweep(spec, tmp_path / "out")
+    folder, failed = run_sweep(sweep)
+    assert [row["folder"] for row in failed] == [sweep.plans[1].out.name]
+    assert "03_stub.ipynb failed: DeadKernelError: Kernel died" in failed[0]["error"]
+    assert run_sweep(sweep, retry_failed=True)[1] == []
+    assert_whole(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_fails_runs_without_half_written_files(spec, tmp_path):
     disk = tmp_path / "disk"

@@ -18,7 +18,7 @@ from fmn_nb.files import write_json
 from fmn_nb.parameters import ParameterError
 from fmn_nb.plans import RequestError
 from fmn_nb.sweep_specs import SweepError, plan_sweep
-from fmn_nb.sweep_table import LiveTable, Pace, readable_time
+from fmn_nb.sweep_table import LiveTable, Pace, PlainLines, readable_time
 from fmn_nb.sweeps import attempt, earlier_row, run_sweep, threads_each, write_table
 
 CELL = """\
@@ -171,6 +171,7 @@ def test_a_killed_sweep_goes_on_where_it_stood(spec, tmp_path):
     assert 1 <= len(done) < 4 and not (tmp_path / "out" / "results.csv").exists()
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert f"4 runs, {len(done)} of them through already" in result.stderr and "(4 of 4 runs)" in result.stderr
     assert done == {out: _changed(out) for out in done}, "a finished run is never repeated"
     assert list(table_of(tmp_path / "out")["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
 
@@ -222,6 +223,21 @@ def test_the_time_left_is_told_after_a_few_runs(monkeypatch):
         pace.tick()
     assert pace.seconds_left() == 200.0 and str(pace) == "13 of 33 runs, about 3 min left"
     assert [readable_time(seconds) for seconds in (5, 600, 9000)] == ["5 s", "10 min", "2.5 h"]
+
+
+def test_a_line_a_run_where_there_is_no_terminal():
+    shown = io.StringIO()
+    with PlainLines(shown) as watch:
+        watch.start(total=5, done=1, workers=1)
+        watch.row({"folder": "cat-1", "status": "done", "seconds": 12.34, "error": ""})
+        watch.row({"folder": "cat-2", "status": "failed", "seconds": None, "error": "it broke\nlong story"})
+        watch.row({"folder": "cat-3", "status": "done", "seconds": 1.0, "error": ""})
+    assert shown.getvalue().splitlines() == [
+        "5 runs, 1 of them through already",
+        "cat-1: 12.3 s, done (2 of 5 runs)",
+        "cat-2: it broke (3 of 5 runs)",
+        "cat-3: 1.0 s, done (4 of 5 runs, about 0 s left)",
+    ]
 
 
 def test_a_column_of_mixed_types_still_makes_a_table(tmp_path):
