@@ -11,6 +11,7 @@ from transformers import CLIPModel
 import fmn_nb as fmn
 from fmn_nb.emoji.captions import caption
 from fmn_nb.emoji.judge import load_judge
+from fmn_nb.emoji.redrawing import redraw, telling_caption
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
 from fmn_nb.emoji.vae import through_vae
 from fmn_nb.emoji.world import IDENTITIES, MAX_TOKENS, OBJECTS
@@ -111,3 +112,24 @@ def test_other_models_are_not_taken_for_the_emoji_world(pipe):
     from tiny import tiny_sd
 
     assert world_of(pipe) is not None and world_of(tiny_sd()) is None
+
+
+def test_scenes_drawn_again_are_the_models_own_and_show_the_same(pipe, judge):
+    scenes = sample_scenes(8, 3, held_out=True)
+    images = Renderer(data_dir() / "sprites").images(scenes)
+    redrawn = redraw(pipe, images, scenes, seed=0)
+    assert redrawn.shape == images.shape and redrawn.dtype == np.uint8
+    assert min(np.abs(redrawn.astype(float) - images).mean(axis=(1, 2, 3))) > 3, "an image came back as it was"
+    assert sum(v.seen == set(s.labels) for v, s in zip(judge.verdicts(redrawn), scenes, strict=True)) >= 7
+    assert np.array_equal(redraw(pipe, images[:8], scenes, seed=0), redrawn)
+    with pytest.raises(ValueError, match="8 images of 3 scenes"):
+        redraw(pipe, images, scenes[:3], seed=0)
+
+
+def test_a_scene_is_described_by_its_reading_and_by_its_style_where_it_has_one():
+    scenes = sample_scenes(400, 0)
+    said = [telling_caption(scene) for scene in scenes]
+    for scene, text in zip(scenes, said, strict=True):
+        assert all(label in text for label in scene.labels) and scene.background in text
+        assert (f"in the style of {scene.style}" in text) == (scene.sort != "identity")
+    assert {scene.sort for scene in scenes} == {"single", "pair", "identity", "ambiguous"}

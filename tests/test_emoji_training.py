@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from fmn_nb.emoji import pretrain as recipe
-from fmn_nb.emoji.judge import NOTHING, Judge, load_judge
+from fmn_nb.emoji.judge import NOTHING, Judge, judge_loss, load_judge
 from fmn_nb.emoji.pretrain import Pretraining, pretrain
 from fmn_nb.emoji.request import REQUEST_FILE, claim, origin
 from fmn_nb.emoji.second_judge import load_second_judge
@@ -168,6 +168,9 @@ def test_a_judge_can_be_trained_where_the_checkpoints_are_gone(smoke, tmp_path):
     assert load_second_judge(tmp_path / "models" / "emoji-second-judge")
     with pytest.raises(FileNotFoundError, match="no vae in .* run the stage vae first"):
         pretrain(tmp_path / "empty", smoke=True, stages=["judge"], log=lambda line: None)
+    shutil.copytree(smoke / "emoji-diffusion" / "vae", tmp_path / "half" / "emoji-diffusion" / "vae")
+    with pytest.raises(FileNotFoundError, match="no pipeline in .* run the stage diffusion first"):
+        pretrain(tmp_path / "half", smoke=True, stages=["second-judge"], log=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +250,23 @@ def test_an_untrained_judge_can_answer_nothing():
     torch.nn.init.constant_(judge.label_head.bias, -50)
     verdict = judge.verdicts(np.zeros((1, 64, 64, 3), np.uint8))[0]
     assert verdict.label == NOTHING and verdict.seen == frozenset()
+
+
+def test_a_judge_may_see_its_images_moved_by_some_pixels():
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    images[0, 30, 40] = 255
+    seen = []
+
+    def watch(pixels):
+        seen.append(pixels.clone())
+        return torch.zeros(len(pixels), 2, requires_grad=True), torch.zeros(len(pixels), 6, requires_grad=True)
+
+    for shift in (0, 3):
+        loss = judge_loss(watch, images, torch.zeros(1, 2), torch.tensor([0]), 8, shift)
+        loss(0, torch.Generator().manual_seed(0))
+    places = [{tuple(divmod(int(image[0].argmax()), 64)) for image in batch[4:]} for batch in seen]  # half are noisy
+    assert places[0] == {(30, 40)}
+    assert len(places[1]) > 1 and all(abs(y - 30) <= 3 and abs(x - 40) <= 3 for y, x in places[1])
 
 
 def test_the_second_judge_is_of_another_architecture_and_answers_alike(smoke):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,17 +106,18 @@ def load_judge(folder: Path) -> Judge:
     return Judge.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def judge_loss(judge: nn.Module, images: np.ndarray, labels: Tensor, styles: Tensor, batch: int):
+def judge_loss(judge: nn.Module, images: np.ndarray, labels: Tensor, styles: Tensor, batch: int,
+               shift: int = 0) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
     """The loss of one step: binary cross-entropy of the labels plus cross-entropy of the styles.
 
     `labels` [images, labels] holds 0 and 1, `styles` [images] class numbers. Half the images are made noisy or a bit
     darker or brighter; one in sixteen is cut into shuffled tiles and labelled as showing nothing, so that rubble is
-    not called an object.
+    not called an object. Each image is first moved by at most `shift` pixels to any side, its border repeated.
     """
 
     def loss(step: int, rng: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(images), (batch,), generator=rng)
-        pixels = _disturb(to_pixels(images[chosen.numpy()], IMAGE_SIZE), rng)
+        pixels = _disturb(_moved(to_pixels(images[chosen.numpy()], IMAGE_SIZE), shift, rng), rng)
         target = labels[chosen].clone()
         rubble = max(1, batch // 16)
         pixels[:rubble] = _shuffle_tiles(pixels[:rubble], rng)
@@ -127,6 +128,15 @@ def judge_loss(judge: nn.Module, images: np.ndarray, labels: Tensor, styles: Ten
         return {"loss": label_loss + style_loss, "labels": label_loss.detach(), "styles": style_loss.detach()}
 
     return loss
+
+
+def _moved(pixels: Tensor, shift: int, rng: torch.Generator) -> Tensor:
+    if not shift:
+        return pixels
+    size = pixels.shape[-1]
+    wide = F.pad(pixels, [shift] * 4, mode="replicate")
+    corners = torch.randint(2 * shift + 1, (len(pixels), 2), generator=rng).tolist()
+    return torch.stack([image[:, y:y + size, x:x + size] for image, (y, x) in zip(wide, corners, strict=True)])
 
 
 def _disturb(pixels: Tensor, rng: torch.Generator) -> Tensor:

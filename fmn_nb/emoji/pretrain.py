@@ -31,6 +31,7 @@ from fmn_nb.emoji.diffusion import (
 from fmn_nb.emoji.judge import Judge, judge_loss
 from fmn_nb.emoji.picture import write_picture
 from fmn_nb.emoji.quality import Quality
+from fmn_nb.emoji.redrawing import redraw
 from fmn_nb.emoji.request import claim, origin
 from fmn_nb.emoji.saving import save_whole
 from fmn_nb.emoji.scenes import Renderer, Scene, sample_scenes
@@ -46,6 +47,7 @@ from fmn_nb.paths import data_dir
 
 STAGES = ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality", "picture")
 ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
+SECOND_JUDGE_SHIFT = 4  # pixels to any side; filters see alike everywhere, patches have to learn it
 CHECKPOINTED = ("tokenizer", "vae", "diffusion", "clip", "judge", "second-judge")  # the others resume nothing
 
 
@@ -63,16 +65,17 @@ class Size:
     judge_steps: int
     second_judge_steps: int  # attention learns slower than filters
     judge_batch: int
+    redrawn: int  # scenes that the diffusion model draws again for the second judge
     quality_scale: int  # divides the numbers of images that measure quality
     quality_steps: int
 
 
 FULL = Size(scenes=24_000, vae_steps=2000, vae_batch=16, diffusion_steps=4000, diffusion_batch=32,
             clip_steps=700, clip_batch=64, judge_steps=1600, second_judge_steps=4000, judge_batch=64,
-            quality_scale=1, quality_steps=20)
+            redrawn=4000, quality_scale=1, quality_steps=20)
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
-             quality_scale=20, quality_steps=2)
+             redrawn=8, quality_scale=20, quality_steps=2)
 
 
 def pretrain(out: Path | None = None, *, smoke: bool = False, without: Sequence[str] = (),
@@ -211,21 +214,39 @@ class Pretraining:
 
     def _judge(self) -> None:
         torch.manual_seed(self.seed)
-        self._train_judge("judge", Judge(), self.size.judge_steps, learning_rate=2e-3)
+        self._train_judge("judge", Judge(), *self._judged_images(), self.size.judge_steps, learning_rate=2e-3)
 
     def _second_judge(self) -> None:
+        images, scenes = self._judged_images()
+        more = self.scenes[len(scenes):len(scenes) + self.size.redrawn]
+        images, scenes = np.concatenate([images, self._redrawn(more)]), [*scenes, *more]
         torch.manual_seed(self.seed + 1)
-        self._train_judge("second-judge", SecondJudge(), self.size.second_judge_steps, learning_rate=1e-3)
+        self._train_judge("second-judge", SecondJudge(), images, scenes, self.size.second_judge_steps,
+                          learning_rate=1e-3, shift=SECOND_JUDGE_SHIFT)
 
-    def _train_judge(self, name: str, judge: Judge | SecondJudge, steps: int, learning_rate: float) -> None:
-        # Half the scenes as they are, half as the VAE gives them back: generated images are as soft as those.
+    def _judged_images(self) -> tuple[np.ndarray, list[Scene]]:
+        """A third of the scenes as the VAE gives them back, for generated images are as soft, a third as they are."""
         third = len(self.scenes) // 3
         images = np.concatenate([through_vae(self.vae, self.images[:third]), self.images[third:2 * third]])
-        scenes = self.scenes[:2 * third]
+        return images, self.scenes[:2 * third]
+
+    def _redrawn(self, scenes: Sequence[Scene]) -> np.ndarray:
+        path, pipe = self.work / "redrawn.safetensors", self.out / "emoji-diffusion"
+        if path.is_file():
+            return load_file(path)["images"].numpy()
+        if not (pipe / "model_index.json").is_file():
+            raise FileNotFoundError(f"no pipeline in {pipe} to draw with; run the stage diffusion first")
+        images = redraw(load(str(pipe)), Renderer(self.sprites).images(scenes), scenes, self.seed)
+        with replacing(path) as temporary:
+            save_file({"images": torch.from_numpy(images)}, temporary)
+        return images
+
+    def _train_judge(self, name: str, judge: Judge | SecondJudge, images: np.ndarray, scenes: Sequence[Scene],
+                     steps: int, learning_rate: float, shift: int = 0) -> None:
         labels = _label_matrix(scenes)
         styles = torch.tensor([list(STYLES).index(scene.style) for scene in scenes])
         plan = Plan(steps, learning_rate=learning_rate, seed=self.seed, average=0.99)
-        self._train(name, judge, judge_loss(judge, images, labels, styles, self.size.judge_batch), plan)
+        self._train(name, judge, judge_loss(judge, images, labels, styles, self.size.judge_batch, shift), plan)
         save_whole(judge.half(), self.out / f"emoji-{name}")
 
     def _quality(self) -> None:

@@ -1,7 +1,9 @@
 """The second judge: a small vision transformer, trained on the same scenes, that checks the first judge's verdicts.
 
 Two judges of one architecture could share a blind spot; this one cuts the image into patches and lets them attend to
-each other (Dosovitskiy et al., arXiv 2010.11929), where the first slides small filters over it.
+each other (Dosovitskiy et al., arXiv 2010.11929), where the first slides small filters over it. Attention learns less
+from sharp scenes about drawn ones than filters do, so scenes that the diffusion model drew again (`redrawing`) and
+shifts by some pixels are part of its training. No verdict of the first judge is.
 """
 
 from __future__ import annotations
