@@ -24,13 +24,13 @@ from fmn_nb.attacks import InversionBudget, concept_inversion
 from fmn_nb.benchmark_base import BaseVerdicts, outcomes_of
 from fmn_nb.benchmark_plan import Job
 from fmn_nb.benchmark_table import describe, how_made, table_of
+from fmn_nb.digests import digest_of
 from fmn_nb.evaluation_images import draw_images, images_at_once
 from fmn_nb.evaluation_measures import JudgeLike, judge_images, measure, with_ceiling
 from fmn_nb.evaluation_probes import probe_shares
 from fmn_nb.files import read_json, replacing, write_json, write_text
 from fmn_nb.forgetting import forget
 from fmn_nb.generation import GUIDANCE, STEPS
-from fmn_nb.image_quality import digest_of
 from fmn_nb.models import fingerprint, load
 from fmn_nb.patches import Patch
 from fmn_nb.plots_benchmark import forgetting_against_keeping

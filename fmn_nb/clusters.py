@@ -7,9 +7,11 @@ another one.
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fmn_nb.plans import Plan
@@ -34,8 +36,9 @@ def in_dask(
     workers: int,
     scheduler: str | None,
     block: Mapping[str, Any] | None,
+    leftover: Path | None = None,
 ) -> Iterator[tuple[Plan, str | None]]:
-    """Yield (plan, its error or None) as runs end on a Dask cluster.
+    """Yield (plan, its error or None) as runs end on a Dask cluster; then remove `leftover` on its workers' machines.
 
     `scheduler` (an address) wins over the specification's `block`, whose keys are `kind` (see `CLUSTERS`, or
     "scheduler" with an `address`), `gpu: true` (a run takes its worker's one "GPU" resource, so that two runs
@@ -64,6 +67,8 @@ def in_dask(
             target.scale(workers)
         work = partial(_on_worker, attempt, variables, cards)
         yield from _through(client, partial(client.submit, work, resources={"GPU": 1} if gpu else None), todo, workers)
+        if leftover is not None:
+            client.run(shutil.rmtree, str(leftover), ignore_errors=True, on_error="ignore")
 
 
 @contextmanager

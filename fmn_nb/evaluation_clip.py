@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from fmn_nb.concepts import Concept, with_article
+from fmn_nb.digests import digest_of
 from fmn_nb.emoji.judge import NOTHING, Verdict
-from fmn_nb.image_quality import Features, digest_of
+from fmn_nb.image_quality import Features
 from fmn_nb.models import ModelLoadError, without_bars
 from fmn_nb.protocol import Vocabulary
 

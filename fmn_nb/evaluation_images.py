@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import diffusers
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
-from torch import nn
 
-from fmn_nb.files import replacing
+from fmn_nb.digests import drawing_key
+from fmn_nb.files import one_at_a_time, replacing
 from fmn_nb.generation import GUIDANCE, STEPS, generate
-from fmn_nb.image_quality import digest_of
 from fmn_nb.models import denoiser
 from fmn_nb.protocol import Drawing
 
 SMALL_BATCH, LARGE_BATCH = 24, 4
+PATIENCE = 60  # seconds to wait for another process that draws with the same model; then both draw
 LARGE = 10**8  # parameters of the denoiser
 _TEXT = "fmn-drawing"  # key of the PNG text that says what an image is
 
@@ -40,6 +39,10 @@ class ImageCache:
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder, self.key = Path(folder) / key[:16], key
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A context in which no other process draws for this folder (unless one keeps it for all too long)."""
+        return one_at_a_time(self.folder / ".lock", PATIENCE)
 
     def path(self, drawing: Drawing) -> Path:
         """Where a drawing's image lies."""
@@ -78,29 +81,32 @@ def draw_images(pipe: DiffusionPipeline, wanted: Sequence[Drawing], *, steps: in
         batch: how many images each call of the pipeline draws; by default 24, for large models 4. The same number
             gives the same images.
         cache: a folder that keeps the images; what it holds of this model (weights as they are now, settings and
-            versions) is taken from there.
+            versions) is taken from there. Several processes can share it: what one draws the others find.
         progress: called with the number of finished images and of all.
     """
     batch = batch or images_at_once(pipe)
-    kept = ImageCache(cache, model_key(pipe, steps, guidance, batch)) if cache else None
+    kept = ImageCache(cache, drawing_key(pipe, steps, guidance, batch)) if cache else None
     found: dict[tuple[str, int], Image.Image] = {}
-    for drawing in wanted if kept else ():
-        if (image := kept.load(drawing)) is not None:
-            found[drawing.prompt, drawing.seed] = image
-    missing = list({(d.prompt, d.seed): d for d in wanted if (d.prompt, d.seed) not in found}.values())
-    for start in range(0, len(missing), batch):
-        chunk = missing[start:start + batch]
-        for drawing, image in zip(chunk, _draw(pipe, chunk, batch, steps, guidance), strict=False):
-            found[drawing.prompt, drawing.seed] = image
-            if kept:
-                kept.save(drawing, image)
-        if progress:
-            progress(len(wanted) - len(missing) + min(start + batch, len(missing)), len(wanted))
+    missing = list({(d.prompt, d.seed): d for d in wanted}.values())
+    while missing:
+        with kept.alone() if kept else nullcontext():
+            known = {(d.prompt, d.seed): kept.load(d) for d in missing} if kept else {}
+            found |= {place: image for place, image in known.items() if image is not None}
+            missing = [d for d in missing if (d.prompt, d.seed) not in found]
+            chunk, missing = missing[:batch], missing[batch:]
+            for drawing, image in zip(chunk, _draw(pipe, chunk, batch, steps, guidance), strict=False):
+                found[drawing.prompt, drawing.seed] = image
+                if kept:
+                    kept.save(drawing, image)
+        if progress and chunk:
+            progress(len(wanted) - len(missing), len(wanted))
     return [found[d.prompt, d.seed] for d in wanted]
 
 
 def _draw(pipe: DiffusionPipeline, chunk: Sequence[Drawing], batch: int, steps: int,
           guidance: float) -> list[Image.Image]:
+    if not chunk:
+        return []
     filled = [*chunk, *[chunk[-1]] * (batch - len(chunk))]
     return generate(pipe, [d.prompt for d in filled], [d.seed for d in filled], steps=steps, guidance=guidance,
                     batch=batch)
@@ -112,14 +118,3 @@ def images_at_once(pipe: DiffusionPipeline) -> int:
     return LARGE_BATCH if parameters > LARGE else SMALL_BATCH
 
 
-def model_key(pipe: DiffusionPipeline, steps: int, guidance: float, batch: int) -> str:
-    """What the drawn pixels depend on beside prompt and seed, as 64 hexadecimal digits.
-
-    The weights of all parts as they are now (with patches, adapters, learned tokens), the scheduler's settings, the
-    numbers of the sampling, device and threads, and the versions of the libraries.
-    """
-    parts = {name: digest_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    scheduler = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)]
-    machine = [str(denoiser(pipe).device), torch.get_num_threads(), torch.__version__, diffusers.__version__]
-    said = [type(pipe).__name__, parts, scheduler, [steps, guidance, batch], machine]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,25 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
+    """Hold the lock file `path` of work that several processes share; parent folders are made.
+
+    The system frees the lock of a process that dies. After `patience` seconds in vain go on without it, so it may only
+    guard work that, done twice, is wasted and not wrong.
+    """
+    from filelock import FileLock, Timeout
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    with suppress(Timeout):
+        lock.acquire(timeout=patience)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -117,6 +118,7 @@ def forget_set(
     seed: int,
     cached: Latents | None = None,
     readings: Mapping[str, str] | None = None,
+    cache: str | Path | None = None,
 ) -> TrainingSet:
     """The concepts' references with prompts that name them, and the prompts that anchor them.
 
@@ -126,6 +128,7 @@ def forget_set(
         masks: pictures, one for each reference image in order, white where the concept is.
         cached: the latents of an earlier, identical call.
         readings: concept name -> the reading that its anchors say in its place.
+        cache: a folder that keeps what the model draws, see `generate_latents`.
 
     Raises:
         PhraseNotFoundError, ReferenceImageError
@@ -144,7 +147,8 @@ def forget_set(
     pairs, parts, first = [], [], 0
     for concept, own in zip(concepts, own_texts, strict=True):
         latents = sum(len(part) for part in parts)
-        found, matching = _latents(pipe, concept, own, references.get(concept.name), settings, seed, cached is None)
+        found, matching = _latents(pipe, concept, own, references.get(concept.name), settings, seed, cached is None,
+                                   cache)
         parts.append(found)
         pairs += [(latents + image, first + prompt) for image, prompt in matching]
         first += len(own)
@@ -167,6 +171,7 @@ def retain_set(
     settings: Settings,
     seed: int,
     cached: Latents | None = None,
+    cache: str | Path | None = None,
 ) -> TrainingSet:
     """Prompts that name none of the concepts, with images of them or with the references' latents.
 
@@ -182,7 +187,7 @@ def retain_set(
         chosen = _bank(order, settings, generator)
         latents = cached or generate_latents(
             pipe, [texts[number] for number in chosen], seed=seed + 1, steps=settings.reference_steps,
-            guidance=settings.guidance, size=settings.size)
+            guidance=settings.guidance, size=settings.size, cache=cache)
         empty = torch.arange(0, len(chosen), EMPTY_PROMPT_SHARE)
         latent_of = torch.cat([torch.arange(len(chosen)), empty])
         prompt_of = torch.cat([torch.tensor(chosen), torch.full_like(empty, len(texts))])
@@ -198,7 +203,7 @@ def retain_set(
 
 def towards_set(
     pipe: DiffusionPipeline, concepts: Sequence[Concept], readings: Mapping[str, str], prompts: Sequence[str] | None,
-    settings: Settings, seed: int, cached: Latents | None = None,
+    settings: Settings, seed: int, cached: Latents | None = None, cache: str | Path | None = None,
 ) -> TrainingSet:
     """For concept correction: images of the readings to show, with the concept's prompts and the readings' own.
 
@@ -219,7 +224,7 @@ def towards_set(
     chosen = [pairs[number % len(pairs)] for number in range(max(settings.reference_count, len(pairs)))]
     latents = cached or generate_latents(
         pipe, [texts[target] for _, target in chosen], seed=seed + 2, steps=settings.reference_steps,
-        guidance=settings.guidance, size=settings.size)
+        guidance=settings.guidance, size=settings.size, cache=cache)
     prompt_of, target_of = torch.tensor(chosen).T
     return TrainingSet(latents, conditions(pipe, texts, size=settings.size), tuple(texts),
                        torch.arange(len(chosen)), prompt_of, target_of=target_of)
@@ -269,7 +274,7 @@ def _marked(
 
 def _latents(
     pipe: DiffusionPipeline, concept: Concept, prompts: list[str], images: Images | None, settings: Settings,
-    seed: int, needed: bool,
+    seed: int, needed: bool, cache: str | Path | None,
 ) -> tuple[Latents, list[tuple[int, int]]]:
     """One concept's latents, and which (image, prompt) go together, both counted from 0.
 
@@ -286,7 +291,7 @@ def _latents(
                for number in range(count)]
     if settings.noise_on == "zeros" or not needed:
         return _placeholder(count), list(enumerate(numbers))
-    drawn = generate_latents(pipe, [prompts[number] for number in numbers], seed=seed,
+    drawn = generate_latents(pipe, [prompts[number] for number in numbers], seed=seed, cache=cache,
                              steps=settings.reference_steps, guidance=settings.guidance, size=settings.size)
     return drawn, list(enumerate(numbers))
 

@@ -6,7 +6,6 @@ each other, and `same_features` refuses them.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from fmn_nb.digests import digest_of
 from fmn_nb.emoji.diffusion import tokenise
 from fmn_nb.emoji.judge import Judge, to_pixels
 
@@ -93,15 +93,6 @@ def inception_features() -> Features:
             "it fetch its weights once") from error
     module.num_features = 2048
     return Features("inception-v3-compat 2048", module, 299)
-
-
-def digest_of(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers as they are now, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def same_features(first: str | None, second: str | None) -> None:

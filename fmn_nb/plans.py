@@ -21,6 +21,7 @@ from fmn_nb.paths import bundled_models, notebooks_dir
 
 COURSE_RUN = ("01", "02", "03", "04")
 RUN_FILE = "run.json"
+SHARED_CACHE = ".cache"  # inside a sweep's folder: what its runs draw with the unchanged model, drawn once
 HUB_PATIENCE = 10  # seconds for the hub's answer, which no run begins without
 _KINDS = ("object", "style", "identity")
 #: what every run is known by; notebooks get those that they declare
@@ -84,7 +85,8 @@ def plan_run(
 
     notebooks: numbers ("03"), names ("03_forget") or paths of .ipynb files, in the order of execution.
     out: the run's folder; default `runs/` and a readable name, with a hash where `parameters` has something.
-    within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH.
+    within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH, and all of them
+        one `cache` folder where a notebook has that parameter; it changes no result, and so is no part of a run's key.
     parameters: values for notebook parameters; `texts`: the same as typed on a command line, parsed by type.
     settings: model, concept, kind (None: found out), preset, seed.
 
@@ -109,7 +111,8 @@ def plan_run(
 
     plan = Plan(settings, parameters, Path(), tuple(Notebook(path, {}) for path in paths))
     plan_out = _absolute(_folder(plan, out, within))
-    values = settings | parameters | {"out": str(plan_out)}
+    shared = {} if within is None else {"cache": str(plan_out.parent / SHARED_CACHE)}
+    values = shared | settings | parameters | {"out": str(plan_out)}
     checked = []
     for path, one in zip(paths, declared, strict=True):
         mine = {name: value for name, value in values.items() if name in one}

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmn_nb.denoising import borrowed, conditions, seeded, size_options
+from fmn_nb.references_cache import shared_latents
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 _ENCODED_AT_ONCE = 1  # more at once hardly save time, and cost memory when all of the pipeline is there
@@ -167,12 +168,25 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
 @torch.no_grad()
 def generate_latents(
     pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: int, guidance: float,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, cache: str | Path | None = None,
 ) -> Latents:
     """What the model draws for each prompt, as latents (they are never decoded).
 
-    Each image has noise of its own from (seed, its number), so the batch size doesn't matter.
+    Each image has noise of its own from (seed, its number), so the batch size doesn't matter. With a folder `cache`
+    they are kept there and taken from there; it can be shared by several processes.
     """
+    def draw() -> Tensor:
+        return _drawn(pipe, prompts, seed, steps, guidance, size)
+
+    settings = (seed, steps, guidance, size, _GENERATED_AT_ONCE)
+    return Latents.exact(shared_latents(cache, pipe, prompts, settings, draw) if cache else draw())
+
+
+def _drawn(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: int, guidance: float,
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Latents as `Latents.exact` keeps them, [prompts, ...]."""
     options, parts = size_options(pipe, size), []
     with borrowed(pipe):
         for start in range(0, len(prompts), _GENERATED_AT_ONCE):
@@ -180,5 +194,5 @@ def generate_latents(
             noise = [seeded(seed, start + number) for number in range(len(chunk))]
             drawn = pipe(chunk, generator=noise, num_inference_steps=steps, guidance_scale=guidance,
                          output_type="latent", **options).images
-            parts.append(Latents.exact(drawn))
-    return Latents.joined(parts)
+            parts.append(drawn.to("cpu", torch.float32))
+    return torch.cat(parts)

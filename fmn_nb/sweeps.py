@@ -7,6 +7,7 @@ valid. Everything else is begun anew, so a killed sweep's table ends up equal to
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fmn_nb.files import read_json, replacing, write_json
-from fmn_nb.plans import RUN_FILE, Plan
+from fmn_nb.plans import RUN_FILE, SHARED_CACHE, Plan
 from fmn_nb.report import write_report
 from fmn_nb.results import MEASURED, METRICS_FILE, validate
 from fmn_nb.runs import RunError, execute
@@ -50,7 +51,9 @@ def run_sweep(
 
     Leaves `results.csv`, `results.parquet` (a row a run, in the order of the specification), `report.html` and a
     folder a run, also when interrupted. Runs that failed in an earlier attempt are repeated with `retry_failed`.
-    `watch` is told of every run that ends.
+    `watch` is told of every run that ends. What the unchanged model draws for several runs is drawn once and kept in
+    `.cache` until all runs are finished: about 5 KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for
+    the images of every run's own model as well, so that a killed run goes on.
     `scheduler` is the address of a Dask scheduler, used in place of processes on this machine.
     Raises SweepError when another sweep is working there, or when the storage cannot be used.
     """
@@ -87,7 +90,10 @@ def _run_all(
         write_table(sweep.folder, ordered)
         page = write_report(sweep.folder)
         storage.keep([sweep.folder / name for name in TABLES] + [page])
-    return [row for row in ordered if row["status"] != "done"]
+    unfinished = [row for row in ordered if row["status"] != "done"]
+    if not unfinished:
+        shutil.rmtree(sweep.folder / SHARED_CACHE, ignore_errors=True)
+    return unfinished
 
 
 def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None) -> Iterator[Outcome]:
@@ -97,7 +103,8 @@ def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | Non
     if scheduler or sweep.cluster:
         from fmn_nb.clusters import in_dask
 
-        return in_dask(todo, one, workers, scheduler, sweep.cluster)
+        elsewhere = sweep.folder / SHARED_CACHE if isinstance(sweep.storage, Remote) else None
+        return in_dask(todo, one, workers, scheduler, sweep.cluster, elsewhere)
     return in_processes(todo, workers, one)
 
 

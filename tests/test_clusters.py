@@ -77,6 +77,15 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(spec, scheduler, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_the_runs_shared_on_their_workers_machines_is_removed(spec, scheduler, tmp_path):
+    shared, plans = tmp_path / ".cache", plan_sweep(spec(), tmp_path / "out").plans
+    shared.mkdir()
+    (shared / "latents").touch()
+    assert [error for _, error in in_dask(plans, lambda plan: None, 2, scheduler, None, shared)] == [None] * 4
+    assert not shared.exists()
+
+
+@pytest.mark.slow
 def test_cards_that_no_worker_has_are_told(spec, scheduler, tmp_path):
     plans = plan_sweep(spec(), tmp_path / "out").plans
     with pytest.raises(SweepError, match=r'none of the workers .* --resources "GPU=1"'):

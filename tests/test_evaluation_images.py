@@ -1,6 +1,7 @@
 """Drawn images never depend on order, interruption or what lies in the cache."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 import fmn_nb as fmn
 from fmn_nb import evaluation_images
 from fmn_nb.concepts import Concept
-from fmn_nb.evaluation_images import ImageCache, draw_images, images_at_once, model_key
+from fmn_nb.digests import drawing_key
+from fmn_nb.evaluation_images import ImageCache, draw_images, images_at_once
 from fmn_nb.protocol import drawings
 
 WANTED = drawings(Concept("cat"))[20:34]
@@ -80,7 +82,7 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_images(pipe, painter, 
 def test_damaged_and_foreign_files_are_drawn_anew(pipe, painter, tmp_path):
     calls, _ = painter
     whole = pixels(draw_images(pipe, WANTED, batch=4, cache=tmp_path))
-    cache = ImageCache(tmp_path, model_key(pipe, 20, 4.0, 4))
+    cache = ImageCache(tmp_path, drawing_key(pipe, 20, 4.0, 4))
     empty, cut, swapped, painted, gone = (cache.path(d) for d in WANTED[:5])
     empty.write_bytes(b"")
     cut.write_bytes(cut.read_bytes()[:-40])
@@ -94,7 +96,7 @@ def test_damaged_and_foreign_files_are_drawn_anew(pipe, painter, tmp_path):
 
 def test_a_change_of_one_pixel_is_noticed(pipe, painter, tmp_path):
     draw_images(pipe, WANTED[:1], batch=4, cache=tmp_path)
-    cache = ImageCache(tmp_path, model_key(pipe, 20, 4.0, 4))
+    cache = ImageCache(tmp_path, drawing_key(pipe, 20, 4.0, 4))
     with Image.open(cache.path(WANTED[0])) as file:
         file.load()
         image, text = file.copy(), dict(file.text)
@@ -107,12 +109,12 @@ def test_a_change_of_one_pixel_is_noticed(pipe, painter, tmp_path):
 
 
 def test_a_model_with_a_patch_or_other_settings_has_a_key_of_its_own(pipe):
-    plain = model_key(pipe, 20, 4.0, 24)
-    others = {model_key(pipe, 21, 4.0, 24), model_key(pipe, 20, 5.0, 24), model_key(pipe, 20, 4.0, 12)}
+    plain = drawing_key(pipe, 20, 4.0, 24)
+    others = {drawing_key(pipe, 21, 4.0, 24), drawing_key(pipe, 20, 5.0, 24), drawing_key(pipe, 20, 4.0, 12)}
     name, parameter = next(iter(pipe.unet.named_parameters()))
     with fmn.Patch("weights", {name: 0 * parameter.detach() + 1e-3}).applied(pipe):
-        others.add(model_key(pipe, 20, 4.0, 24))
-    assert len(others | {plain}) == 5 and model_key(pipe, 20, 4.0, 24) == plain
+        others.add(drawing_key(pipe, 20, 4.0, 24))
+    assert len(others | {plain}) == 5 and drawing_key(pipe, 20, 4.0, 24) == plain
 
 
 def test_the_same_drawing_asked_twice_is_drawn_once(pipe, painter):
@@ -126,3 +128,20 @@ def test_progress_counts_up_to_all(pipe, painter, tmp_path):
     for _ in range(2):
         draw_images(pipe, WANTED, batch=4, cache=tmp_path, progress=lambda done, of: heard.append((done, of)))
     assert heard == [(4, 14), (8, 14), (12, 14), (14, 14)]
+
+
+def test_what_two_draw_at_once_is_drawn_once(pipe, painter, tmp_path):
+    calls, _ = painter
+    whole = pixels(draw_images(pipe, WANTED, batch=4))
+    once = len(calls)
+    calls.clear()
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: pixels(draw_images(pipe, WANTED, batch=4, cache=tmp_path)), range(2)))
+    assert both == [whole, whole]
+    assert len(calls) == once, "the second one drew again what the first one had drawn"
+
+
+def test_a_lock_that_is_never_freed_only_costs_time(pipe, painter, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_images, "PATIENCE", 0.01)
+    with ImageCache(tmp_path, drawing_key(pipe, 20, 4.0, 4)).alone():
+        assert len(draw_images(pipe, WANTED[:4], batch=4, cache=tmp_path)) == 4

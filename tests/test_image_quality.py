@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fmn_nb.digests import digest_of
 from fmn_nb.emoji.judge import Judge
 from fmn_nb.image_quality import (
     FeatureMismatchError,
     Features,
     FeaturesMissingError,
-    digest_of,
     frechet_distance,
     inception_features,
     judge_features,

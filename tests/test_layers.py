@@ -14,11 +14,11 @@ PACKAGE = Path(fmn_nb.__file__).parent
 MOST_LINES = 340  # "about 300"
 #: Lowest first; a module imports from its own layer or from lower ones. A new module gets its place here.
 LAYERS = (
-    ("files", "storage", "paths", "checksums", "image_change", "intervals", "generation", "prompt_tokens",
+    ("files", "storage", "paths", "checksums", "image_change", "intervals", "generation", "digests", "prompt_tokens",
      "plots_figure", "plots_evaluation"),
     ("emoji", "emoji.*", "results", "parameters"),
     ("models", "concepts"),
-    ("attention", "attention_*", "grounding", "denoising", "references"),
+    ("attention", "attention_*", "grounding", "denoising", "references", "references_cache"),
     ("inversion", "inversion_*"),
     ("patches", "patch_*"),
     ("forgetting", "forgetting_*"),

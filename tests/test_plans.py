@@ -40,6 +40,18 @@ def test_each_notebook_gets_only_what_it_declares(course, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_runs_of_a_sweep_share_a_cache_that_is_no_part_of_them(write_notebook, tmp_path):
+    path = str(write_notebook("03_forget.ipynb", CELL + 'cache: str = ""  # folder of drawn images'))
+    alone, swept = (plan_run(notebooks=[path], **place) for place in ({"out": tmp_path / "a"}, {"within": tmp_path}))
+    assert "cache" not in alone.notebooks[0].values
+    assert swept.notebooks[0].values["cache"] == str(tmp_path / ".cache")
+    assert swept.key == alone.key and swept.parameters == {} == alone.parameters
+    own = plan_run(notebooks=[path], within=tmp_path, parameters={"cache": str(tmp_path / "mine")})
+    assert own.notebooks[0].values["cache"] == str(tmp_path / "mine") and own.key != swept.key
+    plain = plan_run(notebooks=[str(write_notebook("04_plain.ipynb", CELL))], within=tmp_path)
+    assert "cache" not in plain.notebooks[0].values
+
+
 def test_the_folder_is_absolute_and_its_default_name_readable(course, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plan_run(notebooks="03", concept="birthday cake").out == tmp_path / "runs" / "birthday_cake-balanced-seed0"

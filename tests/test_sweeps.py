@@ -139,6 +139,26 @@ def test_a_failed_run_is_listed_kept_and_retried_on_request(spec, tmp_path):
     assert list(table_of(folder)["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
 
 
+def test_what_the_runs_share_is_kept_until_all_are_finished(spec, tmp_path):
+    shared = """
+from pathlib import Path
+file = Path(cache) / "drawn.txt"
+assert file.is_file() or seed == 0, "nobody drew"
+file.parent.mkdir(exist_ok=True)
+file.write_text("drawn")
+assert concept != "frog" or (Path(out).parent / "mended").exists()
+"""
+    content = spec(shared, workers=1)
+    notebook = Path(content["notebook"])
+    notebook.write_text(notebook.read_text().replace('out: str', 'cache: str = \\"\\"  # folder\\nout: str'))
+    out = tmp_path / "out"
+    _, failed = run_sweep(plan_sweep(content, out))
+    assert [row["concept"] for row in failed] == ["frog", "frog"] and (out / ".cache" / "drawn.txt").is_file()
+    (out / "mended").touch()
+    assert run_sweep(plan_sweep(content, out), retry_failed=True)[1] == []
+    assert not (out / ".cache").exists() and len(table_of(out)) == 4 and "cache" not in table_of(out)
+
+
 def test_a_killed_worker_loses_nothing(spec, tmp_path):
     flags = str(tmp_path / "killed-")
     kill_once = (
