@@ -265,6 +265,12 @@ def _vocabulary(folder: Path | None) -> dict[str, int] | None:
 
 def _promises(path: Path) -> dict[str, tuple[str, ...]]:
     """What the notebook's metadata (`"fmn": {"needs": [], "gives": [], "metrics": []}`) says of its files."""
+    return _promises_once(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _promises_once(path: Path, changed: int) -> dict[str, tuple[str, ...]]:
+    """Read again only when the file's change time differs, as `read_parameters_once`."""
     said = read_json(path)["metadata"].get("fmn", {})
     return {name: tuple(said.get(name, ())) for name in ("needs", "gives", "metrics")}
 

@@ -37,7 +37,7 @@ def forgetting_against_keeping(table: pd.DataFrame, title: str = "Forgetting aga
     axes.plot(1, ceiling, marker="*", markersize=16, color="0.35", linestyle="none", label="the aim", zorder=1)
     sentences = []
     for number, (preset, points) in enumerate(means.groupby("preset", sort=False)):
-        colour, marker = _look(number)
+        colour, marker = look(number)
         axes.scatter(points["ua"], points["kept"], color=colour, marker=marker, alpha=0.75, label=preset, zorder=2)
         _name_the_furthest(axes, points, ceiling, colour)
         sentences.append(f"{preset}: {len(points)} concepts, UA {points['ua'].mean():.2f} on average, "
@@ -49,7 +49,7 @@ def forgetting_against_keeping(table: pd.DataFrame, title: str = "Forgetting aga
     return figure
 
 
-def _look(number: int) -> tuple[str, str]:
+def look(number: int) -> tuple[str, str]:
     """(colour, marker), another pair for each of the first 25 presets."""
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 

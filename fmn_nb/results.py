@@ -209,3 +209,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"after": {"ua": 1, "ci95": {"ua": [0, 1]}}} as {"after.ua": 1, "after.ci95.ua.0": 0, ...}."""
+    row = {}
+    for name, value in content.items():
+        if isinstance(value, list):
+            value = {str(index): item for index, item in enumerate(value)}
+        row |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return row

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fmn_nb.report import write_report
 from fmn_nb.results import MEASURED, METRICS_FILE, record, validate, versions
 
 Progress = Callable[[str], None]
+_versions = cache(versions)  # read once a process: that takes 10 ms, and a sweep's worker does a thousand runs
 
 
 class RunError(RuntimeError):
@@ -170,7 +172,7 @@ def _header(plan: Plan) -> dict[str, Any]:
         "concept": {"name": settings["concept"], "kind": settings["kind"]},
         "preset": settings["preset"],
         "seed": settings["seed"],
-        "versions": versions(),
+        "versions": _versions(),
         "skipped": dict.fromkeys(_promised(plan)),  # an earlier run's reasons are none for what this one measures
     }
 
@@ -222,7 +224,7 @@ class _State:
             "key": plan.key,
             "settings": plan.settings,
             "parameters": plan.parameters,
-            "versions": versions(),
+            "versions": _versions(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "notebooks": before.get("notebooks", {}),
         }

@@ -9,7 +9,7 @@
 import itertools
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Sweep:
     workers: int
     cluster: dict[str, Any] | None
     storage: Storage = Local()
+    content: Mapping[str, Any] = field(default_factory=dict)  # the specification as it was given
 
     @property
     def place(self) -> Path | str:
@@ -76,7 +77,7 @@ def plan_sweep(spec: Path | str | Mapping[str, Any], out: Path | str | None = No
     if doubled:
         raise SweepError(f"{doubled} of the {len(plans)} runs repeat another one's parameters; name each but once")
     workers, cluster = content.get("workers", 1), content.get("cluster")
-    return Sweep(folder, plans, _varied(combinations), notebooks, workers, cluster, storage)
+    return Sweep(folder, plans, _varied(combinations), notebooks, workers, cluster, storage, content)
 
 
 def _place(out: Path | str) -> tuple[Storage, Path]:

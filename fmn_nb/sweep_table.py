@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any, Self, TextIO
 
-from fmn_nb.report import FRACTIONS
+from fmn_nb.report_parts import FRACTIONS
 
 LAST_ROWS = 15  # what fits a small terminal
 

@@ -22,7 +22,7 @@ from typing import Any
 from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.plans import RUN_FILE, SHARED_CACHE, Plan
 from fmn_nb.report import write_report
-from fmn_nb.results import MEASURED, METRICS_FILE, validate
+from fmn_nb.results import MEASURED, METRICS_FILE, flat, validate
 from fmn_nb.runs import RunError, execute
 from fmn_nb.storage import Local, Remote, Storage
 from fmn_nb.sweep_specs import Sweep, SweepError, plan_sweep
@@ -73,6 +73,7 @@ def _run_all(
     storage = sweep.storage
     listing = write_json(sweep.folder / SWEEP_FILE, {
         "runs": len(sweep.plans), "varied": sweep.varied, "notebooks": sweep.notebooks, "workers": workers,
+        "specification": {name: value for name, value in sweep.content.items() if name != "cluster"},
     })
     storage.keep([listing])
     storage.fetch(plan.out for plan in sweep.plans)
@@ -216,7 +217,7 @@ def row_of(plan: Plan) -> dict[str, Any]:
     validate(metrics)
     seconds = sum(one["seconds"] for one in read_json(plan.out / RUN_FILE)["notebooks"].values())
     measured = {name: metrics[name] for name in MEASURED if name in metrics}
-    return {**_identity(plan), "status": "done", "seconds": seconds, "error": "", **_flat(measured)}
+    return {**_identity(plan), "status": "done", "seconds": seconds, "error": "", **flat(measured)}
 
 
 def failed_row(plan: Plan, error: str) -> dict[str, Any]:
@@ -225,17 +226,7 @@ def failed_row(plan: Plan, error: str) -> dict[str, Any]:
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
-    return {"folder": plan.out.name, **plan.settings, **_flat(plan.parameters)}
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"after": {"ua": 1, "ci95": {"ua": [0, 1]}}} as {"after.ua": 1, "after.ci95.ua.0": 0, ...}."""
-    flat = {}
-    for name, value in content.items():
-        if isinstance(value, list):
-            value = {str(index): item for index, item in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return {"folder": plan.out.name, **plan.settings, **flat(plan.parameters)}
 
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """The page of a run and of a sweep: self-contained, described in words, whole in a real browser."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -12,7 +14,9 @@ import pytest
 from PIL import Image
 
 from fmn_nb.files import write_json
-from fmn_nb.report import comparison, format_figure, format_size, write_report
+from fmn_nb.report import ReportError, comparison, write_report
+from fmn_nb.report_parts import format_figure, format_size
+from fmn_nb.report_sweep import MOST_CARDS, WIDEST
 from fmn_nb.results import record, save_image
 
 PROBE = """<script>document.title = JSON.stringify({
@@ -59,7 +63,7 @@ def sweep_folder(tmp_path):
     write_json(folder / "sweep.json", {"runs": 3, "varied": ["concept"], "notebooks": ["03", "04"], "workers": 1})
     pandas.DataFrame([
         {"folder": "cat-1", "concept": "cat", "status": "done", "seconds": 9.0, "error": "",
-         "after.ua": 1.0, "after.ira": 0.9, "after.cra": 0.7},
+         "after.ua": 1.0, "after.ira": 0.9, "after.cra": 0.7, "after.ci95.ua.0": 0.86, "after.ci95.ua.1": 1.0},
         {"folder": "frog-2", "concept": "frog", "status": "failed", "seconds": None, "error": "no <such> luck"},
     ]).to_csv(folder / "results.csv", index=False)
     return folder
@@ -95,10 +99,53 @@ def test_a_failed_run_says_so_first(run_folder):
     assert "03 failed in cell [4]: &lt;KeyError&gt;" in page and page.index("did not finish") < page.index("Cost")
 
 
+def words_of(page: str) -> str:
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
 def test_a_sweeps_page_has_a_row_a_run_and_a_point_a_measured_one(sweep_folder):
     page = write_report(sweep_folder).read_text()
-    assert page.count("<circle") == 1 and "concept cat: forgotten 1.000, kept 0.800" in page
-    assert "2 of 3 runs in the table, 1 failed" in page and "no &lt;such&gt; luck" in page
+    assert page.count("<circle") == 2, "one in each panel"
+    assert "concept cat: UA 1.000, IRA 0.900" in page and "concept cat: UA 1.000, CRA 0.700" in page
+    assert 'x1="369.6" x2="420.0"' in page and "0.860 to 1.000" in words_of(page), "the interval"
+    assert "2 of 3 runs begun, 1 failed" in page and "no &lt;such&gt; luck" in page
+
+
+def test_a_sweeps_page_shows_each_runs_images_settings_cost_and_notebooks(sweep_folder, run_folder):
+    shutil.copytree(run_folder, sweep_folder / "cat-1")
+    write_report(sweep_folder / "cat-1")
+    page = write_report(sweep_folder).read_text()
+    assert [alt.split(",")[0] for alt in re.findall(r'alt="([^"]+)"', page)] == [
+        "before", "before", "after", "after", "the map of &lt;cat&gt;"]
+    words = words_of(page)
+    for said in ("learning rate 1.00e-04", "patch 182.3 kB", "evaluation seconds 12.5", "python 3.11", "seed 1234"):
+        assert said in words, said
+    assert 'href="cat-1/03_forget.ipynb"' in page and 'href="cat-1/report.html"' in page
+    assert "No images are beside this page" in words, "of the other run"
+    widest = max(Image.open(io.BytesIO(base64.b64decode(found))).width
+                 for found in re.findall(r"data:image/png;base64,([^\"]+)", page))
+    assert widest == WIDEST
+
+
+def test_a_sweeps_page_bears_with_damaged_parts(sweep_folder, run_folder):
+    shutil.copytree(run_folder, sweep_folder / "cat-1")
+    (sweep_folder / "cat-1" / "metrics.json").write_text("{")
+    (sweep_folder / "cat-1" / "images" / "before_0.png").write_bytes(b"no image")
+    (sweep_folder / "results.csv").write_bytes(b"")
+    page = words_of(write_report(sweep_folder).read_text())
+    assert "results.csv can't be read" in page and "cat-1 can't be read" in page
+    (sweep_folder / "sweep.json").write_text("[]")
+    with pytest.raises(ReportError, match="sweep.json can't be read"):
+        write_report(sweep_folder)
+
+
+def test_a_large_sweeps_page_stays_small(tmp_path):
+    write_json(tmp_path / "sweep.json", {"runs": 500, "varied": ["seed"], "notebooks": ["03"], "workers": 1})
+    pandas.DataFrame([{"folder": f"cat-{seed}", "seed": seed, "status": "done", "seconds": 1.0, "error": "",
+                       "after.h": 0.5} for seed in range(500)]).to_csv(tmp_path / "results.csv", index=False)
+    page = write_report(tmp_path).read_text()
+    assert page.count("<details") == MOST_CARDS and f"The first {MOST_CARDS} of 500 runs" in page
+    assert page.count('<tr><th scope="row">cat-') == 500 and len(page) < 500_000
 
 
 def test_a_measure_that_is_missing_on_one_side_is_no_zero():

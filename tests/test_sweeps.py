@@ -156,6 +156,7 @@ assert concept != "frog" or (Path(out).parent / "mended").exists()
     assert [row["concept"] for row in failed] == ["frog", "frog"] and (out / ".cache" / "drawn.txt").is_file()
     (out / "mended").touch()
     assert run_sweep(plan_sweep(content, out), retry_failed=True)[1] == []
+    assert json.loads((out / "sweep.json").read_text())["specification"]["grid"] == content["grid"]
     assert not (out / ".cache").exists() and len(table_of(out)) == 4 and "cache" not in table_of(out)
 
 
