@@ -197,6 +197,9 @@ def check_model(name: str) -> None:
     path = Path(name).expanduser()
     is_local = (path / "model_index.json").is_file() or (path.suffix == ".safetensors" and path.is_file())
     looks_remote = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not path.exists()
+    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise RequestError(f"{name} is a pickled checkpoint, which can run code and is not read; convert it to "
+                           ".safetensors")
     if name not in bundled_models() and not is_local and not looks_remote:
         bundled = ", ".join(bundled_models()) or "none; build it with: fmn-nb pretrain"
         raise RequestError(

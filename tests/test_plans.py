@@ -204,6 +204,12 @@ def test_folders_and_single_files_pass_as_models(tmp_path):
         plans.check_model(str(name))
 
 
+def test_a_pickled_checkpoint_is_refused_for_what_it_is(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(RequestError, match="pickled checkpoint.*convert it to .safetensors"):
+        plans.check_model(str(tmp_path / "model.ckpt"))
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(course, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
