@@ -7,16 +7,25 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from math import prod
 from pathlib import Path
 
+import fmn_nb
 from fmn_nb.checksums import CHECKSUMS, damaged_files
+from fmn_nb.files import read_json
 from fmn_nb.paths import bundled_models, data_dir, notebooks_dir
-from fmn_nb.plans import RequestError, check_model, check_on_hub, course_notebooks
+from fmn_nb.plans import check_model, check_on_hub, course_notebooks
+from fmn_nb.runs import ask_kernel
 
 MARKS = {"ok": "  ok ", "note": "note ", "failed": "FAIL "}
 _LEAST_PYTHON = (3, 11)
 _LEAST_MEMORY = 4e9  # bytes; the emoji model's runs peak well below
 _LEAST_DISK = 1e9  # bytes
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+_UNREAD = ("safety_checker", "feature_extractor", "image_encoder")  # what this package does without
+_IN_ONE_FILE = {"U-Net": ("model.diffusion_model.",), "text encoder": ("cond_stage_model.", "conditioner.embedders.")}
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def machine() -> Check:
 
 
 def kernel() -> Check:
-    """The notebooks' kernel is there and is this very Python."""
+    """The notebooks' kernel is there, is this very Python, starts, and imports this very package."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     install = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
@@ -140,7 +149,16 @@ def kernel() -> Check:
     resolved = sys.executable if re.fullmatch(r"python(3(\.\d+)?)?", command) else shutil.which(command) or command
     if Path(resolved).absolute() != Path(sys.executable).absolute():
         return Check("kernel", "failed", f"python3 starts {command}, not {sys.executable}", install)
-    return Check("kernel", "ok", f"python3 from {spec.resource_dir}")
+    try:
+        theirs = Path(ask_kernel("import fmn_nb; print(fmn_nb.__file__)"))
+    except Exception as error:  # noqa: BLE001  a kernel can fail in as many ways as its system
+        return Check("kernel", "failed", f"python3 starts, but gives no answer: {type(error).__name__}: {error}",
+                     f"see what it says: {sys.executable} -m ipykernel; then pip install -c constraints.txt .")
+    ours = Path(fmn_nb.__file__)
+    if theirs.resolve() != ours.resolve():
+        return Check("kernel", "failed", f"notebooks import {theirs}, this command {ours}",
+                     "install the one that is meant into this environment, and unset PYTHONPATH where it names another")
+    return Check("kernel", "ok", f"python3 from {spec.resource_dir}, started; it imports {theirs.parent}")
 
 
 def widgets() -> Check:
@@ -176,20 +194,120 @@ def data() -> Check:
 
 
 def named_model(name: str) -> Check:
-    """The model that was asked about can be found, here or on the hub."""
+    """The model that was asked about is here and whole, with the memory its weights need, or can be had on the hub."""
     path = Path(name).expanduser()
+    do_this = "do what this line says, or give another --model"
     try:
+        if path.suffix in _PICKLED and path.is_file():
+            return Check("model", "failed", f"{path} is pickled, and reading it could run code that it holds",
+                         "convert it to .safetensors where that does no harm, or get the author's own .safetensors")
         check_model(name)
         if name in bundled_models():
-            return Check("model", "ok", f"{name}, bundled")
+            return _look_into(f"{name}, bundled", bundled_models()[name])
         if path.exists():
-            return Check("model", "ok", f"{path.resolve()}")
+            return _look_into(str(path.resolve()), path)
         check_on_hub(name)
-    except RequestError as error:
-        return Check("model", "failed", str(error), "do what this line says, or give another --model")
-    from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-        return Check("model", "ok", f"{name}, in the local Hugging Face cache")
+        index = try_to_load_from_cache(name, "model_index.json")
+        if isinstance(index, str):
+            return _look_into(f"{name}, in the local Hugging Face cache", Path(index).parent)
+    except ValueError as error:  # RequestError and _ModelFault are such
+        return Check("model", "failed", str(error), do_this)
     return Check("model", "note", f"{name} is not on this machine yet",
-                 "the first use downloads several GB; 8 GB of GPU memory suits SD 1.x and 2.x, 16 GB SDXL")
+                 "the first use downloads it; by arithmetic the U-Net's weights alone take 1.7 GB in float16 and 3.4 "
+                 "GB in float32 for Stable Diffusion 1.x, 5.1 and 10.3 GB for SDXL")
+
+
+class _ModelFault(ValueError):
+    """A model's files are not all there, or not to be read."""
+
+
+def _look_into(label: str, path: Path) -> Check:
+    """What a model here holds, from its index and its files' headers: no weight is loaded."""
+    files = _weights_of_folder(path) if path.is_dir() else [path]
+    names: dict[str, int] = {}
+    for file in files:
+        names |= {f"{file}:{name}": count for name, count in _parameters(file).items()}
+    if path.is_file():
+        _check_single_file(path, [name.removeprefix(f"{path}:") for name in names])
+    count, on_disk, (where, memory) = sum(names.values()), sum(file.stat().st_size for file in files), _memory()
+    half, full = count * 2, count * 4
+    found = (f"{label}: {on_disk / 1e6:,.0f} MB of weights on disk, {count / 1e6:,.1f} million parameters; these alone "
+             f"need {half / 1e9:.2f} GB in float16, {full / 1e9:.2f} GB in float32 (arithmetic); "
+             f"{where} {memory / 1e9:.1f} GB")
+    if half > memory:
+        return Check("model", "failed", found, "it does not fit even in float16: use a machine with more memory")
+    if full > memory:
+        return Check("model", "note", found, "float32, which fine-tuning uses by default, does not fit: draw in "
+                     "float16, or use a machine with more memory")
+    if path.is_file():
+        return Check("model", "note", found, "its configuration and tokenizer come from the hub at the first use, "
+                     "unless fmn.load is given a folder with them (config=)")
+    return Check("model", "ok", found)
+
+
+def _weights_of_folder(folder: Path) -> list[Path]:
+    """The weight files of a diffusers folder's components; _ModelFault for the first part that is absent."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise _ModelFault(f"{folder / 'model_index.json'} holds no components; get the model's folder again")
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] and name not in _UNREAD]
+    for wanted in (("unet", "transformer"), ("text_encoder",), ("tokenizer",), ("vae",)):
+        if not set(wanted) & set(parts):
+            raise _ModelFault(f"{folder} names no {' or '.join(wanted)} in model_index.json; give a whole "
+                              "text-to-image pipeline's folder")
+    files: list[Path] = []
+    for part in parts:
+        inside = folder / part
+        if not inside.is_dir() or not any(inside.iterdir()):
+            raise _ModelFault(f"the folder {inside} is missing or empty; get the model again")
+        if part.startswith(("tokenizer", "scheduler")):
+            if part.startswith("tokenizer") and not any((inside / name).is_file() for name in _VOCABULARIES):
+                raise _ModelFault(f"{inside} holds no vocabulary; get the model again")
+        else:
+            files += _weights_of(inside)
+    return files
+
+
+def _weights_of(part: Path) -> list[Path]:
+    whole = [part / name for name in _WEIGHTS if (part / name).is_file()]
+    if whole:
+        return whole[:1]
+    for index in sorted(part.glob("*.safetensors.index.json")):
+        shards = sorted({part / name for name in read_json(index)["weight_map"].values()})
+        missing = [shard for shard in shards if not shard.is_file()]
+        if missing:
+            raise _ModelFault(f"{missing[0]} is missing, of {len(shards)} parts; get the model again")
+        return shards
+    others = ", ".join(sorted(file.name for file in part.iterdir())) or "nothing"
+    raise _ModelFault(f"{part} holds no {' or '.join(_WEIGHTS)} but {others}; pickled weights are not read: save the "
+                      "pipeline anew with save_pretrained(folder, safe_serialization=True)")
+
+
+def _parameters(file: Path) -> dict[str, int]:
+    """Name -> number of values of each tensor that a .safetensors file's header lists."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _ModelFault(f"{file} is no whole .safetensors file ({error}); get it again") from None
+
+
+def _check_single_file(path: Path, names: list[str]) -> None:
+    for part, prefixes in _IN_ONE_FILE.items():
+        if not any(name.startswith(prefixes) for name in names):
+            raise _ModelFault(f"{path} holds no {part} (no tensor named {prefixes[0]}...), so it is no whole "
+                              "checkpoint; give one of Stable Diffusion 1.x, 2.x or SDXL, or a diffusers folder")
+
+
+def _memory() -> tuple[str, int]:
+    """What a model on this machine is loaded into, in words, and its bytes."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return "the GPU has", torch.cuda.get_device_properties(0).total_memory
+    return "free memory here:", psutil.virtual_memory().available

@@ -10,12 +10,14 @@ from typing import Any
 import click
 
 from fmn_nb import __version__
+from fmn_nb.files import without_slow_formats
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fmn-nb")
 def main() -> None:
     """Forget-Me-Not Notebooks: run the course in batches, sweep over settings, report, check, pretrain."""
+    without_slow_formats()
 
 
 @main.command()

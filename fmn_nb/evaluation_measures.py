@@ -46,7 +46,7 @@ class Measures:
             (`intervals.wilson`); of h the middle of its values when each of the three is drawn from its Jeffreys
             posterior (`intervals.harmonic_mean_interval`); both have a width at 0 and 1 too. The other figures have
             none.
-        probes: shares of the probes' images, by name (`fmn_nb.evaluation_probes.PROBES`).
+        probes: shares of the probes' images, by name (`fmn_nb.probes.PROBES`).
     """
 
     ua: float | None = None

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,15 @@ def one_at_a_time(path: str | os.PathLike[str], patience: float) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+def without_slow_formats() -> None:
+    """Keep jsonschema, which papermill imports, from preparing formats that no notebook has.
+
+    It takes 1.4 s for them, to compile grammars of internationalised addresses. Only for processes that are this
+    package's own: its command and a sweep's workers.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  as if it were not installed
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

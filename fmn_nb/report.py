@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import read_json, write_text
+from fmn_nb.probes import PROBES
 from fmn_nb.report_parts import (
     FRACTIONS,
     MEASURES,
@@ -77,8 +78,6 @@ def run_view(folder: Path) -> dict[str, Any]:
 
 
 def _probes() -> tuple[Measure, ...]:
-    from fmn_nb.evaluation_probes import PROBES
-
     return tuple((name, name.replace("_", " ").replace("ua", "UA"), probe.meaning, True)
                  for name, probe in PROBES.items())
 

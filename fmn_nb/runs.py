@@ -106,14 +106,16 @@ def execute_notebook(notebook: Notebook, out: Path) -> Path:
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
+    from fmn_nb.engine import register
+
     target = out / notebook.path.name
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
-    with replacing(target) as temporary, _kernel_transport() as transport:
+    with replacing(target) as temporary, kernel_transport() as transport:
         try:
             papermill.execute_notebook(
                 str(notebook.path), str(temporary), notebook.values, kernel_name="python3", progress_bar=False,
-                config=Config(transport), resources={"metadata": {"path": str(out)}},
+                engine_name=register(), config=Config(transport), resources={"metadata": {"path": str(out)}},
             )
         except PapermillExecutionError as error:
             os.replace(temporary, failed)
@@ -133,13 +135,47 @@ def _keep(temporary: Path, failed: Path) -> str | None:
 
 
 @contextmanager
-def _kernel_transport() -> Iterator[dict[str, Any]]:
+def kernel_transport() -> Iterator[dict[str, Any]]:
     """Kernel manager settings: Unix sockets in a private folder, since TCP ports can be taken by another kernel."""
     if os.name != "posix":
         yield {}
         return
     with tempfile.TemporaryDirectory(prefix="fmn-") as folder:  # short: a socket's path has about 100 bytes
         yield {"KernelManager": {"transport": "ipc", "connection_file": os.path.join(folder, "kernel.json")}}
+
+
+def ask_kernel(code: str, patience: float = 60) -> str:
+    """What `code` prints in a new kernel that starts in an empty folder, as a run's does; it is always ended again.
+
+    RuntimeError or TimeoutError when it does not start, or does not answer within `patience` seconds; RuntimeError
+    when the code fails there.
+    """
+    from jupyter_client.manager import KernelManager
+    from traitlets.config import Config
+
+    said: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream":
+            said.append(message["content"]["text"])
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, kernel_transport() as transport:
+        manager = KernelManager(kernel_name="python3", config=Config(transport))
+        client = None
+        try:
+            manager.start_kernel(cwd=folder)
+            client = manager.blocking_client()
+            client.start_channels()
+            client.wait_for_ready(timeout=patience)
+            reply = client.execute_interactive(code, allow_stdin=False, timeout=patience, output_hook=hear)["content"]
+        finally:
+            if client is not None:
+                client.stop_channels()
+            if manager.has_kernel:
+                manager.shutdown_kernel(now=True)
+    if reply["status"] != "ok":
+        raise RuntimeError(f"{reply.get('ename')}: {reply.get('evalue')}")
+    return "".join(said).strip()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fmn_nb.files import read_json, replacing, write_json
+from fmn_nb.files import read_json, replacing, without_slow_formats, write_json
 from fmn_nb.plans import RUN_FILE, SHARED_CACHE, Plan
 from fmn_nb.report import write_report
 from fmn_nb.results import MEASURED, METRICS_FILE, flat, validate
@@ -174,6 +174,7 @@ def attempt(plan: Plan, storage: Storage = Local()) -> str | None:  # noqa: B008
 
 def _start_worker(threads: int) -> None:
     """Give this worker's kernels their share of the cores, and end it when the sweep's process dies."""
+    without_slow_formats()
     os.environ.update(thread_variables(threads, os.environ))
     parent = multiprocessing.parent_process()
     if parent is not None:

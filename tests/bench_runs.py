@@ -7,7 +7,7 @@
                   parameters, its process, folder, state, report, rows and tables), and of finding it finished later
     overhead      seconds that `fmn-nb run` of notebooks 01 to 04 (two fine-tuning steps) takes beside its cells, as
                   papermill timed these: its own import, planning, four kernels started and ended, metrics, the report.
-                  Below it, what the cells with the first import of fmn_nb take, which papermill counts as the notebooks'
+                  Below it, what the cells that first import fmn_nb take, which papermill counts as the notebooks'
     workers       runs an hour of an 8-run sweep with two workers against one: notebook 03 with two fine-tuning steps on
                   four concepts and two seeds, in the order 1, 2, 2, 1 workers
 

@@ -16,7 +16,7 @@ MOST_LINES = 340  # "about 300"
 LAYERS = (
     ("files", "storage", "paths", "checksums", "image_change", "intervals", "generation", "digests", "prompt_tokens",
      "plots_figure", "plots_evaluation"),
-    ("emoji", "emoji.*", "results", "parameters", "sweep_reading"),
+    ("emoji", "emoji.*", "results", "parameters", "probes", "sweep_reading"),
     ("models", "concepts"),
     ("attention", "attention_*", "grounding", "denoising", "references", "references_cache"),
     ("inversion", "inversion_*"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("widgets", "widgets_*"),
     ("emoji.card", "emoji.picture", "emoji.quality", "emoji.pretrain"),  # they use what the rest offers
     ("benchmark", "benchmark_*"),
-    ("report", "report_*", "plans", "runs", "check", "sweeps", "sweep_*", "clusters"),
+    ("report", "report_*", "plans", "engine", "runs", "check", "sweeps", "sweep_*", "clusters"),
     ("cli",),
 )
 

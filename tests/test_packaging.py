@@ -1,5 +1,6 @@
 """pyproject.toml, constraints.txt and environment.yml say the same; the wheel holds data and notebooks."""
 
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,46 @@ def test_the_wheel_works_from_any_folder(wheel, tmp_path):
     assert result.stdout.strip() == ",".join(numbers)
 
 
+def _install(what: Path, target: Path) -> Path:
+    """Install a wheel or a folder, not editable, without its dependencies, which are here; return where it stands."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    result = subprocess.run([*pip, "--target", target, what], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_and_an_installed_folder_hold_the_same(wheel, tmp_path):
+    installed = (_install(wheel, tmp_path / "wheel"), _install(ROOT, tmp_path / "folder"))
+    one, other = ({path.relative_to(where).as_posix() for path in (where / "fmn_nb").rglob("*") if path.is_file()}
+                  for where in installed)
+    assert one == other and "fmn_nb/_bundled/notebooks/03_forget_me_not.ipynb" in one
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_checks_and_runs_the_course_from_an_empty_folder(wheel, tmp_path):
+    site, empty = _install(wheel, tmp_path / "site"), tmp_path / "empty"
+    empty.mkdir()
+    # Before what an editable install adds, in this command's process and in its kernels'.
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def command(*words: str) -> str:
+        result = subprocess.run([sys.executable, *words], cwd=empty, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{words}\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    where = str(site / "fmn_nb")
+    assert command("-c", "import fmn_nb; print(fmn_nb.__file__)").startswith(where)
+    assert f"it imports {where}" in command("-m", "fmn_nb.cli", "check")
+    command("-m", "fmn_nb.cli", "run", "--notebooks", "00", "--out", "first")
+    command("-m", "fmn_nb.cli", "run", "--notebooks", "03", "-p", "steps=2", "--out", "second")
+    for name in ("first/00_start_here.ipynb", "first/report.html", "second/03_forget_me_not.ipynb",
+                 "second/report.html", "second/metrics.json", "second/patch/fmn.json",
+                 "second/images/after_forgetting.png"):
+        assert (empty / name).stat().st_size > 0
+    assert read_json(empty / "second" / "metrics.json")["forgetting"]["steps"] == 2
+
+
 def _committed(folder: Path) -> list[Path]:
     """The folder's files, without caches and hidden ones."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -123,6 +164,8 @@ def test_the_readme_holds_its_two_commands(name, extra, program):
     between = rf"<!-- {name} command -->\n```bash\n(.*?)```\n<!-- end -->"
     (block,) = re.findall(between, (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert "-c constraints.txt" in block and extra in block and program in block
+    tried = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"command=$(documented {name})" in tried, "what is told is tried"
 
 
 def test_the_errors_that_the_readme_explains_are_the_packages_own():

@@ -214,3 +214,43 @@ def test_an_image_carries_its_description(tmp_path):
         save_image(tmp_path, "attention_cat", Image.new("L", (8, 8)), alt=" ")
     with pytest.raises(ValueError, match="no image name"):
         save_image(tmp_path, "../attention", Image.new("L", (8, 8)), alt="a map")
+
+
+def test_a_dead_kernel_leaves_what_was_executed_before(write_notebook, tmp_path):
+    path = write_notebook("03_dies.ipynb", CELL, "print('still', 'alive')", "import os; os._exit(1)")
+    with pytest.raises(RunError, match="DeadKernelError") as caught:
+        execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    assert "still alive" in Path(caught.value.executed).read_text()
+
+
+def test_what_is_registered_for_the_end_of_a_kernel_is_done(write_notebook, tmp_path):
+    """Also though its last garbage collection is left out."""
+    end = "import atexit, pathlib; atexit.register(pathlib.Path(out, 'ended').touch)"
+    path = write_notebook("03_ends.ipynb", CELL, end, "import gc; assert not gc.get_freeze_count()")
+    assert (execute(plan_run(notebooks=[str(path)], out=tmp_path / "out")) / "ended").exists()
+
+
+def test_a_running_notebook_is_saved_now_and_then(monkeypatch):
+    """Not twice a cell, yet at its end, and with what nbclient made of it."""
+    import datetime
+
+    from papermill.engines import NBClientEngine, NotebookExecutionManager
+
+    from fmn_nb.engine import SAVE_EVERY, Engine
+
+    saved, clock = [], [datetime.datetime.now(datetime.UTC)]
+    monkeypatch.setattr("papermill.engines.write_ipynb", lambda nb, path: saved.append(nb["cells"]))
+    manager = NotebookExecutionManager({"cells": 0}, "out.ipynb", progress_bar=False)
+    monkeypatch.setattr(manager, "now", lambda: clock[0])
+    manager.last_save_time = clock[0]
+
+    def cells(nb_man, *_, **__):
+        for number in range(1, 5):
+            clock[0] += datetime.timedelta(seconds=0.6 * SAVE_EVERY)
+            nb_man.save(nb={"cells": number})
+
+    monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", cells)
+    Engine.execute_managed_notebook(manager, "python3")
+    assert saved == [2, 4] and manager.nb == {"cells": 4}
+    manager.save()
+    assert saved == [2, 4, 4], "papermill's own save is back"
