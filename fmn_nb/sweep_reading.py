@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fmn_nb.files import read_json
@@ -58,16 +59,15 @@ class SweepResults:
 
         `low` and `high` are the 95% interval over a run's images; NaN where the run has none.
         """
-        rows = []
-        for column in self.done.columns:
+        done, parts = self.done, []
+        for column in done.columns:
             when, _, name = column.partition(".")
             if when in ("before", "after") and name.split(".")[0] not in _NO_MEASURES:
-                ends = [f"{when}.ci95.{name}.{end}" for end in (0, 1)]
-                for run, row in self.done.iterrows():
-                    rows.append((run, when, name, row[column], *(row.get(end) for end in ends)))
-        table = pd.DataFrame(rows, columns=["run", "when", "measure", "value", "low", "high"])
-        numbers = ["value", "low", "high"]
-        table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+                columns = {"value": column, "low": f"{when}.ci95.{name}.0", "high": f"{when}.ci95.{name}.1"}
+                numbers = {end: pd.to_numeric(done[there], errors="coerce").to_numpy() if there in done else np.nan
+                           for end, there in columns.items()}
+                parts.append(pd.DataFrame({"run": done.index, "when": when, "measure": name, **numbers}))
+        table = pd.concat(parts) if parts else pd.DataFrame(columns=["run", "when", "measure", "value", "low", "high"])
         return table.dropna(subset=["value"]).reset_index(drop=True)
 
     def label(self, run: str) -> str:

@@ -9,7 +9,8 @@ from fmn_nb.emoji.captions import caption
 from fmn_nb.emoji.judge import Verdict
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, concept_names, kind_of
 from fmn_nb.evaluation_measures import judge_images, measure
-from fmn_nb.evaluation_probes import PROBES, probe_drawings, probe_shares, probe_table, share_of
+from fmn_nb.evaluation_probes import probe_drawings, probe_shares, probe_table, share_of
+from fmn_nb.probes import PROBES
 from fmn_nb.protocol import drawings, same_name, sentence
 
 CAT = Concept("cat")

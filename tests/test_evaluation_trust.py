@@ -9,9 +9,10 @@ from synthetic import faultless, noise, without
 import fmn_nb as fmn
 from fmn_nb import evaluation
 from fmn_nb.concepts import Concept
+from fmn_nb.digests import drawing_key
 from fmn_nb.emoji.judge import NOTHING
 from fmn_nb.emoji.world import STYLES
-from fmn_nb.evaluation_images import draw_images, model_key
+from fmn_nb.evaluation_images import draw_images
 from fmn_nb.evaluation_measures import judge_images
 from fmn_nb.intervals import harmonic_mean_interval
 from fmn_nb.patches import Patch, applied_patches
@@ -160,10 +161,10 @@ def test_distances_on_other_features_are_not_put_side_by_side(world, evaluated):
 
 
 def test_the_pipeline_is_left_as_it_was(pipe, world, evaluated):
-    before = model_key(pipe, 1, 1.0, 1)
+    before = drawing_key(pipe, 1, 1.0, 1)
     with pytest.raises(ValueError, match="images were asked for"):
         evaluated(lambda w: faultless(world, w), lambda w: [])
-    assert model_key(pipe, 1, 1.0, 1) == before and not applied_patches(pipe)
+    assert drawing_key(pipe, 1, 1.0, 1) == before and not applied_patches(pipe)
 
 
 def test_a_report_shows_itself_and_fills_metrics(world, evaluated, tmp_path):
