@@ -1,5 +1,7 @@
 """The command `fmn-nb`. Only click is imported here: `fmn-nb --help` answers at once, the rest when it is needed."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -10,20 +12,22 @@ from typing import Any
 import click
 
 from fmn_nb import __version__
-from fmn_nb.files import without_slow_formats
+from fmn_nb.concepts.concept import KINDS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fmn-nb")
 def main() -> None:
     """Forget-Me-Not Notebooks: run the course in batches, sweep over settings, report, check, pretrain."""
+    from fmn_nb.runs.notebook import without_slow_formats
+
     without_slow_formats()
 
 
 @main.command()
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
 @click.option("--concept", default="cat", show_default=True, help="What to forget.")
-@click.option("--kind", type=click.Choice(["object", "style", "identity"]), help="[default: the concept's own]")
+@click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--preset", default="balanced", show_default=True, help="Named settings of the fine-tune.")
 @click.option("--steps", type=int, help="Fine-tuning steps.  [default: the preset's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same machine, same result.")
@@ -36,12 +40,12 @@ def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
     Leaves the executed notebooks, images/, patch/, metrics.json and report.html in the run's folder.
     """
     with plain_errors():
-        from fmn_nb.plans import plan_run
+        from fmn_nb.runs.plan import plan_run
 
         parameters = {} if steps is None else {"steps": steps}
         plan = plan_run(parameters=parameters, texts=_pairs(texts), **request)
 
-        from fmn_nb.runs import execute
+        from fmn_nb.runs.runner import execute
 
         execute(plan, _progress())
         click.echo(_table(plan.out))
@@ -52,23 +56,19 @@ def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", help="The sweep's folder, or a URL as s3://bucket/x.  [default: runs/NAME-OF-SPEC]")
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time.  [default: the spec's, else 1]")
-@click.option("--scheduler", metavar="ADDRESS", help="A Dask scheduler, tcp://host:8786 (extra: dask).")
+@click.option("--scheduler", metavar="ADDRESS", help="An existing Dask scheduler, tcp://host:8786.")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier attempt.")
 def sweep(spec: Path, **options: Any) -> None:
     """Execute many runs from a YAML file: a grid or a list of parameters. Finished runs are never repeated."""
     with plain_errors():
-        from fmn_nb.sweep_specs import plan_sweep
+        from fmn_nb.runs.spec import plan_sweep
 
         planned = plan_sweep(spec, options.pop("out"))
 
-        from fmn_nb.sweep_table import LiveTable, PlainLines
-        from fmn_nb.sweeps import run_sweep
+        from fmn_nb.runs.sweep import Progress, run_sweep
 
-        watch = LiveTable() if sys.stderr.isatty() else PlainLines()
-        place, failed = run_sweep(planned, watch=watch, **options)
-        listed = [str(place / name) if isinstance(place, Path) else f"{place}/{name}"
-                  for name in ("results.csv", "report.html")]
-        click.echo(f"results: {listed[0]}\nreport: {listed[1]}")
+        place, failed = run_sweep(planned, progress=Progress.shown(), **options)
+        click.echo(f"results: {place}/results.csv\nreport: {place}/report.html")
         if failed:
             raise click.ClickException(
                 f"{len(failed)} of {len(planned.plans)} runs failed; again with --retry-failed:\n"
@@ -81,7 +81,7 @@ def sweep(spec: Path, **options: Any) -> None:
 def report(folder: Path) -> None:
     """Write the self-contained report.html of a run's or a sweep's FOLDER anew."""
     with plain_errors():
-        from fmn_nb.report import write_report
+        from fmn_nb.runs.report import write_report
 
         click.echo(write_report(folder))
 
@@ -90,7 +90,7 @@ def report(folder: Path) -> None:
 @click.option("--model", default="emoji", show_default=True, help="The model to check as well.")
 def check(model: str) -> None:
     """Say what works here (environment, model, device) and what to do about what doesn't."""
-    from fmn_nb.check import MARKS, all_checks
+    from fmn_nb.runs.check import MARKS, all_checks
 
     failures = 0
     for one in all_checks(model):
@@ -116,27 +116,28 @@ def check(model: str) -> None:
 def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> None:
     """Rebuild the emoji world and train its models, resumable at any point."""
     with plain_errors():
-        from fmn_nb.emoji.world import concept_names
+        from fmn_nb.emoji.training.request import Request
 
-        unknown = [name for name in without if name not in concept_names()]
-        if unknown:
-            raise ValueError(f"the emoji world has no '{unknown[0]}'; it has: {', '.join(concept_names())}")
+        chosen = _items(stages or "")
+        request = Request(without=without, stages=chosen, **options)
 
-        from fmn_nb.emoji.pretrain import pretrain as build
+        from fmn_nb.emoji.training.recipe import pretrain as build
 
-        chosen = None if stages is None else [stage.strip() for stage in stages.split(",")]
-        click.echo(f"models: {build(without=without, stages=chosen, log=click.echo, **options)}")
+        click.echo(f"models: {build(request, click.echo)}")
 
 
 @main.command()
-@click.option("--model", default="emoji", show_default=True, help="The emoji model, or a folder with one of its kind.")
+@click.option("--model", default="emoji", show_default=True, help="The emoji model, or another of a known world.")
 @click.option("--concepts", metavar="A,B", help="Names or groups: objects, styles, identities, words.  [default: all]")
 @click.option("--presets", default="balanced,paper", show_default=True,
               help="Which to compare, variants in the settings file too; 'all': everything in that file.")
 @click.option("--seeds", default="0", show_default=True, metavar="A,B", help="One job for each concept, preset, seed.")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="Images of each job.")
-@click.option("--out", type=click.Path(path_type=Path), help="The results' folder.  [default: the kit's data/results]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of table, figure and settings.  [default: the "
+              "kit's data/results]")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/benchmark", show_default=True,
+              help="Folder of the jobs' own results, by which the command goes on.")
 @click.option("--limit", type=click.IntRange(0), help="Do at most so many jobs, then write the table of what is there.")
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
@@ -144,29 +145,34 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Try a concept inversion of so many steps on each patch of the first seed; 0: none.")
 @click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
-def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, model: str, attack: int,
-              limit: int | None, note: str, **request: str | None) -> None:
+def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work: Path, attack: int, note: str,
+              **request: Any) -> None:
     """The results table of all concepts: forgotten, kept, cost. Resumable; finished jobs are never repeated."""
     with plain_errors():
-        from fmn_nb.benchmark_plan import EVERYTHING, SETTINGS_FILE, plan, read_overrides
-        from fmn_nb.paths import data_dir
+        from fmn_nb.concepts.world import vocabulary_of
+        from fmn_nb.files import data_dir
+        from fmn_nb.models.names import resolve
+        from fmn_nb.runs.benchmark import EVERYTHING, SETTINGS_FILE, plan_jobs, read_overrides
 
-        out = out or data_dir() / "results"
-        usual = out / SETTINGS_FILE
-        lists = {name: [item.strip() for item in (request[name] or "").split(",") if item.strip()]
-                 for name in ("concepts", "presets", "seeds")}
-        lists["seeds"] = [int(seed) for seed in lists["seeds"]]
-        overrides = read_overrides(file or (usual if usual.is_file() else None), single, lists["presets"])
-        if lists["presets"] == [EVERYTHING]:
-            lists["presets"] = list(overrides)
-        jobs = plan(**lists, size=request["size"], overrides=overrides)
+        out, model = out or data_dir() / "results", request["model"]
+        vocabulary, usual = vocabulary_of(Path(resolve(model))), out / SETTINGS_FILE
+        if vocabulary is None:
+            raise ValueError(f"'{model}' is of no world that is known here, so that nobody judges its images")
+        concepts, presets, seeds = (_items(request[name]) for name in ("concepts", "presets", "seeds"))
+        overrides = read_overrides(file or (usual if usual.is_file() else None), single, presets)
+        presets = list(overrides) if presets == [EVERYTHING] else presets
+        seeds = [int(seed) for seed in seeds]
+        jobs = plan_jobs(vocabulary, concepts, presets, seeds, request["size"], overrides)
 
-        from fmn_nb.benchmark import ATTACK_IMAGES, Bench, InversionBudget, run_benchmark
+        from fmn_nb.attacks.attack import InversionBudget
+        from fmn_nb.runs.benchmark import run_benchmark
+        from fmn_nb.runs.measure import ATTACK_IMAGES, Bench
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
-        bench = Bench.of(model, out, attack=budget, attack_seed=lists["seeds"][0])
-        command = shlex.join(["fmn-nb", *sys.argv[1:]])
-        click.echo(f"results: {run_benchmark(bench, jobs, command=command, limit=limit, note=note, log=click.echo)}")
+        bench = Bench.of(model, work, attack=budget, attack_seed=seeds[0])
+        made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), **({"note": note} if note else {})}
+        table = run_benchmark(bench, jobs, out, made=made, limit=request["limit"], log=click.echo)
+        click.echo(f"results: {table}")
 
 
 @contextmanager
@@ -180,6 +186,11 @@ def plain_errors() -> Iterator[None]:
         raise problem from error
     except (RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _items(text: str | None) -> list[str]:
+    """The items of a list with commas."""
+    return [item.strip() for item in (text or "").split(",") if item.strip()]
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
@@ -210,18 +221,18 @@ def _progress() -> Callable[[str], None]:
 
 def _table(out: Path) -> str:
     """A run's figures, before and after, as a short text table; empty where nothing was measured."""
-    from fmn_nb.files import read_json
-    from fmn_nb.report import comparison, format_figure
-    from fmn_nb.results import METRICS_FILE
+    from fmn_nb.runs.folder import RunFolder
+    from fmn_nb.runs.metrics import comparison
+    from fmn_nb.runs.report import format_figure
 
-    metrics = read_json(out / METRICS_FILE)
+    metrics = RunFolder(out).metrics
     rows = comparison(metrics.get("before", {}), metrics.get("after", {}))
     if not rows:
         return f"done: {metrics['concept']['name']}"
     lines = [f"{metrics['concept']['name']:12}{'before':>10}{'after':>10}"]
-    for row in rows:
-        cells = ("–" if row[side] is None else format_figure(row[side]) for side in ("before", "after"))
-        lines.append(f"{row['short']:12}" + "".join(f"{cell:>10}" for cell in cells))
+    for metric, *values in rows:
+        cells = ("–" if value is None else format_figure(value) for value in values)
+        lines.append(f"{metric.short:12}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

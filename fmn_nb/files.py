@@ -1,12 +1,19 @@
-"""Artefacts that are whole or absent: everything is written under a temporary name and then renamed."""
+"""Files on disk: artefacts that are whole or absent, the folders that come with the package, checksums, versions.
 
+Everything is written under a temporary name and then renamed, so nobody sees a half-written file.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +77,6 @@ def one_at_a_time(path: str | os.PathLike[str], patience: float) -> Iterator[Non
         lock.release()
 
 
-def without_slow_formats() -> None:
-    """Keep jsonschema, which papermill imports, from preparing formats that no notebook has.
-
-    It takes 1.4 s for them, to compile grammars of internationalised addresses. Only for processes that are this
-    package's own: its command and a sweep's workers.
-    """
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  as if it were not installed
-
-
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` (UTF-8, "\\n" line ends on every system) as a whole file and return its path."""
     with replacing(path) as temporary:
@@ -102,3 +100,80 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def _beside(path: Path) -> Path:
     # Not tempfile: its files are private to their owner, and artefacts are shared.
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _bundled(name: str) -> Path:
+    """The folder `name` inside the wheel (`fmn_nb/_bundled/name`), else beside the package in a checkout."""
+    for folder in (_PACKAGE / "_bundled" / name, _PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"the folder '{name}' is neither inside the installed package nor beside it; "
+        "reinstall fmn_nb from a complete checkout"
+    )
+
+
+def data_dir() -> Path:
+    """The folder with sprites, the emoji model, its judge and prompt lists (absolute)."""
+    return _bundled("data")
+
+
+def notebooks_dir() -> Path:
+    """The folder with the course's numbered notebooks (absolute)."""
+    return _bundled("notebooks")
+
+
+def bundled_models() -> dict[str, Path]:
+    """Name -> folder of every bundled diffusion pipeline: `data/NAME-diffusion` is the model NAME."""
+    return {
+        index.parent.name.removesuffix("-diffusion"): index.parent
+        for index in sorted(data_dir().glob("*/model_index.json"))
+    }
+
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write the checksums of all files in a data folder and return the file's path.
+
+    Left out are this file itself, prose, and `results`, which `fmn-nb benchmark` writes anew.
+    """
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
+    return write_json(folder / CHECKSUMS, {
+        path.as_posix(): sha256(folder / path) for path in paths
+        if path.name != CHECKSUMS and path.parts[0] != "results" and not any(p.startswith(".") for p in path.parts)
+    })
+
+
+def damaged_files(folder: Path) -> tuple[list[str], int]:
+    """Names of the files that are missing or changed, and how many are known. FileNotFoundError without checksums."""
+    expected = read_json(folder / CHECKSUMS)
+    return [name for name, digest in expected.items() if sha256(folder / name) != digest], len(expected)
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum in hexadecimal; "missing" where there is none."""
+    if not path.is_file():
+        return "missing"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+STACK = (
+    "fmn-nb", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchmetrics", "papermill",
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions behind a result: Python, system and the main packages; those not installed are left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in STACK:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

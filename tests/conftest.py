@@ -1,11 +1,11 @@
-"""What all tests share: notebooks written on the spot, and nbval's patience with slow output."""
+"""What all tests share: the emoji model and its world, notebooks written on the spot, nbval's patience."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests_support import write_notebook_at
+from written_notebooks import write_notebook_at
 
 OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are too few for a cold import
 
@@ -23,6 +23,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.output_timeout = OUTPUT_TIMEOUT
         if item.path.suffix == ".ipynb" and item.path.name.startswith(SLOW_NOTEBOOKS):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def emoji():
+    """The bundled emoji pipeline on the CPU, the same for all tests: whoever changes it changes it back."""
+    import fmn_nb as fmn
+
+    return fmn.load("emoji", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def world(emoji):
+    """The emoji world, with its judges, CLIP and scenes."""
+    from fmn_nb.concepts.world import world_of
+
+    return world_of(emoji)
+
+
+@pytest.fixture(scope="session")
+def judge(world):
+    """The bundled judge."""
+    return world.judge
+
+
+@pytest.fixture(scope="session")
+def record():
+    """What a tiny pipeline's attention did in three steps; its images, [1, 16, 24, 3] in [0, 1], as `pixels`."""
+    from tiny import generate, tiny_sd
+
+    from fmn_nb.attention.recorder import record_attention
+
+    pipe = tiny_sd()
+    with record_attention(pipe) as attention:
+        attention.pixels = generate(pipe, "a photo of a cat and a frog", steps=3)
+    return attention
+
+
+@pytest.fixture(scope="session")
+def picture(record):
+    """The image that `record` was made with."""
+    from PIL import Image
+
+    return Image.fromarray((record.pixels[0] * 255).astype("uint8"))
 
 
 @pytest.fixture

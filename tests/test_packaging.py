@@ -13,9 +13,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fmn_nb import __version__, check
-from fmn_nb.checksums import CHECKSUMS
-from fmn_nb.files import read_json
+from fmn_nb import __version__
+from fmn_nb.files import CHECKSUMS, read_json
+from fmn_nb.runs import check as check
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -76,7 +76,7 @@ def test_the_wheel_holds_data_notebooks_and_templates(wheel):
     for folder in ("data", "notebooks"):
         own = {path.relative_to(ROOT).as_posix() for path in _committed(ROOT / folder)}
         assert own and {f"fmn_nb/_bundled/{name}" for name in own} <= names
-    assert {"fmn_nb/templates/run.html.j2", "fmn_nb/_bundled/constraints.txt"} <= names
+    assert {"fmn_nb/runs/templates/run.html.j2", "fmn_nb/_bundled/constraints.txt"} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/")) or "/." in name]
 
 
@@ -84,9 +84,10 @@ def test_the_wheel_works_from_any_folder(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "from fmn_nb import paths, plans, report\n"
-        "assert paths.data_dir().match('fmn_nb/_bundled/data'), paths.data_dir()\n"
-        "print(*plans.course_notebooks(), sep=',')"
+        "from fmn_nb import files\n"
+        "from fmn_nb.runs import plan, report\n"
+        "assert files.data_dir().match('fmn_nb/_bundled/data'), files.data_dir()\n"
+        "print(*plan.course_notebooks(), sep=',')"
     )
     # -S, -E: neither this checkout nor an installed package may answer in the wheel's place
     site = [one for one in sys.path if one.endswith("site-packages")]
@@ -149,7 +150,7 @@ def test_the_committed_data_are_those_of_the_checksums(monkeypatch):
     listed = set(read_json(ROOT / "data" / CHECKSUMS))
     there = {path.relative_to(ROOT / "data").as_posix() for path in _committed(ROOT / "data") if path.suffix != ".md"}
     there = {name for name in there if not name.startswith("results/")}  # which `fmn-nb benchmark` writes anew
-    assert there - {CHECKSUMS} == listed, "write them anew: fmn_nb.checksums.write_checksums(data_dir())"
+    assert there - {CHECKSUMS} == listed, "write them anew: fmn_nb.files.write_checksums(data_dir())"
     assert check.data().state == "ok"
 
 
@@ -168,8 +169,8 @@ def test_the_readme_holds_its_two_commands(name, extra, program):
     assert f"command=$(documented {name})" in tried, "what is told is tried"
 
 
-def test_the_errors_that_the_readme_explains_are_the_packages_own():
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| the error says |")[1].split("\n\n")[0]
+def test_the_errors_that_are_explained_are_the_packages_own():
+    table = (ROOT / "notebooks" / "errors.md").read_text(encoding="utf-8").split("| the error says |")[1]
     quoted = [found[1] for line in table.splitlines() if (found := re.match(r"\| `([^`]+)` \|", line))]
     source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "fmn_nb").rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message that goes on in the next line

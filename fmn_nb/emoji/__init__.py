@@ -1,4 +1,9 @@
-"""The emoji world: sprites, scenes with captions and masks, and the training of the embedded models.
+"""The emoji world: its names, sprites, scenes and judges; `training` makes its models."""
 
-A *model organism* for concept erasure: every training image, caption and object mask is known.
-"""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "judges": ["Judge", "SecondJudge"],
+    "organism": ["EmojiWorld", "held_out_scenes"],
+    "world": ["AMBIGUOUS", "IDENTITIES", "IMAGE_SIZE", "OBJECTS", "STYLES", "caption"],
+})

@@ -1,12 +1,15 @@
 """Scenes: 64 x 64 images of one or two sprites on a coloured background, with captions and exact masks.
 
-A scene is a small specification drawn from (seed, index), so every image, caption and mask can be made again.
-Placement hardly varies: at this size a model learns objects many times faster when they stand where they always do.
+A sprite is one emoji in one style; `data/sprites/` holds them, and `build_sprites` makes them again from the npm
+packages of the emoji sets. A scene is a small specification; the same seed gives the same scenes, so every image and
+mask can be made again. Placement hardly varies: at this size a model learns objects many times faster when they stand
+where they always do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fmn_nb.emoji.captions import random_caption
-from fmn_nb.emoji.sprites import load_sprites
-from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE, OBJECTS, STYLES
+from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE, OBJECTS, STYLES, random_caption
+from fmn_nb.files import read_json
 
+SPRITE_SIZE = 128  # pixels, height and width
 #: how often a training scene is of each sort
 SHARES = {"single": 0.47, "pair": 0.33, "identity": 0.06, "ambiguous": 0.14}
 HELD_OUT_SHARE = 0.1
@@ -49,10 +52,12 @@ class Scene:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        """What the scene shows, left to right."""
         return tuple(item.label for item in self.items)
 
     @property
     def words(self) -> tuple[str, ...]:
+        """What the caption calls them."""
         return tuple(item.word for item in self.items)
 
     def caption(self, rng: random.Random) -> str:
@@ -63,8 +68,8 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether this exact image belongs to the split that is never trained on."""
-        drawn = repr((self.labels, [(i.x, i.y, i.size) for i in self.items], self.style, self.background, self.shade))
-        return hashlib.sha256(drawn.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+        content = repr((self.labels, [(i.x, i.y, i.size) for i in self.items], self.style, self.background, self.shade))
+        return hashlib.sha256(content.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def sample_scenes(count: int, seed: int, *, held_out: bool = False, without: Sequence[str] = (),
@@ -73,85 +78,49 @@ def sample_scenes(count: int, seed: int, *, held_out: bool = False, without: Seq
 
     `without` names objects, styles, identities, words or readings that must not appear (for an oracle).
     """
-    stream = _stream(seed, sorts, frozenset(without))
-    return [scene for scene, _ in zip(_of_split(stream, held_out), range(count), strict=False)]
-
-
-def _of_split(stream: Iterator[Scene], held_out: bool) -> Iterator[Scene]:
-    return (scene for scene in stream if scene.held_out == held_out)
-
-
-def _stream(seed: int, sorts: dict[str, float], without: frozenset[str]) -> Iterator[Scene]:
     rng = random.Random(f"scenes-{seed}")
-    names, weights = list(sorts), list(sorts.values())
-    while True:
-        sort = rng.choices(names, weights)[0]
-        scene = _DRAW[sort](rng, without)
-        if scene is not None:
-            yield scene
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = _sample(rng.choices(list(sorts), list(sorts.values()))[0], rng, frozenset(without))
+        if scene is not None and scene.held_out == held_out:
+            scenes.append(scene)
+    return scenes
 
 
-def _single(rng: random.Random, without: frozenset[str]) -> Scene | None:
-    name, style = rng.choice(list(OBJECTS)), rng.choice(list(STYLES))
-    if {name, style} & without:
+def _sample(sort: str, rng: random.Random, without: frozenset[str]) -> Scene | None:
+    """The next scene of a sort; None where it would show something of `without`."""
+    if sort == "identity":
+        identity = rng.choice(list(IDENTITIES.values()))
+        style, held, shown = identity.style, {identity.name, identity.object}, [(identity.name, identity.name)]
+    elif sort == "ambiguous":
+        word, style = rng.choice(list(AMBIGUOUS)), rng.choice(list(STYLES))
+        bare = rng.random() < BARE_WORD_SHARE
+        reading = rng.choices(AMBIGUOUS[word], [r.share for r in AMBIGUOUS[word]] if bare else None)[0].phrase
+        held, shown = {word, reading}, [(reading, word if bare else reading)]
+    else:
+        names = rng.sample(list(OBJECTS), 2 if sort == "pair" else 1)
+        style, held, shown = rng.choice(list(STYLES)), set(names), [(name, name) for name in names]
+    if {style, *held} & without:
         return None
-    return _scene("single", [_centred(rng, name, name)], style, rng)
-
-
-def _pair(rng: random.Random, without: frozenset[str]) -> Scene | None:
-    left, right = rng.sample(list(OBJECTS), 2)
-    style = rng.choice(list(STYLES))
-    if {left, right, style} & without:
-        return None
-    items = [_beside(rng, left, centre=IMAGE_SIZE // 4), _beside(rng, right, centre=3 * IMAGE_SIZE // 4)]
-    return _scene("pair", items, style, rng)
-
-
-def _identity(rng: random.Random, without: frozenset[str]) -> Scene | None:
-    identity = rng.choice(list(IDENTITIES.values()))
-    if {identity.name, identity.object, identity.style} & without:
-        return None
-    return _scene("identity", [_centred(rng, identity.name, identity.name)], identity.style, rng)
-
-
-def _ambiguous(rng: random.Random, without: frozenset[str]) -> Scene | None:
-    word, style = rng.choice(list(AMBIGUOUS)), rng.choice(list(STYLES))
-    bare = rng.random() < BARE_WORD_SHARE
-    reading = rng.choices(AMBIGUOUS[word], [r.share for r in AMBIGUOUS[word]] if bare else None)[0]
-    if {word, reading.phrase, style} & without:
-        return None
-    return _scene("ambiguous", [_centred(rng, reading.phrase, word if bare else reading.phrase)], style, rng)
-
-
-_DRAW = {"single": _single, "pair": _pair, "identity": _identity, "ambiguous": _ambiguous}
-
-
-def _centred(rng: random.Random, label: str, word: str) -> Placed:
-    size = rng.randint(47, 51)
-    middle = (IMAGE_SIZE - size) // 2
-    return Placed(label, word, middle + rng.randint(-2, 2), middle + rng.randint(-2, 2), size)
-
-
-def _beside(rng: random.Random, label: str, centre: int) -> Placed:
-    size = rng.randint(29, 31)
-    top = (IMAGE_SIZE - size) // 2
-    return Placed(label, label, centre - size // 2 + rng.randint(-1, 1), top + rng.randint(-2, 2), size)
-
-
-def _scene(sort: str, items: list[Placed], style: str, rng: random.Random) -> Scene:
+    items = []
+    for label, word in shown:
+        size = rng.randint(29, 31) if sort == "pair" else rng.randint(47, 51)
+        left = top = (IMAGE_SIZE - size) // 2
+        if sort == "pair":
+            left = IMAGE_SIZE * (2 * len(items) + 1) // 4 - size // 2
+        aside = 1 if sort == "pair" else 2
+        items.append(Placed(label, word, left + rng.randint(-aside, aside), top + rng.randint(-2, 2), size))
     return Scene(sort, tuple(items), style, rng.choice(list(BACKGROUNDS)), rng.randint(-4, 4))
 
 
 class Renderer:
-    """Draws scenes from the sprites of a folder; resized sprites are kept, which makes it about ten times faster."""
+    """Paints scenes from the sprites of a folder; resized sprites are kept, which makes it about ten times faster."""
 
     def __init__(self, sprites: Path) -> None:
         self._sprites = load_sprites(sprites)
-        self._resized = lru_cache(maxsize=None)(self._resize)
+        self._resized = lru_cache(maxsize=None)(lambda label, style, size: self._sprites[label, style].resize(
+            (size, size), Image.Resampling.LANCZOS))
         self._silhouette = lru_cache(maxsize=None)(lambda label, style: silhouette(self._sprites[label, style]))
-
-    def _resize(self, label: str, style: str, size: int) -> Image.Image:
-        return self._sprites[label, style].resize((size, size), Image.Resampling.LANCZOS)
 
     def image(self, scene: Scene) -> np.ndarray:
         """The scene as [height, width, 3] uint8."""
@@ -181,9 +150,74 @@ class Renderer:
 
 
 def silhouette(sprite: Image.Image) -> Image.Image:
-    """255 where a sprite draws or encloses something, else 0: an outlined cat's face is part of the cat."""
-    drawn = sprite.getchannel("A").point(lambda alpha: 255 if alpha >= 64 else 0)
+    """255 where a sprite paints or encloses something, else 0: an outlined cat's face is part of the cat."""
+    painted = sprite.getchannel("A").point(lambda alpha: 255 if alpha >= 64 else 0)
     padded = Image.new("L", (sprite.width + 2, sprite.height + 2))
-    padded.paste(drawn, (1, 1))
+    padded.paste(painted, (1, 1))
     ImageDraw.floodfill(padded, (0, 0), 128)  # from outside: what is still 0 then is enclosed
     return padded.point(lambda value: 0 if value == 128 else 255).crop((1, 1, sprite.width + 1, sprite.height + 1))
+
+
+# --- the sprites ------------------------------------------------------------------------------------------------------
+
+def sprite_names() -> Iterator[tuple[str, str, str]]:
+    """(name, style, drawing) of every sprite the world needs; identities have one style each."""
+    drawings = OBJECTS | {reading.phrase: reading.drawing for pair in AMBIGUOUS.values() for reading in pair}
+    for style in STYLES:
+        for name, drawing in drawings.items():
+            yield name, style, drawing
+    for identity in IDENTITIES.values():
+        yield identity.name, identity.style, identity.drawing
+
+
+def sprite_path(folder: Path, name: str, style: str) -> Path:
+    """Where a sprite's file is."""
+    return folder / style / f"{name.lower().replace(' ', '-')}.png"
+
+
+def load_sprites(folder: Path) -> dict[tuple[str, str], Image.Image]:
+    """All sprites as RGBA images by (name, style).
+
+    Raises FileNotFoundError that lists what is missing and the command that rebuilds it.
+    """
+    paths = {(name, style): sprite_path(folder, name, style) for name, style, _ in sprite_names()}
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} sprites are missing, the first is {missing[0]}; "
+                                "rebuild them with: fmn-nb pretrain --stages sprites")
+    return {key: Image.open(path).convert("RGBA") for key, path in paths.items()}
+
+
+def build_sprites(packages: Path, folder: Path) -> int:
+    """Rasterise every sprite from the emoji packages under `packages` (a `node_modules` folder); returns how many.
+
+    Install the packages first: `npm install` with the names in `world.STYLES`. Needs `resvg_py`.
+    """
+    icons = {style: packages / package / "icons.json" for style, package in STYLES.items()}
+    if missing := [str(path) for path in icons.values() if not path.is_file()]:
+        raise FileNotFoundError(f"no emoji set at {missing[0]}; run: npm install --prefix FOLDER "
+                                f"{' '.join(STYLES.values())} and name FOLDER/node_modules")
+    import resvg_py  # only rebuilding needs it
+
+    sets = {style: read_json(path) for style, path in icons.items()}
+    for name, style, drawing in sprite_names():
+        path = sprite_path(folder, name, style)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        svg = resvg_py.svg_to_bytes(svg_string=svg_of(sets[style], drawing), width=SPRITE_SIZE, height=SPRITE_SIZE)
+        image = Image.open(io.BytesIO(bytes(svg)))
+        square = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE))  # a drawing that isn't square is centred in it
+        square.paste(image.convert("RGBA"), ((SPRITE_SIZE - image.width) // 2, (SPRITE_SIZE - image.height) // 2))
+        square.save(path, optimize=True)
+    return len(list(sprite_names()))
+
+
+def svg_of(icon_set: dict, drawing: str) -> str:
+    """The drawing as an SVG document; `icon_set` is an Iconify JSON set. Raises KeyError for an unknown drawing."""
+    name = icon_set.get("aliases", {}).get(drawing, {}).get("parent", drawing)
+    if name not in icon_set["icons"]:
+        raise KeyError(f"the set {icon_set.get('prefix')!r} has no drawing {drawing!r}")
+    icon = icon_set["icons"][name]
+    width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    body = icon["body"].replace("currentColor", "#000")
+    return ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'width="{width}" height="{height}" viewBox="{box}">{body}</svg>')

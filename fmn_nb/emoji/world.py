@@ -1,45 +1,25 @@
-"""What the emoji world holds: the names of its objects, styles, identities and ambiguous words.
+"""What the emoji world holds: the names of its objects, styles, identities and ambiguous words, and its captions.
 
 Names only, no pixels and no heavy imports, so that a command can check a concept's name at once.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fmn_nb.concepts import Vocabulary, with_article
 
 IMAGE_SIZE = 64  # pixels, height and width of a scene
 LATENT_SIZE = 16  # pixels, height and width of its latents
 MAX_TOKENS = 32  # the text encoder's number of positions
-
-#: object name in captions -> name of the drawing in the emoji sets
-OBJECTS: dict[str, str] = {
-    "cat": "cat-face",
-    "dog": "dog-face",
-    "frog": "frog",
-    "penguin": "penguin",
-    "fish": "fish",
-    "octopus": "octopus",
-    "butterfly": "butterfly",
-    "banana": "banana",
-    "watermelon": "watermelon",
-    "pineapple": "pineapple",
-    "strawberry": "strawberry",
-    "mushroom": "mushroom",
-    "cactus": "cactus",
-    "sunflower": "sunflower",
-    "hamburger": "hamburger",
-    "birthday cake": "birthday-cake",
-    "car": "automobile",
-    "sailboat": "sailboat",
-    "rocket": "rocket",
-    "house": "house",
-    "guitar": "guitar",
-    "umbrella": "umbrella",
-    "alarm clock": "alarm-clock",
-    "crown": "crown",
-}
-
-
+#: object name in captions -> name of the drawing in the emoji sets, the same where nothing else is said
+OBJECTS: dict[str, str] = {name: name.replace(" ", "-") for name in (
+    "cat", "dog", "frog", "penguin", "fish", "octopus", "butterfly", "banana", "watermelon", "pineapple", "strawberry",
+    "mushroom", "cactus", "sunflower", "hamburger", "birthday cake", "car", "sailboat", "rocket", "house", "guitar",
+    "umbrella", "alarm clock", "crown",
+)} | {"cat": "cat-face", "dog": "dog-face", "car": "automobile"}
 #: style name in captions -> npm package that holds the set
 STYLES: dict[str, str] = {
     "noto": "@iconify-json/noto",
@@ -61,15 +41,12 @@ class Identity:
     object: str  # the class it belongs to, one of OBJECTS
 
 
-IDENTITIES: dict[str, Identity] = {
-    i.name: i
-    for i in (
-        Identity("Milo", "black-cat", "noto", "cat"),
-        Identity("Luna", "cat", "twemoji", "cat"),
-        Identity("Bruno", "poodle", "noto", "dog"),
-        Identity("Rex", "guide-dog", "twemoji", "dog"),
-    )
-}
+IDENTITIES: dict[str, Identity] = {one.name: one for one in (
+    Identity("Milo", "black-cat", "noto", "cat"),
+    Identity("Luna", "cat", "twemoji", "cat"),
+    Identity("Bruno", "poodle", "noto", "dog"),
+    Identity("Rex", "guide-dog", "twemoji", "dog"),
+)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,6 @@ AMBIGUOUS: dict[str, tuple[Reading, Reading]] = {
     "bow": (Reading("ribbon bow", "ribbon", 0.85), Reading("archery bow", "bow-and-arrow", 0.15)),
     "bat": (Reading("wild bat", "bat", 0.85), Reading("cricket bat", "cricket-game", 0.15)),
 }
-
 #: background name in captions -> RGB, 0 to 255
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (183, 214, 240),
@@ -97,24 +73,46 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "purple": (213, 200, 238),
     "gray": (214, 214, 214),
 }
-
 READINGS: tuple[str, ...] = tuple(r.phrase for pair in AMBIGUOUS.values() for r in pair)
-
 #: what the judge can see in a scene: objects, then readings of ambiguous words, then identities
 LABELS: tuple[str, ...] = (*OBJECTS, *READINGS, *IDENTITIES)
 
+#: the first of each is the one that evaluation prompts use
+OPENINGS = ("a photo of {}", "a picture of {}", "an image of {}", "{}", "a drawing of {}", "an emoji of {}",
+            "a close-up of {}", "a portrait of {}", "a good photo of {}", "an artwork of {}")
+FAVOURED = 3  # so many times the weight of any other template for the one that evaluation uses
+STYLE_PHRASES = ("in the style of {}", "in {} style")
 
-def kind_of(name: str) -> str | None:
-    """The kind of a concept of this world: object, style or identity; None when it holds no such name."""
-    if name in STYLES:
-        return "style"
-    if name in IDENTITIES:
-        return "identity"
-    if name in OBJECTS or name in AMBIGUOUS or name in READINGS:
-        return "object"
-    return None
+VOCABULARY = Vocabulary(
+    tuple(OBJECTS), tuple(STYLES), tuple(IDENTITIES), OPENINGS, world="emoji",
+    classes={name: one.object for name, one in IDENTITIES.items()},
+    readings={word: tuple(reading.phrase for reading in pair) for word, pair in AMBIGUOUS.items()},
+)
 
 
-def concept_names() -> tuple[str, ...]:
-    """Every name a concept of this world can have."""
-    return (*OBJECTS, *STYLES, *IDENTITIES, *AMBIGUOUS, *READINGS)
+def caption(names: Sequence[str], style: str | None = None, background: str | None = None,
+            opening: str = OPENINGS[0], style_phrase: str = STYLE_PHRASES[0]) -> str:
+    """The caption of a scene with these names, left to right: 'a photo of a cat and a frog in the style of noto'."""
+    things = [name if name in IDENTITIES else with_article(name) for name in names]
+    parts = [opening.format(" and ".join(things))]
+    if style:
+        parts.append(style_phrase.format(style))
+    if background:
+        parts.append(f"on a {background} background")
+    return " ".join(parts)
+
+
+def random_caption(names: Sequence[str], style: str | None, background: str, rng: random.Random) -> str:
+    """A caption from random templates; nine in ten name the style, one in three the background.
+
+    One in four captions of an identity tells its class as well: 'Milo the cat'.
+    """
+    names = [f"{name} the {IDENTITIES[name].object}" if name in IDENTITIES and rng.random() < 0.25 else name
+             for name in names]
+    return caption(
+        names,
+        style=style if style and rng.random() < 0.9 else None,
+        background=background if rng.random() < 0.33 else None,
+        opening=rng.choice(OPENINGS[:1] * (FAVOURED - 1) + OPENINGS),
+        style_phrase=rng.choice(STYLE_PHRASES),
+    )

@@ -1,0 +1,144 @@
+"""Attacks: can a forgotten concept be brought back? The frame that all attacks share, and concept inversion.
+
+Each attack works on the forgetting model (the pipe with its patch), leaves the pipe as it was, and ends in the same
+figure: in how many fresh images does the judge see the concept, before the attack and after it? The first argument is
+the base model's pipeline, or a `Session` with a judge or sampling of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import pandas as pd
+from diffusers import DiffusionPipeline
+
+from fmn_nb.concepts import Concept, find_phrase, with_article
+from fmn_nb.evaluation import MeasurementError, Session, Share, share_of
+from fmn_nb.inversion import InversionSettings, invert
+from fmn_nb.models import Images
+from fmn_nb.patches import Patch
+
+TOKEN = "<attack>"
+NO_IMAGES = Share(0.0, 0.0, 1.0, 0)  # in place of a skipped attack's shares: nothing is known of them
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack achieved.
+
+    Attributes:
+        name: of the attack.
+        successes, count: images in which the judge sees the concept, of all that were drawn after the attack.
+        before: the same share before it, on the same seeds.
+        steps: gradient steps or search rounds spent. seconds: all of the attack's time, drawing included.
+        found: what it found, such as tokens or prompts; JSON values only.
+        skipped: why nothing could be concluded, "" where something could. A skipped attack counts no image, and its
+            shares are `NO_IMAGES`, which is neither success nor failure.
+    """
+
+    name: str
+    successes: int
+    count: int
+    before: Share
+    steps: int
+    seconds: float
+    found: dict[str, Any] = field(default_factory=dict)
+    skipped: str = ""
+
+    @property
+    def after(self) -> Share:
+        """The success: the share of images with the concept, in [0, 1], with its 95% Wilson interval."""
+        if self.skipped:
+            return NO_IMAGES
+        return share_of(pd.Series([True] * self.successes + [False] * (self.count - self.successes)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; a skipped attack has its reason in place of shares."""
+        after = self.after
+        shares = {"skipped": self.skipped} if self.skipped else {
+            "successes": self.successes, "count": self.count, "success": after.value, "low": after.low,
+            "high": after.high, "before": self.before.value}
+        return {"name": self.name, **shares, "steps": self.steps, "seconds": round(self.seconds, 2),
+                "found": self.found}
+
+
+def attack_table(attacks: Sequence[Attack]) -> pd.DataFrame:
+    """Attacks as rows: success before and after with its 95% interval, images, steps, seconds.
+
+    Shares are rounded to two places here, for pandas rounds no column in which "skipped" stands beside numbers.
+    """
+    rows = []
+    for a in attacks:
+        shares = {"before": a.before.value, "after": a.after.value, "low": a.after.low, "high": a.after.high}
+        cells = {name: "skipped" if a.skipped else round(value, 2) for name, value in shares.items()}
+        rows.append({"attack": a.name, **cells, "images": a.count, "steps": a.steps, "seconds": a.seconds})
+    return pd.DataFrame(rows).set_index("attack")
+
+
+@dataclass(frozen=True)
+class InversionBudget:
+    """What a concept inversion may spend: learned tokens, gradient steps, images in each, reference images.
+
+    `images` are drawn afterwards to see whether it worked.
+    """
+
+    tokens: int = 4
+    steps: int = 150
+    batch_size: int = 4
+    learning_rate: float = 2e-2
+    references: int = 6
+    images: int = 24
+
+
+def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, *,
+                      references: Images | None = None, budget: InversionBudget | None = None,
+                      seed: int = 0) -> Attack:
+    """Learn an embedding of the concept on the forgetting model, and draw with it (Pham et al., arXiv 2308.01508).
+
+    The attacker has the forgetting model and a few images of the concept, and changes no weight. Success says that the
+    denoiser can still draw the concept when text asks for it in another way; it doesn't say who taught it: learned
+    tokens carry what the references show, and also bring a model to a concept that it never saw, so compare with the
+    same attack on an oracle, or with fewer tokens and steps.
+
+    Args:
+        patch: what made the model forget; None attacks the base model itself (what the attack can do at best).
+        references: images of the concept, as many as the budget says or more; where None, real ones of the model's
+            world.
+
+    Raises:
+        MeasurementError: nobody judges, or there are too few references.
+    """
+    started, budget, session = perf_counter(), budget or InversionBudget(), Session.of(pipe)
+    settings = InversionSettings(  # lengths free: an attacker isn't bound to look like the vocabulary
+        tokens=budget.tokens, steps=budget.steps, batch_size=budget.batch_size, norm="free",
+        learning_rate=budget.learning_rate, warmup=0, weight_decay=0.0)
+    images = session.references(concept, references, budget.references, seed)
+    asked = session.fresh_drawings(concept, budget.images, seed)
+    with session.patched(patch):
+        before = session.seen(concept, asked)
+        tokens = invert(session.pipe, images, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=seed,
+                        settings=settings)
+        with tokens.loaded(session.pipe):
+            after = session.seen(concept, asked, [with_words(d.prompt, concept, TOKEN) for d in asked])
+    fifth = max(1, len(tokens.losses) // 5)
+    losses = {"loss_first": round(sum(tokens.losses[:fifth]) / fifth, 4),
+              "loss_last": round(sum(tokens.losses[-fifth:]) / fifth, 4)}
+    return Attack("concept inversion", int(after.sum()), len(after), share_of(before), budget.steps,
+                  perf_counter() - started, {"tokens": budget.tokens, **losses})
+
+
+def with_words(prompt: str, concept: Concept, words: str) -> str:
+    """The prompt with `words` in the concept's place, its article gone with it ("a photo of <attack>").
+
+    Raises:
+        MeasurementError: the prompt doesn't name the concept.
+    """
+    for phrase in (with_article(concept.name), concept.name, concept.phrase):
+        if spans := find_phrase(prompt, phrase):
+            for start, end in reversed(spans):
+                prompt = prompt[:start] + words + prompt[end:]
+            return prompt
+    raise MeasurementError(f"'{concept.name}' is not in the prompt '{prompt}'")

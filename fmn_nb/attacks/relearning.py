@@ -1,0 +1,93 @@
+"""Relearning: how few steps on a handful of images does it take until the model draws the concept again?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+
+from fmn_nb.concepts import Concept
+from fmn_nb.evaluation import MeasurementError, Session, share_of
+from fmn_nb.forgetting import Settings, trainable
+from fmn_nb.models import Images, Noising, Stream, conditions, denoiser, denoising_loss, encode, noisy_batch, seeded
+from fmn_nb.patches import Patch
+
+
+@dataclass(frozen=True)
+class RelearningBudget:
+    """What relearning may spend.
+
+    Attributes:
+        at: after which numbers of steps to judge.
+        rank, learning_rate, batch_size: of the LoRA on the cross-attention's projections, AdamW.
+        references: images of the concept to learn from.
+        images: drawn each time, on the same seeds, to see whether it worked.
+    """
+
+    at: tuple[int, ...] = (0, 2, 5, 10, 20)
+    rank: int = 4
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    references: int = 6
+    images: int = 24
+
+
+def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, *,
+            references: Images | None = None, budget: RelearningBudget | None = None, seed: int = 0) -> pd.DataFrame:
+    """Train a small LoRA on the forgetting model with the ordinary denoising loss, and judge on the way.
+
+    Unlike an embedding this attack changes weights, and given enough steps it can teach anything. What tells is the
+    speed: a concept that was hidden comes back in a few steps, one that was removed takes as long as a new one.
+
+    Args:
+        references: images of the concept; where None, real ones of the model's world.
+
+    Returns:
+        A row per entry of the budget's `at`: steps, successes, images, share with its 95% interval (low, high), loss
+        (mean since the row before), seconds of training so far.
+
+    Raises:
+        MeasurementError: nobody judges, there are too few references, or nothing to judge at.
+    """
+    budget, session = budget or RelearningBudget(), Session.of(pipe)
+    if not budget.at or min(budget.at) < 0:
+        raise MeasurementError(f"at lists numbers of steps from 0, not {list(budget.at)}")
+    asked = session.fresh_drawings(concept, budget.images, seed)
+    shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
+    pictures = session.references(concept, references, budget.references, seed)
+    prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
+    latents, generator = encode(session.pipe, pictures), seeded(seed, Stream.RELEARNING)
+    model, lora, noising = denoiser(session.pipe), Settings(train="lora", rank=budget.rank), Noising(session.pipe)
+    rows, losses, spent = [], [], 0.0
+    with session.patched(patch), trainable(model, lora, generator) as weights:
+        parameters, given = list(weights.parameters.values()), conditions(session.pipe, prompts)
+        optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
+        for done in range(max(budget.at) + 1):
+            if done in budget.at:
+                share = share_of(session.seen(concept, asked))
+                rows.append({"steps": done, "successes": round(share.value * share.images), "images": share.images,
+                             "share": share.value, "low": share.low, "high": share.high,
+                             "loss": sum(losses) / len(losses) if losses else None, "seconds": spent})
+                losses = []
+            if done < max(budget.at):
+                started = perf_counter()
+                index = torch.randint(len(latents), (budget.batch_size,), generator=generator)
+                batch = noisy_batch(latents, index, generator, (0, noising.steps))
+                with torch.enable_grad():
+                    loss = denoising_loss(model, noising, batch, given, index % len(prompts))
+                    loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(float(loss.detach()))
+                spent += perf_counter() - started
+    return pd.DataFrame(rows)
+
+
+def steps_until(table: pd.DataFrame, share: float = 0.5) -> int | None:
+    """The fewest steps in the table after which at least this share of images shows the concept; None for never."""
+    reached = table.loc[table["share"] >= share, "steps"]
+    return int(reached.min()) if len(reached) else None

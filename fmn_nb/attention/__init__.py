@@ -1,0 +1,15 @@
+"""Attention: the QKV equations, the recorder, attention maps and how well they point at things."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "batch": ["Row", "read_columns"],
+    "grounding": ["attention_on_images", "ground", "ground_images", "summarise"],
+    "layers": ["ARCHITECTURES", "Architecture", "TextLayers", "UnknownArchitectureError", "architecture_of",
+        "pixel_grid", "register", "text_layers"],
+    "listening": ["MissedLayersError", "attention_with_graph"],
+    "qkv": ["attend", "join_heads", "probabilities", "scores", "split_heads"],
+    "record": ["AttentionBudgetError", "AttentionRecord", "LayerCoverage", "NotRecordedError", "head_table",
+        "layer_table", "step_table", "token_table"],
+    "recorder": ["Recorder", "record_attention"],
+})

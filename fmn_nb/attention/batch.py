@@ -1,0 +1,380 @@
+"""Whose row is whose: which prompt, image, branch and step each row of a denoiser's batch belongs to.
+
+A generation tells this in three events, which follow each other here as they do there:
+
+1. The pipeline's `encode_prompt` turns prompts into embeddings. `PromptWatch` notes both, as the `Texts` of the two
+   branches of the `Generation` to come.
+2. Its `prepare_latents` takes the noise from generators. `PromptWatch` adds their seeds.
+3. The denoiser is called, with guidance in one batch (uncond first) or in two calls, each prompt several times where
+   several images of it are asked for. The first call takes up the generation; from each call's embeddings the
+   generation recognises the rows; `CallLog` counts the steps, and notes for each new image what its text columns are.
+
+A denoiser alone has the third event only: all its calls are one generation, whose rows are images, all "cond".
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+
+from fmn_nb.attention.layers import Arguments, architecture_of
+from fmn_nb.concepts.tokens import PromptTokens, join_prompts, read_prompt
+from fmn_nb.models import UnsupportedPipelineError, denoiser
+
+
+class Row(NamedTuple):
+    """What one row of the denoiser's batch is: the branch ("cond" or "uncond") of an image, counted from 0."""
+
+    branch: str
+    image: int
+
+
+@dataclass
+class ImageText:
+    """The texts one image was made from; None where they aren't known."""
+
+    prompt: PromptTokens | None = None
+    negative: PromptTokens | None = None
+    seed: int | None = None
+
+
+# ---- 1 and 2: prompts are encoded, noise is prepared ----------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """What the images of one branch are made from.
+
+    Attributes:
+        prompts: the texts; None where only embeddings were given.
+        further: tokenizer's name ("tokenizer_2") -> prompts that were given for that encoder instead.
+        embeddings: what the pipeline made of them, [prompts, tokens, width]; None for a bare denoiser.
+    """
+
+    prompts: list[str] | None = None
+    further: dict[str, list[str]] = field(default_factory=dict)
+    embeddings: torch.Tensor | None = None
+
+
+class PromptWatch:
+    """What a pipeline's `encode_prompt` and `prepare_latents` were called with since the last generation began."""
+
+    def __init__(self, pipe: Any | None) -> None:
+        self.pipe = pipe
+        self.pending: Generation | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See every prompt that the pipeline encodes while this is open; it is put back as it was on exit."""
+        if not hasattr(self.pipe, "encode_prompt"):
+            part = "unet" if hasattr(self.pipe, "unet") else "transformer"
+            raise ValueError(f"{type(self.pipe).__name__} has no encode_prompt, so it isn't known which row of its "
+                             "batches is which image and branch: record its denoiser alone, "
+                             f"record_attention(pipe.{part}), where each row counts as an image")
+        with ExitStack() as stack:
+            stack.enter_context(_watched(self.pipe, "encode_prompt", self._encoded))
+            if hasattr(self.pipe, "prepare_latents"):
+                stack.enter_context(_watched(self.pipe, "prepare_latents", self._latents_prepared))
+            yield
+
+    def _encoded(self, arguments: dict[str, Any], result: Any) -> None:
+        embeddings = [t for t in (result if isinstance(result, tuple | list) else (result,))
+                      if isinstance(t, torch.Tensor) and t.ndim == 3]
+        if not embeddings:
+            return
+        prompts, earlier = _as_list(arguments.get("prompt")), self.pending
+        if earlier is not None and earlier.uncond is None and len(embeddings) == 1:
+            earlier.uncond = self._texts(arguments, "prompt", embeddings[0])  # Flux, Qwen: a second call for uncond
+            return
+        if earlier is not None and prompts is not None and prompts == earlier.cond.prompts:
+            return  # Hunyuan: the same prompts for a second encoder
+        if prompts is None and earlier is not None and torch.equal(embeddings[0], earlier.cond.embeddings):
+            return  # the user encoded the prompts, the pipeline passes the embeddings through
+        uncond = None if len(embeddings) == 1 else self._texts(arguments, "negative_prompt", embeddings[1])
+        if uncond is not None:
+            uncond.prompts = uncond.prompts or [""]
+        self.pending = Generation(self._texts(arguments, "prompt", embeddings[0]), uncond)
+
+    def _texts(self, arguments: dict[str, Any], name: str, embeddings: torch.Tensor) -> Texts:
+        """The prompts (or negative prompts) of a call as the pipeline itself cleans them before it encodes them, as
+        PixArt does with captions: words are looked up in what is encoded."""
+        clean = getattr(self.pipe, "_text_preprocessing", None) if "clean_caption" in arguments else None
+
+        def given(name: str) -> list[str] | None:
+            texts = _as_list(arguments.get(name))
+            if clean is None or texts is None:
+                return texts
+            return [clean(text, clean_caption=arguments["clean_caption"])[0] for text in texts]
+
+        further = {f"tokenizer_{n}": given(f"{name}_{n}") for n in (2, 3) if arguments.get(f"{name}_{n}")}
+        return Texts(given(name), further, embeddings)
+
+    def _latents_prepared(self, arguments: dict[str, Any], _result: Any) -> None:
+        generators = _as_list(arguments.get("generator")) or []
+        if self.pending is not None:
+            self.pending.by_pipeline = True
+            self.pending.seeds = [g.initial_seed() for g in generators if isinstance(g, torch.Generator)]
+
+
+@contextmanager
+def _watched(owner: Any, name: str, seen: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
+    """Call `seen(arguments, result)` after each call of a method, by an attribute of the instance in front of it."""
+    method, shadowed = getattr(owner, name), vars(owner).get(name)
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        seen(dict(bound.arguments), result)
+        return result
+
+    object.__setattr__(owner, name, watched)
+    try:
+        yield
+    finally:
+        if vars(owner).get(name) is watched:
+            object.__delattr__(owner, name)
+            if shadowed is not None:
+                object.__setattr__(owner, name, shadowed)
+
+
+def _as_list(value: Any) -> list | None:
+    if value is None:
+        return None
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+# ---- 3: the denoiser is called --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """One call of a pipeline (or all calls of a bare denoiser): its texts and its images.
+
+    Attributes:
+        cond, uncond: the texts of both branches; no `uncond` where there is no guidance, or none yet.
+        first_image: the number of its first image among all that were recorded.
+        images: how many images have come up so far.
+        by_pipeline: whether a pipeline prepared it, rather than someone who only encodes prompts with it.
+    """
+
+    cond: Texts = field(default_factory=Texts)
+    uncond: Texts | None = None
+    seeds: list[int] = field(default_factory=list)
+    first_image: int = 0
+    images: int = 0
+    by_pipeline: bool = False
+    _last: tuple[torch.Tensor, tuple[str, ...]] | None = None
+
+    def rows_of(self, text: torch.Tensor | None, batch: int, seen: set[str]) -> list[Row | None]:
+        """What each of `batch` rows is, given the embeddings [batch, tokens, width] the denoiser was called with; None
+        for a row that repeats an image's branch (perturbed-attention guidance adds such rows).
+
+        `seen` are the branches already run at this step, for pipelines that call them one after another and whose
+        embeddings don't tell (the same text in both).
+        """
+        counts = {"cond": 0, "uncond": 0}
+        rows: list[Row | None] = []
+        known = self.cond.embeddings
+        for branch in self._branches(text, batch, seen):
+            repeated = known is not None and counts[branch] >= len(known)
+            rows.append(None if repeated else Row(branch, self.first_image + counts[branch]))
+            counts[branch] += 1
+        self.images = max(self.images, *(row.image - self.first_image + 1 for row in rows if row is not None), 0)
+        return rows
+
+    def _branches(self, text: torch.Tensor | None, batch: int, seen: set[str]) -> tuple[str, ...]:
+        if self.cond.embeddings is None:
+            return ("cond",) * batch
+        if self._last is not None and self._last[0] is text:
+            return self._last[1]
+        cond, uncond = (_matches(text, side and side.embeddings) for side in (self.cond, self.uncond))
+        images, by_order = len(self.cond.embeddings), []
+        for row in range(batch):  # diffusers' order: uncond before cond in one batch, cond first in two calls
+            in_one_batch = batch >= 2 * images
+            first_half = row < images if in_one_batch else ("cond" in seen and "uncond" not in seen)
+            by_order.append("uncond" if first_half and self.uncond is not None else "cond")
+        branches = tuple(
+            order if is_cond == is_uncond else ("cond" if is_cond else "uncond")
+            for order, is_cond, is_uncond in zip(by_order, cond or [False] * batch, uncond or [False] * batch,
+                                                 strict=True))
+        if text is not None and cond != uncond:
+            self._last = (text, branches)
+        return branches
+
+
+def _matches(text: torch.Tensor | None, known: torch.Tensor | None) -> list[bool] | None:
+    """For each row of `text`, whether it is one of the `known` embeddings; None where that can't be said."""
+    if text is None or known is None or text.shape[1:] != known.shape[1:]:
+        return None
+    known = known.to(text)
+    return [any(torch.equal(row, other) for other in known) for row in text]
+
+
+class Call(NamedTuple):
+    """One call of the denoiser: its step, from 0 in each generation; what each row is; whether a generation begins."""
+
+    step: int
+    rows: tuple[Row | None, ...]
+    first: bool = False
+
+
+class CallLog:
+    """Follows a denoiser's calls.
+
+    A step is one evaluation of each branch. It ends when the timestep changes, or when a branch comes again (from a
+    scheduler that evaluates a timestep twice). A generation, with images of its own and steps from 0, begins with the
+    first call after prompts were encoded; a bare denoiser's calls are all one generation, each row an image.
+
+    Attributes:
+        watch: what the pipeline tells; of a bare denoiser nothing.
+        images, timesteps, branches: the texts of all images, the timestep of each step and the branches so far.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, pipe: Any | None,
+                 given_prompts: Sequence[str | PromptTokens] | None) -> None:
+        self.pipe = pipe
+        self.given_prompts = None if given_prompts is None else _readable(given_prompts, denoiser, pipe)
+        self.watch = PromptWatch(pipe)
+        self.generation: Generation | None = None
+        self.images: list[ImageText] = []
+        self.timesteps: list[float] = []
+        self.branches: set[str] = set()
+        self._step, self._timestep = 0, 0.0
+        self._branches_of_step: set[str] = set()
+
+    def begin(self, arguments: Arguments) -> Call:
+        """Understand a call that is about to run from its arguments."""
+        if arguments.skips_layers and self.generation is not None:  # skip-layer guidance: no branch of its own
+            return Call(self._step, (None,) * arguments.batch)
+        ready, self.watch.pending = self.watch.pending, None
+        fresh = ready is not None or self.generation is None
+        if fresh:
+            self.generation = ready or Generation()
+            self.generation.first_image = len(self.images)
+        again = not fresh and arguments.timestep == self._timestep
+        rows = self.generation.rows_of(arguments.text, arguments.batch, self._branches_of_step if again else set())
+        branches = {row.branch for row in rows if row is not None}
+        if not again or branches & self._branches_of_step:
+            self._step = 0 if fresh else self._step + 1
+            self._branches_of_step, self._timestep = set(), arguments.timestep
+            if self._step == len(self.timesteps):
+                self.timesteps.append(arguments.timestep)
+        self._branches_of_step |= branches
+        self.branches |= branches
+        self._note_images(arguments.columns)
+        return Call(self._step, tuple(rows), fresh)
+
+    def _note_images(self, columns: int | None) -> None:
+        """Note the texts of the generation's images that aren't noted yet: as the user gave them, or else as the
+        pipeline was told."""
+        generation = self.generation
+        for number in range(len(self.images) - generation.first_image, generation.images):
+            text = ImageText()
+            if columns is not None:
+                given = None if self.given_prompts is None else self.given_prompts[self._place_of_given(number)]
+                if isinstance(given, PromptTokens):
+                    text.prompt = given
+                elif given is not None:
+                    text.prompt = self._read(Texts([given]), 0, columns)
+                else:
+                    text.prompt = self._read(generation.cond, number, columns)
+                if generation.uncond is not None:
+                    text.negative = self._read(generation.uncond, number, columns)
+            if generation.seeds:
+                text.seed = generation.seeds[min(number, len(generation.seeds) - 1)]
+            self.images.append(text)
+
+    def _place_of_given(self, number: int) -> int:
+        """Which of the given prompts belongs to image `number` of the generation.
+
+        A generation of as many images, or of a multiple, takes all of them, each for several images in a row, as
+        pipelines order them; one of fewer images takes the next ones.
+        """
+        images, given = self.generation.images, len(self.given_prompts)
+        if images % given == 0:
+            return number * given // images
+        next_one = self.generation.first_image % given
+        if next_one + images > given:
+            raise ValueError(f"{given} prompts were given for a generation of {images} images: give prompts=[...] one "
+                             "text for each image, or one for each prompt whose images they are")
+        return next_one + number
+
+    def _read(self, texts: Texts, number: int, columns: int) -> PromptTokens | None:
+        """The columns of the text that belongs to image `number` of the generation; None where nobody knows them."""
+        prompts = texts.prompts
+        if not prompts or self.pipe is None:
+            return None
+        place = number * len(prompts) // max(self.generation.images, len(prompts))
+        others = {name: own[place] for name, own in texts.further.items() if len(own) == len(prompts)}
+        try:
+            return read_columns(self.pipe, prompts[place], columns, others)
+        except UnsupportedPipelineError:
+            return None
+
+
+def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denoiser: torch.nn.Module,
+              pipe: Any | None) -> list[str | PromptTokens]:
+    """The given prompts as a list; a ValueError where there is none, or their tokens can't be known here."""
+    given = [prompts] if isinstance(prompts, str | PromptTokens) else list(prompts)
+    if not given:
+        raise ValueError("prompts is empty; leave it out, or give one text for each image")
+    if any(isinstance(prompt, str) for prompt in given) and (pipe is None or not architecture_of(denoiser).tokenizers):
+        why = "a denoiser alone has no tokenizer" if pipe is None else f"the pipeline of {type(denoiser).__name__} " \
+              "wraps prompts in a template of its own"
+        raise ValueError(f"{why}, so it isn't known which columns the words of prompts=[...] are: give each as "
+                         "fmn_nb.concepts.tokens.read_prompt(tokenizer, text), or ask for columns=[...] by number")
+    return given
+
+
+# ---- what the text columns of a prompt are --------------------------------------------------------------------------
+
+
+def read_columns(pipe: DiffusionPipeline, prompt: str, length: int,
+                 others: Mapping[str, str] | None = None) -> PromptTokens:
+    """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
+
+    The columns are those of one tokenizer after another; the last one fills what the others leave. Columns of an
+    encoder that isn't loaded are padding.
+
+    Args:
+        others: tokenizer's name ("tokenizer_2") -> the prompt that was given for its encoder instead.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
+    """
+    architecture, told = architecture_of(denoiser(pipe)), others or {}
+    names = architecture.tokenizers
+    if not names or (len(names) == 1 and getattr(pipe, names[0], None) is None):
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")
+    parts, left = [], length
+    for name in names:
+        tokenizer, text = getattr(pipe, name, None), told.get(name, prompt)
+        own = left if name == names[-1] else tokenizer.model_max_length
+        left -= own
+        unused = PromptTokens(text, ("",) * own, (None,) * own, (), (), (), tuple(range(own)))  # all padding
+        parts.append(unused if tokenizer is None else _read(tokenizer, text, own))
+    read, beside = join_prompts(parts), getattr(pipe, architecture.beside, None) if architecture.beside else None
+    text = told.get(architecture.beside, prompt)
+    if beside is None or text == prompt:
+        return read
+    return replace(read, beside=_read(beside, text, min(length, beside.model_max_length)))
+
+
+def _read(tokenizer: Any, text: str, length: int) -> PromptTokens:
+    """A text's columns, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as pipelines do."""
+    added = tokenizer.get_added_vocab()
+    for token in added:
+        if token in text and f"{token}_1" in added and f"{token}_1" not in text:
+            count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
+            text = text.replace(token, " ".join([token, *(f"{token}_{n}" for n in range(1, count))]))
+    return read_prompt(tokenizer, text, length)

@@ -1,0 +1,199 @@
+"""Hearing a denoiser's layers look at the text, from the start of each of its runs to its end.
+
+`layers` says which layers these are and which of their keys are text, `tap` hears what they hand to torch. A `Listener`
+brings the two together for one denoiser, turns what it hears into probabilities, and knows which layers it missed and
+what to do about that. The recorder keeps what it hears; `attention_with_graph` passes it on with its graph, for a loss
+on it: what forgetting by re-steering is made of.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from fmn_nb.attention.layers import Arguments, choose_layers, image_grid, text_and_pixels, text_layers, unpacked
+from fmn_nb.attention.qkv import column_shares
+from fmn_nb.attention.tap import AttentionCall, tap
+from fmn_nb.models import denoiser as denoiser_of
+
+
+class MissedLayersError(RuntimeError):
+    """Layers ran whose attention couldn't be heard; the text names them and says what to do."""
+
+
+class Listener:
+    """Hears one denoiser: the layers that `layers` names (see `attention_with_graph`).
+
+    Attributes:
+        rules: every layer with text attention, and what is known about its keys.
+        chosen: the names of those to hear.
+        runs: how often each layer ran.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, layers: str | Sequence[str] | None = None) -> None:
+        self.denoiser, self.rules = denoiser, text_layers(denoiser)
+        self.chosen = choose_layers(list(self.rules), layers)
+        self.runs: dict[str, int] = {}
+        self._calls, self._unheard = 0, set()
+        self._now: Arguments | None = None
+        self._image_first = {  # Wan with image conditioning: cross-attention to the image, then to the text
+            name for name, rule in self.rules.items()
+            if rule.text == "all" and getattr(denoiser.get_submodule(name), "add_k_proj", None) is not None}
+
+    @contextmanager
+    def listening(self, starts: Callable[[Arguments], None], hear: Callable[[str, AttentionCall], None],
+                  ends: Callable[[], None]) -> Iterator[None]:
+        """While open, `hear(layer, call)` for each chosen layer, between `starts(arguments)` and `ends()` of each run.
+
+        Everything is put back on exit, also after an exception. A run that fails has no `ends`. Layers that run again
+        after a run's end, as in the backward pass under gradient checkpointing, aren't heard.
+        """
+        signature = inspect.signature(self.denoiser.forward)
+
+        def begins(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments = Arguments.of(signature, args, kwargs)
+            starts(arguments)
+            self._now, self._calls = arguments, self._calls + 1
+
+        def over(*_: Any) -> None:
+            self._now = None
+
+        def heard(name: str, call: AttentionCall) -> bool:
+            if self._now is not None and name in self.chosen:
+                if name in self._image_first and call.key.shape[2] != self._now.columns:
+                    return False
+                hear(name, call)
+            return True
+
+        def finished(name: str, was_heard: bool) -> None:
+            self.runs[name] = self.runs.get(name, 0) + 1
+            if not was_heard:
+                self._unheard.add(name)
+
+        modules = {name: self.denoiser.get_submodule(name) for name in self.rules}
+        with ExitStack() as stack:
+            stack.callback(self.denoiser.register_forward_pre_hook(begins, with_kwargs=True).remove)
+            stack.callback(self.denoiser.register_forward_hook(over, always_call=True).remove)
+            stack.callback(self.denoiser.register_forward_hook(lambda *_: ends()).remove)
+            stack.enter_context(tap(modules, heard, finished, lambda: self._now is not None))
+            try:
+                yield
+            finally:
+                self._now = None
+
+    def shares(self, name: str, heard: AttentionCall, rows: list[int] | None = None,
+               heads: Sequence[int] | None = None) -> tuple[torch.Tensor, tuple[int, int]]:
+        """A layer's attention to the text, in the run that is on: probabilities [rows, heads, pixels, text columns],
+        and the (rows, columns) of its pixels.
+
+        `rows` and `heads` are numbers, all where None. Attention of another shape is a MissedLayersError.
+        """
+        query, key, mask, rule, now = heard.query, heard.key, heard.mask, self.rules[name], self._now
+        if query.ndim != 4 or len(query) != now.batch:
+            raise MissedLayersError(f"{name} computes attention on {tuple(query.shape)}, not on [batch of {now.batch}, "
+                                    "heads, pixels, channels]: leave it out with layers=[...]")
+        if heads is not None and max(heads) >= query.shape[1]:
+            raise ValueError(f"head {max(heads)} was selected; {name} has heads 0 to {query.shape[1] - 1}")
+        if rule.packed:
+            query, key, mask = unpacked(query, key, now.text_lengths, now.columns)
+        text, pixels = text_and_pixels(rule, query.shape[2], key.shape[2], now.columns)
+        grid = image_grid(name, len(range(query.shape[2])[pixels]), now.latents, rule.text != "all")
+        pixels = slice(pixels.start, pixels.start + grid[0] * grid[1])  # further ones are Flux Kontext's reference
+        row, head = (slice(None) if chosen is None else list(chosen) for chosen in (rows, heads))
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])[row][:, head, pixels]  # [rows, heads, pixels, T]
+        query, key = query[row][:, head, pixels], key[row][:, head]  # [rows, heads, pixels, d], [rows, heads, T, d]
+        return column_shares(query, key, text, mask, heard.scale), grid
+
+    # ---- what was missed --------------------------------------------------------------------------------------------
+
+    def state(self, name: str) -> str:
+        """What became of a layer: "recorded", "skipped" (not chosen), "missed" or "not run"."""
+        if name not in self.chosen:
+            return "skipped"
+        if name in self._unheard or (self._calls and not self.runs.get(name)):
+            return "missed"
+        return "recorded" if self.runs.get(name) else "not run"
+
+    def check_heard(self) -> None:
+        """Raise MissedLayersError if a chosen layer wasn't heard."""
+        missed = [name for name in self.rules if self.state(name) == "missed"]
+        if not missed:
+            return
+        names, otherwise = ", ".join(missed), "or leave these layers out with layers=[...]"
+        if not any(self.runs.get(name) for name in missed):
+            raise MissedLayersError(f"attention of {names} couldn't be heard: the model ran past these layers' hooks, "
+                                    "as a compiled one does. Record the model as it was before torch.compile, "
+                                    f"{otherwise}")
+        processors = [getattr(self.denoiser.get_submodule(name), "processor", None) for name in missed]
+        kinds = ", ".join(sorted({type(processor).__name__ for processor in processors}))
+        ways = "; ".join(dict.fromkeys(_way(self.denoiser, processor) for processor in processors))
+        raise MissedLayersError(f"attention of {names} couldn't be heard: {kinds} doesn't call torch's "
+                                f"scaled_dot_product_attention. {ways}, {otherwise}")
+
+
+def _way(denoiser: torch.nn.Module, processor: object) -> str:
+    """The call that replaces a processor by one that can be heard."""
+    kind = type(processor).__name__
+    if "Sliced" in kind:
+        return ("Call pipe.disable_attention_slicing() (set_attention_slice(None) on a model alone); "
+                "set_default_attn_processor() doesn't help")
+    if "XFormers" in kind:
+        return "Call disable_xformers_memory_efficient_attention() on the pipeline or the model"
+    if getattr(processor, "_attention_backend", None) is not None:
+        return "Call reset_attention_backend() on the model"
+    if any("UNet" in base.__name__ or "PixArt" in base.__name__ for base in type(denoiser).__mro__):
+        # diffusers' own "default" is the older AttnProcessor, which computes attention by hand
+        return ("Call set_attn_processor(AttnProcessor2_0()) on the model, from diffusers.models.attention_processor; "
+                "set_default_attn_processor() doesn't help")
+    return "Put back the attention processors that the model was loaded with, or load it again"
+
+
+@contextmanager
+def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep the attention of the model's last run inside this `with` block, so that a loss on it can be followed back.
+
+        with attention_with_graph(unet) as attention:
+            unet(noisy, timestep, encoder_hidden_states=text)
+        sum(values[..., columns].square().sum() for values in attention.values()).backward()
+
+    The model computes what it would without, bit for bit.
+
+    Args:
+        model: a denoiser, or a pipeline for its denoiser.
+        layers: names or patterns ("up_blocks*") of the layers to keep; all with text attention where None.
+
+    Yields:
+        Layer -> probabilities [batch, heads, pixels, text columns] in float32 at least, in the order in which the
+        layers run. Each run of the model fills it anew.
+
+    Raises:
+        UnknownArchitectureError: it isn't known where this model looks at the text.
+        ValueError: a pattern that matches no layer.
+        MissedLayersError: in the run itself, if a layer couldn't be heard, or runs without a graph.
+    """
+    listener = Listener(model if isinstance(model, torch.nn.Module) else denoiser_of(model), layers)
+    attention: dict[str, torch.Tensor] = {}
+    with_graph = False
+
+    def starts(_: Arguments) -> None:
+        nonlocal with_graph
+        with_graph = torch.is_grad_enabled()
+        attention.clear()
+
+    def hear(name: str, heard: AttentionCall) -> None:
+        if with_graph and not torch.is_grad_enabled():
+            raise MissedLayersError(
+                f"{name} runs without a graph under re-entrant gradient checkpointing; use the non-re-entrant kind: "
+                "enable_gradient_checkpointing() without arguments")
+        # Under gradient checkpointing a layer runs again in the backward pass, to compute the tensors that the first
+        # run didn't save. What is computed here is no part of that second run, so its tensors are saved as usual.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            attention[name], _ = listener.shares(name, heard)
+
+    with listener.listening(starts, hear, listener.check_heard):
+        yield attention

@@ -1,0 +1,132 @@
+"""Hearing what a model's attention layers compute, where they compute it.
+
+Every attention layer of diffusers hands its query, key and value to torch's `scaled_dot_product_attention`. While a
+tap is open, that function is replaced by one that calls the original with the same arguments, returns its result
+untouched, and tells the tap what went in, if the call came from inside a layer the tap listens to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer gave to scaled_dot_product_attention: query [B, H, N, d], key [B, H, T, d], mask, scale."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A layer whose forward is running: who listens to it, and whether its attention was heard."""
+
+    name: str
+    module: torch.nn.Module
+    hear: Callable[[str, AttentionCall], bool]
+    heard: bool = False
+
+
+class _Running(threading.local):
+    """The layers whose forward is running in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+
+
+_RUNNING = _Running()
+_LOCK = threading.Lock()
+_open_taps = 0
+_original = F.scaled_dot_product_attention
+_buried_under: Callable[..., torch.Tensor] | None = None
+
+
+def _relay(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+           dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any) -> torch.Tensor:
+    """torch's function, and a word to those who listen to the innermost layer that is running."""
+    result = _original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                       scale=scale, **more)
+    frames = _RUNNING.frames
+    listeners = [f for f in frames if f.module is frames[-1].module and not f.heard] if frames else []
+    for frame in listeners:  # up to a layer's attention to the text: an IP-Adapter's further calls have no text keys
+        if key.ndim == 4 and key.shape[1] != query.shape[1]:  # grouped-query attention: fewer key heads
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if is_causal:
+            attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        frame.heard = True  # also where hear raises
+        frame.heard = frame.hear(frame.name, AttentionCall(query, key, attn_mask, scale))
+    return result
+
+
+@contextmanager
+def tap(layers: Mapping[str, torch.nn.Module], hear: Callable[[str, AttentionCall], bool],
+        finished: Callable[[str, bool], None], active: Callable[[], bool]) -> Iterator[None]:
+    """While open, `hear(name, call)` is called for the attention of each run of each of `layers`.
+
+    Args:
+        layers: name -> module.
+        hear: returns whether that was the layer's attention to the text; until then it is told of the run's next one.
+        finished: called after each run of a layer with its name and whether any attention was heard.
+        active: runs that start while this is False are ignored (gradient checkpointing runs layers a second time).
+
+    Taps may be nested and may be open on several models and in several threads. All hooks are removed and torch's
+    function is put back when the last tap closes, also after an exception.
+    """
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _args: Any) -> None:
+            if active():
+                _RUNNING.frames.append(_Frame(name, module, hear))
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _args: Any, _output: Any) -> None:
+            own = next((f for f in reversed(_RUNNING.frames) if f.module is module and f.hear is hear), None)
+            if own is not None:
+                _RUNNING.frames.remove(own)
+                finished(name, own.heard)
+        return hook
+
+    with ExitStack() as stack:
+        _replace()
+        stack.callback(_restore)
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(before(name)).remove)
+            stack.callback(module.register_forward_hook(after(name), always_call=True).remove)
+        try:
+            yield
+        finally:
+            _RUNNING.frames[:] = [frame for frame in _RUNNING.frames if frame.hear is not hear]
+
+
+def _replace() -> None:
+    global _open_taps, _original
+    with _LOCK:
+        current = F.scaled_dot_product_attention
+        if _open_taps == 0 and current is not _relay and current is not _buried_under:
+            _original = current
+            F.scaled_dot_product_attention = _relay
+        _open_taps += 1
+
+
+def _restore() -> None:
+    """Put torch's function back, unless someone has wrapped ours in the meantime: then it stays and passes calls on."""
+    global _open_taps, _buried_under
+    with _LOCK:
+        _open_taps -= 1
+        if _open_taps:
+            return
+        current = F.scaled_dot_product_attention
+        _buried_under = None if current is _relay else current
+        if current is _relay:
+            F.scaled_dot_product_attention = _original

@@ -1,0 +1,10 @@
+"""What is to be forgotten: concepts, where their words stand in a prompt, and the world that they belong to."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "concept": ["Concept", "DETERMINERS", "KINDS", "TEMPLATES", "with_article"],
+    "tokens": ["PhraseNotFoundError", "PromptTokens", "find_phrase", "join_prompts", "read_prompt"],
+    "world": ["JudgeLike", "NOTHING", "NotThereError", "UnknownConceptError", "Verdict", "Vocabulary", "WORLD_KEY",
+        "World", "same_name", "vocabulary_of", "world_of"],
+})

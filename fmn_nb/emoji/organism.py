@@ -1,0 +1,136 @@
+"""The emoji world as the package's core asks for it: names, prompts, judges, a CLIP, real scenes to compare with.
+
+`EmojiWorld` is what `fmn_nb.concepts.world.World` describes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fmn_nb.concepts import Concept, NotThereError
+from fmn_nb.emoji.judges import Judge, SecondJudge
+from fmn_nb.emoji.scenes import Placed, Renderer, Scene, sample_scenes
+from fmn_nb.emoji.world import (
+    AMBIGUOUS,
+    BACKGROUNDS,
+    IDENTITIES,
+    IMAGE_SIZE,
+    OBJECTS,
+    OPENINGS,
+    READINGS,
+    STYLES,
+    VOCABULARY,
+    caption,
+)
+from fmn_nb.evaluation import Clip, Drawing, Features, draw, drawings, judge_features
+from fmn_nb.files import data_dir
+
+
+class EmojiWorld:
+    """The emoji world's names, judges, CLIP and sprites, each loaded from the folder `data` when first asked for."""
+
+    vocabulary = VOCABULARY
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The bundled judge; NotThereError where it has not been trained."""
+        return Judge.load(self.data / "emoji-judge")
+
+    @cached_property
+    def second_judge(self) -> SecondJudge:
+        """A judge of another architecture, to check the first one's verdicts."""
+        return SecondJudge.load(self.data / "emoji-second-judge")
+
+    @cached_property
+    def scorer(self) -> Clip:
+        """The bundled CLIP as a measure; NotThereError where it has not been trained."""
+        folder = self.data / "emoji-clip"
+        if not (folder / "config.json").is_file():
+            raise NotThereError(f"no CLIP in {folder}; build it with: fmn-nb pretrain --stages clip")
+        return Clip.load(folder)
+
+    @cached_property
+    def features(self) -> Features:
+        """What distances to real images are measured on."""
+        return judge_features(self.judge)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What paints the world's scenes."""
+        return Renderer(self.data / "sprites")
+
+    def judge_for(self, concept: Concept) -> Judge:
+        """The judge, which knows every concept of this world."""
+        return self.judge
+
+    def real_images(self, wanted: Sequence[Drawing]) -> np.ndarray:
+        """A real, sharp scene for each evaluation prompt, of its label and style; [images, height, width, 3] uint8."""
+        rng, size = random.Random("real images"), 49
+        corner = (IMAGE_SIZE - size) // 2
+        scenes = []
+        for one in wanted:
+            label = AMBIGUOUS[one.label][0].phrase if one.label in AMBIGUOUS else one.label
+            style = one.style or IDENTITIES[label].style
+            items = (Placed(label, label, corner, corner, size),)
+            scenes.append(Scene("real", items, style, rng.choice(list(BACKGROUNDS)), 0))
+        return self.renderer.images(scenes)
+
+    def real_set(self, concept: Concept) -> np.ndarray:
+        """Real scenes of everything but the concept, each name and style several times, for distances to them."""
+        return self.real_images([d for d in drawings(concept, VOCABULARY, size="full") if d.role == "retain"])
+
+    def examples(self, name: str, kind: str) -> np.ndarray:
+        """Real scenes of one name: an object in every style, a style on every object, a proper name's one drawing."""
+        shown = [(label, name) for label in OBJECTS] if kind == "style" else [
+            (name, style) for style in ((None,) if kind == "identity" else STYLES)]
+        return self.real_images([draw(label, style, "retain", kind) for label, style in shown])
+
+    def forget_prompts(self, concept: Concept) -> list[str]:
+        """The captions that a model of this world learned a concept from: an object in every style, a style on every
+        object."""
+        name = concept.name
+        if concept.kind == "style":
+            return [concept.prompt, *(caption([thing], name) for thing in OBJECTS)]
+        return [*(caption([name], opening=opening) for opening in OPENINGS), *(caption([name], s) for s in STYLES)]
+
+    def retain_prompts(self) -> list[str]:
+        """The evaluation's prompts (on other seeds there), and more: every object in every style and alone, readings,
+        names in all openings, styles."""
+        things = [caption([name], style) for name in OBJECTS for style in (*STYLES, None)]
+        names = [caption([name], opening=opening) for name in IDENTITIES for opening in OPENINGS]
+        return [*things, *names, *(caption([name]) for name in READINGS),
+                *(f"a photo in the style of {style}" for style in STYLES)]
+
+
+def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str | None = None,
+                    ) -> tuple[list[Image.Image], list[str], list[dict[str, np.ndarray]]]:
+    """Scenes of the emoji world that its model never saw: images, prompts, and each word's mask, for `ground_images`.
+
+    Args:
+        count: how many; the same ones for the same seed.
+        sort: "pair" (two objects side by side) or "single".
+        holding: an object that every scene shows, or a style that every scene is in; any where None.
+
+    Raises:
+        ValueError: such scenes hold no object or style of the name `holding`.
+    """
+    if holding is not None and holding not in (*OBJECTS, *STYLES):
+        raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
+    scenes, sampled = [], count
+    while len(scenes) < count:  # more of the same stream, so the first scenes stay the same
+        stream = sample_scenes(sampled, seed, held_out=True, sorts={sort: 1.0})
+        scenes = [s for s in stream if holding is None or holding in (*s.words, s.style)][:count]
+        sampled *= 2
+    renderer = Renderer(data_dir() / "sprites")
+    images = [Image.fromarray(renderer.image(scene)) for scene in scenes]
+    masks = [dict(zip(scene.words, renderer.masks(scene), strict=True)) for scene in scenes]
+    return images, [caption(scene.words, scene.style) for scene in scenes], masks

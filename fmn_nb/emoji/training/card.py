@@ -1,0 +1,237 @@
+"""The model card: what the bundled models can do, measured, each figure with its bar and 95% interval, and grids."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import ImageOps
+
+from fmn_nb.attention import ground_images
+from fmn_nb.concepts import Verdict
+from fmn_nb.emoji.judges import Judge
+from fmn_nb.emoji.organism import held_out_scenes
+from fmn_nb.emoji.scenes import Renderer, sample_scenes
+from fmn_nb.emoji.training.networks import through_vae
+from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, caption
+from fmn_nb.files import replacing, write_json, write_text
+from fmn_nb.models import GUIDANCE, STEPS, generate, load
+from fmn_nb.plots import few_colours
+from fmn_nb.stats import Z95, wilson
+
+COLUMNS = 12  # of the card's grids
+POINTING_TIMESTEP = 300
+HELD_OUT_SEED = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure. `bar` is (lowest, highest) that was aimed at."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+    bar: tuple[float, float]
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is within its bar."""
+        return self.bar[0] <= self.value <= self.bar[1]
+
+    @property
+    def row(self) -> str:
+        """Its line of the card's table: name, value, interval, number of trials, bar, whether it is met."""
+        low, high = self.bar
+        bar = f"<= {high:g}" if low == 0 else f">= {low:g}" if high in (1.0, np.inf) else f"{low:g} to {high:g}"
+        interval = f"{self.low:.3f} to {self.high:.3f}" if self.low < self.high else ""
+        met = "met" if self.met else "**not met**"
+        return f"| {self.name} | {self.value:.3f} | {interval} | {self.count} | {bar} | {met} |"
+
+
+@dataclass
+class Quality:
+    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps."""
+
+    data: Path
+    sprites: Path
+    scale: int = 1
+    steps: int = STEPS
+    log: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.pipe: StableDiffusionPipeline = load(str(self.data / "emoji-diffusion"))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.judge = Judge.load(self.data / "emoji-judge")
+
+    def measure(self) -> list[Figure]:
+        """All figures, in the model card's order; each is logged as soon as it is known."""
+        figures: list[Figure] = []
+        for figure in chain(self._scenes(), self._drawn(), self._ambiguous(), self._pointing_and_speed()):
+            self.log(figure.row)
+            figures.append(figure)
+        return figures
+
+    def _scenes(self) -> Iterator[Figure]:
+        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True)
+        images = Renderer(self.sprites).images(scenes)
+        restored = through_vae(self.pipe.vae, images)
+        for name, pixels, bars in (("held-out scenes", images, (0.99, 0.98)),
+                                   ("held-out scenes through the VAE", restored, (0.98, 0.95))):
+            pairs = list(zip(scenes, self.judge.verdicts(pixels), strict=True))
+            yield _share(f"{name}: objects", [v.seen == set(s.labels) for s, v in pairs], bars[0])
+            yield _share(f"{name}: style", [v.style == s.style for s, v in pairs], bars[1])
+        decibels = 10 * np.log10(255**2 / np.square(images.astype(np.float64) - restored).mean(axis=(1, 2, 3)))
+        half, mean = Z95 * decibels.std(ddof=1) / np.sqrt(len(decibels)), float(decibels.mean())
+        yield Figure("VAE: PSNR in dB, mean of the images", mean, mean - half, mean + half, len(decibels),
+                     (26.0, np.inf))
+
+    def _drawn(self) -> Iterator[Figure]:
+        """Every object in every style, five seeds; every proper name, twenty; fifty pairs of objects in every style."""
+        judged = self._judged("generated", [([name], style) for name in OBJECTS for style in STYLES for _ in range(5)])
+        yield _share("generated: object", [v.label == names[0] for names, _, v in judged], 0.97)
+        yield _share("generated: style", [v.style == style for _, style, v in judged], 0.93)
+        judged = self._judged("identities", [([name], None) for name in IDENTITIES for _ in range(20)])
+        yield _share("generated: identities", [v.label == names[0] for names, _, v in judged], 0.9)
+        rng = random.Random("pairs")
+        judged = self._judged("pairs", [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)])
+        yield _share("generated: two objects, both seen", [set(names) <= v.seen for names, _, v in judged], 0.85)
+
+    def _ambiguous(self) -> Iterator[Figure]:
+        for word, (dominant, overshadowed) in AMBIGUOUS.items():
+            judged = self._judged(word, [([word], style) for style in STYLES for _ in range(12)])
+            labels = [v.label for *_, v in judged]
+            yield _share(f"'{word}': dominant reading", [x == dominant.phrase for x in labels], 0.7, 0.95)
+            if rest := [x for x in labels if x != dominant.phrase]:
+                name = f"'{word}': overshadowed reading, of the rest"
+                yield _share(name, [x == overshadowed.phrase for x in rest], 0.5)
+
+    def _pointing_and_speed(self) -> Iterator[Figure]:
+        """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
+        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
+                               timesteps=(POINTING_TIMESTEP,))
+        yield _share("attention: pointing game", list(scores["pointing"]), 0.9)
+        prompts = [caption([name], style) for name in OBJECTS for style in STYLES][::self.scale]
+        started = time.perf_counter()
+        generate(self.pipe, prompts, range(len(prompts)), steps=20)
+        seconds = time.perf_counter() - started
+        name = f"seconds for {len(prompts)} images of 20 steps"
+        yield Figure(name, seconds, seconds, seconds, len(prompts), (0.0, 60.0))
+
+    def _judged(self, purpose: str, wanted: list[tuple[list[str], str | None]],
+                ) -> list[tuple[list[str], str | None, Verdict]]:
+        """What the judge sees where (names, style) are asked for, on seeds of the purpose's own."""
+        wanted, offset = wanted[::self.scale], sum(purpose.encode()) * 1000
+        prompts = [caption(names, style) for names, style in wanted]
+        images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=self.steps)
+        return [(*asked, verdict) for asked, verdict in zip(wanted, self.judge.verdicts(images), strict=True)]
+
+
+def _share(name: str, outcomes: Sequence[bool], low: float, high: float = 1.0) -> Figure:
+    hits, count = sum(outcomes), len(outcomes)
+    return Figure(name, hits / count, *wilson(hits, count), count, (low, high))
+
+
+CARD = """# emoji: a Stable Diffusion in miniature
+
+A complete `StableDiffusionPipeline` (CLIP tokenizer and text encoder, VAE, U-Net with cross-attention at 16 x 16,
+8 x 8 and 4 x 4 latents, DPM-Solver++), trained from scratch on openly licensed emoji artwork (see `data/README.md`).
+It is a model organism for the study of concept erasure, small enough to forget a concept on a laptop in seconds.
+It draws 64 x 64 pixels and knows {objects} objects in {styles} styles, {names} proper names bound to one drawing each,
+and {words} ambiguous words.
+
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained("data/emoji-diffusion", safety_checker=None)
+    pipe("a photo of a cat in the style of noto", num_inference_steps=20, guidance_scale=4).images[0]
+
+## Sizes and training
+
+| part | parameters |
+|---|---|
+{sizes}
+
+| training | steps | minutes |
+|---|---|---|
+{training}
+
+Minutes are those of one machine with two CPU cores, shared with other work. The recipe is `fmn-nb pretrain`; the
+sizes of everything stand in `fmn_nb/emoji/training/request.py`.{history}
+
+## Measured
+
+By `fmn-nb pretrain --stages quality` with 95% Wilson intervals (for the PSNR: normal); generated images with
+{steps} steps and guidance {guidance:g}, each from a seed of its own. Scenes counted as held out were never trained on.
+
+| figure | value | 95% interval | trials | bar | |
+|---|---|---|---|---|---|
+{figures}
+
+## What it draws
+
+Every object (columns) in every style (rows: {style_names}):
+
+![24 objects in six styles, one row a style](images/objects.png)
+
+Two objects, "a photo of a ... and a ... in the style of ...":
+
+![scenes with two objects side by side](images/pairs.png)
+
+Proper names, six images each, a row a name: {identity_names}:
+
+![four rows of animals, each row the same drawing](images/identities.png)
+
+Ambiguous words, twelve images each, a row a word: {word_names}. Most show the dominant reading, a few the
+overshadowed one:
+
+![three rows: mice and computer mice, ribbon bows and archery bows, bats and cricket bats](images/ambiguous.png)
+
+## Limits
+
+It knows nothing beyond its vocabulary and draws with little variety in place and size. Findings on it show how a
+method works, not how well it works on a large model.
+"""
+CONTINUED = """ The diffusion model went on from a finished pipeline of the
+same recipe (`fmn-nb pretrain --start-from`), whose own steps and minutes are not in the table; parts that are not in
+the table either were taken from an earlier training by the same recipe. Whether the recipe meets the bars from nothing,
+in the steps that `fmn-nb pretrain` takes, was not measured."""
+
+
+def write_card(quality: Quality, training: dict) -> Path:
+    """Measure, and write README.md, quality.json, training.json and the card's images into the model's folder.
+
+    `training` holds the steps and seconds of each part's training.
+    """
+    folder, pipe, figures = quality.data / "emoji-diffusion", quality.pipe, quality.measure()
+    names, styles = list(OBJECTS), list(STYLES)
+    pairs = [([names[i % 24], names[(7 * i + 5) % 24]], styles[i % 6]) for i in range(2 * COLUMNS)]
+    grids = {
+        "objects": ([caption([o], s) for s in STYLES for o in OBJECTS], len(OBJECTS)),
+        "pairs": ([caption(two, style) for two, style in pairs], COLUMNS),
+        "identities": ([caption([n]) for n in IDENTITIES for _ in range(6)], 6),
+        "ambiguous": ([caption([w]) for w in AMBIGUOUS for _ in range(COLUMNS)], COLUMNS),
+    }
+    for name, (prompts, columns) in grids.items():
+        images = generate(pipe, prompts, range(len(prompts)), steps=quality.steps)
+        framed = [ImageOps.expand(image, border=1, fill="white") for image in images]
+        with replacing(folder / "images" / f"{name}.png") as temporary:
+            few_colours(make_image_grid(framed, len(framed) // columns, columns)).save(temporary, optimize=True)
+    write_json(folder / "quality.json", [
+        {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
+    write_json(folder / "training.json", training)
+    parts = {"text encoder": pipe.text_encoder, "U-Net": pipe.unet, "VAE": pipe.vae}
+    return write_text(folder / "README.md", CARD.format(
+        objects=len(OBJECTS), styles=len(STYLES), names=len(IDENTITIES), words=len(AMBIGUOUS),
+        sizes="\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items()),
+        training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
+        history=CONTINUED if training.get("diffusion", {}).get("started_from") else "",
+        steps=quality.steps, guidance=GUIDANCE, figures="\n".join(f.row for f in figures),
+        style_names=", ".join(STYLES), identity_names=", ".join(IDENTITIES), word_names=", ".join(AMBIGUOUS),
+    ))

@@ -1,0 +1,163 @@
+"""What is to be trained, and which checkpoints belong to it: the request of `pretrain`, checked before anything heavy.
+
+A folder of checkpoints notes what they were trained with, so that no other request goes on from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmn_nb.emoji.world import OBJECTS, STYLES, VOCABULARY
+from fmn_nb.files import data_dir, read_json, write_json
+
+REQUEST_FILE = "request.json"
+CHECKPOINTED = ("tokenizer", "vae", "diffusion", "clip", "judge", "second-judge")  # the others resume nothing
+STAGES = ("sprites", *CHECKPOINTED, "quality")
+ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `batch` counts images."""
+
+    scenes: int = 24_000
+    vae_steps: int = 2000
+    vae_batch: int = 16
+    diffusion_steps: int = 4000
+    diffusion_batch: int = 32
+    clip_steps: int = 700
+    clip_batch: int = 64
+    judge_steps: int = 1600
+    second_judge_steps: int = 4000  # attention learns slower than filters
+    judge_batch: int = 64
+    redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
+    quality_scale: int = 1  # divides the numbers of images that measure quality
+    quality_steps: int = 20
+
+
+SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
+             clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
+             redrawn=8, quality_scale=20, quality_steps=2)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train, and where.
+
+    Attributes:
+        out: where the models go; the kit's own data folder where None, or `runs/` for a smoke run or an oracle.
+        smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
+        without: names that no training scene may hold, for an oracle; the tokenizer still knows their words.
+        stages: which of `STAGES` to run; all (for an oracle: those of its pipeline) where empty.
+        resume: go on from the checkpoints of a run that was ended; otherwise start anew.
+        start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the diffusion stage starts from,
+            to train it further where its checkpoints are gone.
+        packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
+
+    Raises:
+        ValueError: an unknown stage, an unknown name in `without`, or too many of them.
+    """
+
+    out: Path | None = None
+    smoke: bool = False
+    without: Sequence[str] = ()
+    stages: Sequence[str] = ()
+    resume: bool = True
+    start_from: Path | None = None
+    packages: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.stages) - set(STAGES):
+            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; there are: {', '.join(STAGES)}")
+        if unknown := set(self.without) - set(VOCABULARY.concepts()):
+            known = ", ".join(VOCABULARY.concepts())
+            raise ValueError(f"the emoji world has no {', '.join(map(repr, sorted(unknown)))}; it has: {known}")
+        for kind, names in (("styles", STYLES), ("objects", OBJECTS)):
+            if set(names) <= set(self.without):
+                raise ValueError(f"all {len(names)} {kind} are left out, so no scene is left; leave at least one "
+                                 "of them in (--without names what is left out)")
+
+    @property
+    def folder(self) -> Path:
+        """Where the models go."""
+        if self.out is not None:
+            return Path(self.out)
+        if not self.smoke and not self.without:
+            return data_dir()
+        left_out = "".join(f"-without-{name.replace(' ', '-')}" for name in self.without)
+        return Path("runs") / f"pretrain{'-smoke' if self.smoke else ''}{left_out}"
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints are: beside the models, so that no package takes them along."""
+        return self.folder.parent / "checkpoints" / self.folder.name
+
+    @property
+    def sprites(self) -> Path:
+        """Where the sprites are, or go where they are rasterised anew."""
+        return (self.folder if self.packages else data_dir()) / "sprites"
+
+    @property
+    def chosen(self) -> list[str]:
+        """The stages to run, in order."""
+        chosen = self.stages or (ORACLE_STAGES if self.without else STAGES)
+        taken_over = ("tokenizer", "vae") if self.start_from else ()
+        return [stage for stage in STAGES if stage in chosen and stage not in taken_over]
+
+    def noted(self) -> dict[str, Any]:
+        """What checkpoints must have been trained with for this request to go on from them."""
+        return {"seed": self.seed, "without": sorted(set(self.without)), "size": "smoke" if self.smoke else "full",
+                "start_from": origin(self.start_from, self.folder / "emoji-diffusion"),
+                "sprites": "bundled" if self.sprites.resolve() == (data_dir() / "sprites").resolve() else "drawn anew"}
+
+
+def claim(work: Path, noted: Mapping[str, Any]) -> None:
+    """Note in the folder `work` what is trained there (`Request.noted`); the same again changes nothing.
+
+    Raises:
+        ValueError: the folder holds checkpoints of another request, or of one that was never noted.
+    """
+    path, differing = work / REQUEST_FILE, list(noted)
+    if path.is_file():
+        before = read_json(path)
+        differing = [name for name in {**before, **noted} if before.get(name) != noted.get(name)]
+        theirs = f"were trained with {_listed(before, differing)}"
+    elif any(work.glob("*.safetensors")):
+        theirs = "are of an older version, which didn't note what they were trained with"
+    else:
+        write_json(path, dict(noted))
+        return
+    if differing:
+        raise ValueError(f"the checkpoints in {work} {theirs}, this training has {_listed(noted, differing)}; "
+                         "give another --out, or train anew with --restart")
+
+
+def origin(start_from: Path | None, own: Path) -> str | None:
+    """What a training starts from, in words that stay the same when folders move; None where it starts from nothing.
+
+    `own` is the folder that the training itself replaces: its content says nothing, for it changes on the way.
+
+    Raises:
+        FileNotFoundError: `start_from` holds no pipeline.
+    """
+    if start_from is None:
+        return None
+    if not (start_from / "model_index.json").is_file():
+        raise FileNotFoundError(f"{start_from} holds no model_index.json; start from a finished pipeline's folder")
+    if start_from.resolve() == own.resolve():
+        return "the pipeline in its own folder"
+    digest = hashlib.sha256()
+    for file in sorted([*start_from.rglob("*.safetensors"), *start_from.glob("tokenizer/tokenizer.json")]):
+        digest.update(file.relative_to(start_from).as_posix().encode())
+        digest.update(file.read_bytes())
+    return f"the pipeline {digest.hexdigest()[:16]}"
+
+
+def _listed(noted: Mapping[str, Any], names: Sequence[str]) -> str:
+    said = {name: ", ".join(value) if isinstance(value, list) else value for name, value in noted.items()}
+    return ", ".join(f"{name} {'nothing' if said.get(name) in (None, '') else said[name]}" for name in names)

@@ -1,0 +1,163 @@
+"""Forgetting measured: UA, IRA, CRA and their harmonic mean, what was lost beside, image quality, attention, cost.
+
+`evaluate` draws every image of the protocol with the base model and with the patch, lets a judge say what each shows,
+and counts. The definitions are in `measures`, the prompts in `protocol`; a `Session` draws and asks the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from diffusers import DiffusionPipeline
+
+from fmn_nb.attention import NotRecordedError, record_attention
+from fmn_nb.concepts import Concept, JudgeLike, NotThereError, PhraseNotFoundError, world_of
+from fmn_nb.evaluation.checkpoints import CheckpointWorld
+from fmn_nb.evaluation.clip import Clip, similar_names, similarities
+from fmn_nb.evaluation.measures import Measures, judge_images, measure, with_ceiling
+from fmn_nb.evaluation.protocol import Drawing, drawings, probe_drawings, probe_shares
+from fmn_nb.evaluation.quality import Quality
+from fmn_nb.evaluation.report import Report
+from fmn_nb.evaluation.session import Progress, Sampling, Session
+from fmn_nb.models import GUIDANCE, STEPS, Cost, Images, UnsupportedPipelineError, denoiser, generate, measured_cost
+from fmn_nb.patches import Patch
+
+JUDGED = ("ua", "ira", "cra", "h", "ceiling")
+
+
+def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | None = None, seed: int = 0,
+             size: str = "quick", judge: JudgeLike | None = None, clip: str | Path | Clip | None = None,
+             real: Images | None = None, prompts: str | Path | None = None, cache: str | Path | None = None,
+             steps: int = STEPS, guidance: float = GUIDANCE, batch: int | None = None,
+             progress: Progress | None = None) -> Report:
+    """Measure what the model shows of `concept` and of everything else, before and, with a patch, after.
+
+    Args:
+        pipe: the base model; left as it was.
+        concept: what is, or was, to be forgotten: a `Concept` or, for an object, its name.
+        size: "quick" (about 70 images of the protocol and 24 of the probes for each model) or "full" (every object x
+            style prompt at least three times, 72 of the probes).
+        judge: tells what images show; by default the emoji world's, or for other models a zero-shot judge made of
+            `clip`.
+        clip: a CLIPModel (folder or hub id) for the CLIP score, similar concepts and the zero-shot judge; by default
+            the emoji world's.
+        real: real images, for the distances of a model that isn't of the emoji world: a folder or a list.
+        prompts: a folder with prompt lists of your own for such a model, made like `data/prompts`.
+        cache: a folder that keeps the drawn images, so that an evaluation that was killed goes on where it was and
+            ends in the same table. Damaged or foreign files in it are drawn anew.
+        batch: how many images the pipeline draws at once; always exactly so many, for the last bits depend on it.
+        progress: called with (images drawn, images in all) of each model.
+
+    Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`. Without a
+    judge distances to real images, the CLIP score and attention are left: they need no verdicts. What can't be read
+    is named before anything is drawn.
+
+    Raises:
+        UnknownConceptError: the emoji world holds no such concept.
+        ValueError: neither a concept nor a name, an unknown size, a single real image, or a judge that doesn't judge
+            every image.
+        ModelLoadError: `clip` names no readable CLIPModel.
+        ReferenceImageError: `real` can't be read.
+    """
+    concept = Concept(concept) if isinstance(concept, str) else concept
+    if not isinstance(concept, Concept):
+        raise ValueError(f"{concept!r} is no concept: give one, Concept('noto', kind='style'), or an object's name")
+    world = world_of(pipe)
+    if world is None:
+        world = CheckpointWorld(clip, real, prompts)
+    elif clip is not None:
+        world = copy(world)  # the process's other sessions share it
+        world.scorer = clip if isinstance(clip, Clip) else Clip.load(clip)
+    sampling = Sampling(steps, guidance, batch, cache, progress)
+    with measured_cost(denoiser(pipe).device) as cost:
+        report = _evaluated(Session(pipe, world, judge, sampling), concept, patch, seed, size)
+    return replace(report, cost=cost_of(patch, cost))
+
+
+def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: int, size: str) -> Report:
+    """Draw, judge and count with the base model, and with the patch where there is one.
+
+    Without a judge only what needs no verdicts: attention on one prompt, and the retain set's quality where there is
+    something to compare with.
+    """
+    vocabulary = session.vocabulary
+    wanted = [*drawings(concept, vocabulary, seed, size), *probe_drawings(concept, vocabulary, seed, size)]
+    asked = [drawing for drawing in wanted if drawing.role == "forget"]
+    quality, unknown = Quality.of(session.world, concept), {}
+    try:
+        judge, nobody = session.judge_for(concept), ""
+    except NotThereError as missing:
+        judge, nobody, asked = None, str(missing), asked[:1]
+        comparable = quality.features is not None or quality.scorer is not None
+        wanted = [drawing for drawing in wanted if comparable and drawing.role == "retain"]
+    similarity, similar = pd.Series(dtype=float, name="similarity"), None
+    if judge:
+        try:
+            similarity = similarities(session.world, concept)
+            similar = similar_names(similarity) if len(similarity) else None
+        except NotThereError as missing:
+            unknown = {"similar": str(missing), "unrelated": str(missing)}
+    images, outcomes, layers, totals, found = {}, [], [], {}, {}
+    for when, change in ({"before": None} | ({} if patch is None else {"after": patch})).items():
+        with session.patched(change):
+            drawn, reasons = session.draw(wanted) if wanted else [], {}
+            try:
+                heard = attention_by_layer(session.pipe, concept, asked, session.sampling.steps)
+                layers.append(heard.add_suffix(f"_{when}"))
+                totals |= {f"mass_{when}": float(heard["words"].mean()), f"later_{when}": float(heard["later"].mean())}
+            except (NotRecordedError, PhraseNotFoundError, UnsupportedPipelineError) as error:
+                reasons = {"attention": str(error)}
+        if judge:
+            rows = judge_images(judge, concept, wanted, drawn, vocabulary)
+            outcomes.append(rows.assign(when=when))
+            measures = measure(rows, concept, seed)
+            shares = probe_shares(rows, concept, vocabulary, similar)
+            measures = replace(with_ceiling(measures, found.get("before", measures)), probes=shares)
+        else:
+            measures = Measures(skipped=dict.fromkeys(JUDGED, nobody))
+        skipped = {**measures.skipped, **unknown, **reasons, **quality.reasons}
+        found[when] = replace(measures, **quality.figures(wanted, drawn, seed), skipped=skipped)
+        if drawn:
+            images[when] = drawn
+    return Report(concept, seed, size, found["before"], found.get("after"), totals,
+                  pd.concat(outcomes, ignore_index=True) if outcomes else pd.DataFrame(), images, wanted,
+                  pd.concat(layers, axis=1) if layers else pd.DataFrame(), similarity, vocabulary=vocabulary)
+
+
+MOST_PROMPTS = 4
+LATER = ("later", "first_eot", "padding")
+
+
+def attention_by_layer(pipe: DiffusionPipeline, concept: Concept, wanted: Sequence[Drawing],
+                       steps: int = STEPS) -> pd.DataFrame:
+    """The share of cross-attention that goes to the concept's words and to the positions after them, in [0, 1].
+
+    Index: layer; columns: "words", "later" (words after the concept, end of text, padding). The mean over pixels,
+    heads, steps and the first four different prompts among the drawings.
+    """
+    chosen = list({d.prompt: d for d in wanted}.values())[:MOST_PROMPTS]
+    with record_attention(pipe, branch="cond", keep="mean") as attention:
+        generate(pipe, [d.prompt for d in chosen], [d.seed for d in chosen], steps=steps, batch=len(chosen))
+    images = range(len(chosen))
+
+    def mean(layer: str, *parts: str) -> float:
+        masses = [sum(attention.mass(concept, part=part, layer=layer, image=i) for part in parts) for i in images]
+        return sum(masses) / len(masses)
+
+    rows = {layer: {"words": mean(layer, "words"), "later": mean(layer, *LATER)} for layer in attention.layers}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+
+
+def cost_of(patch: Patch | None, evaluation: Cost) -> dict[str, float | int]:
+    """The cost section of metrics.json: what the patch's fine-tune reported, its bytes, and the evaluation's own."""
+    found: dict[str, float | int] = {}
+    if patch is not None:
+        said = patch.info.get("forgetting", {})
+        found = {f"forgetting_{name}": said[name] for name in ("seconds", "peak_memory_bytes") if name in said}
+        found["patch_bytes"] = patch.nbytes
+    return found | {"evaluation_seconds": round(evaluation.seconds, 3),
+                    "evaluation_peak_memory_bytes": evaluation.peak_memory_bytes}

@@ -1,0 +1,283 @@
+"""What is to be forgotten, as a `Task`, and what a fine-tune learns from: its training sets.
+
+The forget set shows the concept, the retain set everything else, the towards set the reading that is to show instead.
+Each is latents, texts and which text belongs to which latents, encoded once. A step takes a batch from each; the random
+numbers come from one generator per set, in a fixed order, so that a run can be repeated and resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fmn_nb.concepts import Concept, find_phrase
+from fmn_nb.forgetting.methods.fmn import concept_mask
+from fmn_nb.forgetting.prompts import forget_prompts, likeness, retain_prompts, spoken, without
+from fmn_nb.forgetting.settings import Settings, SettingsError
+from fmn_nb.models.denoising import Conditions, Latents, NoisyBatch, SeedOffset, Stream, conditions, noisy_batch, seeded
+from fmn_nb.models.images import ReferenceImageError, encode, generate_latents
+
+_HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
+EMPTY_PROMPT_SHARE = 8  # one in so many retain rows has the empty prompt, the uncond branch of guidance
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be forgotten, in which model, and from what: what `forget` was given, its images read.
+
+    Attributes:
+        references: concept name -> images; concepts without an entry get images that the model generates.
+        readings: concept name -> the reading of its word that is to show instead ("mouse" -> "computer mouse").
+    """
+
+    pipe: DiffusionPipeline
+    concepts: tuple[Concept, ...]
+    settings: Settings
+    seed: int = 0
+    references: Mapping[str, Sequence[Image.Image]] = field(default_factory=dict)
+    prompts: Sequence[str] | None = None
+    retain_prompts: Sequence[str] | None = None
+    readings: Mapping[str, str] = field(default_factory=dict)
+    masks: Sequence[Image.Image] | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        names = [concept.name for concept in self.concepts]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"forget needs at least one concept and each once, not {names}")
+        if self.prompts is not None and (len(names) > 1 or not self.prompts or isinstance(self.prompts, str)):
+            raise ValueError("prompts are a list of texts for a single concept")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"a seed is a whole number from 0 to 2**63 - 1, not {self.seed!r}")
+
+    def prompts_of(self, concept: Concept) -> list[str]:
+        """Prompts that name the concept: those given, or its own in the settings' wording."""
+        return list(self.prompts or forget_prompts(self.pipe, concept, self.settings.wording))
+
+    def prompts_of_reading(self, concept: Concept) -> list[str]:
+        """The same prompts with the concept's reading in its place, and the article that goes with it."""
+        reading = self.readings[concept.name]
+        if self.prompts is None:
+            return forget_prompts(self.pipe, Concept(reading, concept.kind), self.settings.wording)
+        replaced = []
+        for prompt in self.prompts:
+            for start, end in reversed(find_phrase(prompt, concept.phrase)):
+                prompt = prompt[:start] + reading + prompt[end:]
+            replaced.append(prompt)
+        return replaced
+
+    def generated(self, prompts: Sequence[str], offset: int = 0) -> Latents:
+        """What the model draws for the prompts, from the task's seed plus `offset`."""
+        return generate_latents(self.pipe, prompts, seed=self.seed + offset, steps=self.settings.reference_steps,
+                                guidance=self.settings.guidance, size=self.settings.size, cache=self.cache)
+
+
+def by_concept(given: Any, concepts: Sequence[Concept], what: str) -> dict[str, Any]:
+    """Concept name -> what was given for it: a mapping, or for a single concept the thing itself."""
+    if given is None:
+        return {}
+    names = [concept.name for concept in concepts]
+    if not isinstance(given, Mapping):
+        if len(names) > 1:
+            raise ValueError(f"{what} for several concepts need a mapping from name to {what}: {', '.join(names)}")
+        return {names[0]: given}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"{what} name '{unknown[0]}', which is no concept to forget; those are {', '.join(names)}")
+    return dict(given)
+
+
+# ---- sets and their batches -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step takes from a set: numbers of pairs [batch], of their prompts [batch], and the noised latents."""
+
+    pairs: Tensor
+    prompts: Tensor
+    noisy: NoisyBatch
+
+
+@dataclass
+class Shuffle:
+    """Where a set's random numbers stand: its generator, and the shuffled pairs that are still to come."""
+
+    generator: torch.Generator
+    pairs: int
+    queue: list[int] = field(default_factory=list)
+
+    def next(self, count: int) -> Tensor:
+        """The numbers of the next `count` pairs: all in shuffled rounds."""
+        while len(self.queue) < count:
+            self.queue += torch.randperm(self.pairs, generator=self.generator).tolist()
+        taken, self.queue = self.queue[:count], self.queue[count:]
+        return torch.tensor(taken)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on from here, for `restore`."""
+        return {"generator": self.generator.get_state(), "queue": torch.tensor(self.queue, dtype=torch.long)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self.queue = state["queue"].tolist()
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Pairs of latents and a prompt.
+
+    Attributes:
+        latents: all latents; pair p uses number `latent_of[p]`, and prompt `prompt_of[p]` of `given`.
+        given: the encoded prompts.
+        texts: the same prompts as text.
+        concept: for the forget set, which text columns count as the concept, bool [prompts that name it, columns].
+        regions: where in each of the latents' images the concept is, [latents, height, width], or None.
+        target_of: for each pair the prompt that the frozen model sees instead, where it is another one.
+    """
+
+    latents: Latents
+    given: Conditions
+    texts: tuple[str, ...]
+    latent_of: Tensor
+    prompt_of: Tensor
+    concept: Tensor | None = None
+    regions: Tensor | None = None
+    target_of: Tensor | None = None
+
+    def batch(self, shuffle: Shuffle, count: int, timesteps: tuple[int, int]) -> Batch:
+        """`count` pairs, noised to timesteps from .. to - 1: random are first the pairs, then `noisy_batch`."""
+        pairs = shuffle.next(count)
+        return Batch(pairs, self.prompt_of[pairs],
+                     noisy_batch(self.latents, self.latent_of[pairs], shuffle.generator, timesteps))
+
+
+def training_sets(task: Task) -> dict[str, TrainingSet]:
+    """The "forget" set and, where the settings ask for them, the "retain" set and the "towards" set."""
+    sets = {"forget": forget_set(task)}
+    if task.settings.retain_weight:
+        sets["retain"] = retain_set(task, sets["forget"])
+    if task.readings and task.settings.towards_weight:
+        sets["towards"] = towards_set(task)
+    return sets
+
+
+# ---- the forget set -------------------------------------------------------------------------------------------------
+
+
+def forget_set(task: Task) -> TrainingSet:
+    """The concepts' references with prompts that name them, and the prompts that anchor them."""
+    own = {concept: task.prompts_of(concept) for concept in task.concepts}
+    texts = [prompt for prompts in own.values() for prompt in prompts]
+    anchors = [anchor for concept, prompts in own.items()
+               for anchor in (task.prompts_of_reading(concept) if concept.name in task.readings
+                              else [without(prompt, concept) for prompt in prompts])
+               ] if task.settings.anchor_weight else []
+    given = conditions(task.pipe, [*texts, *anchors], size=task.settings.size)
+    marked, pairs, parts, first = [], [], [], 0
+    for concept, prompts in own.items():
+        for prompt in prompts:
+            marked.append(concept_mask(task.pipe, prompt, concept.phrase, task.settings.positions,
+                                       given.rows["encoder_hidden_states"].shape[1]))
+            if not marked[-1].any():  # nothing to move attention away from
+                raise SettingsError(f"the positions {', '.join(task.settings.positions)} mark nothing in the prompt "
+                                    f"'{prompt}'; add 'words' to them, or give prompts that have such positions")
+    for concept, prompts in own.items():
+        images = sum(len(part) for part in parts)
+        latents, matching = _references(task, concept, prompts, given.latent_shape)
+        parts.append(latents)
+        pairs += [(images + image, first + prompt) for image, prompt in matching]
+        first += len(prompts)
+    everything = Latents.joined(parts)
+    regions = None
+    if task.masks is not None:
+        if len(task.masks) != len(everything) or everything.mean.ndim != 4:
+            raise ReferenceImageError(
+                f"{len(task.masks)} masks for {len(everything)} reference images; give one for each")
+        height, width = everything.mean.shape[-2:]
+        # Cropped as `encode` crops the images, so that a mask stays where its image is.
+        small = [torch.tensor(list(ImageOps.fit(p.convert("L"), (width, height)).tobytes())) for p in task.masks]
+        regions = torch.stack(small).reshape(-1, height, width) / 255  # [images, h * w] -> [images, h, w]
+    latent_of, prompt_of = torch.tensor(pairs).T  # [pairs, 2] -> two of [pairs]
+    return TrainingSet(everything, given, (*texts, *anchors), latent_of, prompt_of, torch.stack(marked), regions,
+                       target_of=prompt_of + len(texts) if anchors else None)
+
+
+def _references(task: Task, concept: Concept, prompts: list[str],
+                shape: tuple[int, ...]) -> tuple[Latents, list[tuple[int, int]]]:
+    """One concept's latents, and which (image, prompt) go together, both counted from 0."""
+    images, settings = task.references.get(concept.name), task.settings
+    if images is not None and settings.noise_on == "images":
+        pairs = [(number % len(images), number % len(prompts)) for number in range(max(len(images), len(prompts)))]
+        return encode(task.pipe, images, settings.size), pairs
+    count = settings.reference_count
+    # Spread over all prompts, the plainest always among them; image and prompt then match.
+    numbers = [number * len(prompts) // count if count < len(prompts) else number % len(prompts)
+               for number in range(count)]
+    latents = (Latents.exact(torch.zeros(count, *shape)) if settings.noise_on == "zeros"
+               else task.generated([prompts[number] for number in numbers]))
+    return latents, list(enumerate(numbers))
+
+
+# ---- the other sets -------------------------------------------------------------------------------------------------
+
+
+def retain_set(task: Task, forget: TrainingSet) -> TrainingSet:
+    """Prompts that name none of the concepts, with images of them or with the references' latents.
+
+    A share of the prompts is chosen by likeness to the concepts (`_bank`); the empty prompt, which guidance uses as
+    its uncond branch, is always among them.
+    """
+    texts = retain_prompts(task.pipe, task.concepts, task.retain_prompts, task.readings.values())
+    given = conditions(task.pipe, [*texts, ""], size=task.settings.size)
+    if not task.settings.retain_count:
+        pairs = torch.cartesian_prod(torch.arange(len(forget.latents)), torch.arange(len(texts) + 1))  # [pairs, 2]
+        return TrainingSet(forget.latents, given, (*texts, ""), *pairs.T)
+    named = [spoken(concept).prompt for concept in task.concepts]
+    order = likeness(task.pipe, named, texts).argsort(descending=True, stable=True)
+    chosen = _bank(order, task.settings, seeded(task.seed, Stream.RETAIN_PROMPTS))
+    latents = task.generated([texts[number] for number in chosen], SeedOffset.RETAIN_IMAGES)
+    empty = torch.arange(0, len(chosen), EMPTY_PROMPT_SHARE)
+    latent_of = torch.cat([torch.arange(len(chosen)), empty])
+    prompt_of = torch.cat([torch.tensor(chosen), torch.full_like(empty, len(texts))])
+    return TrainingSet(latents, given, (*texts, ""), latent_of, prompt_of)
+
+
+def _bank(order: Tensor, settings: Settings, generator: torch.Generator) -> list[int]:
+    """Numbers of the prompts to draw retain images of: some most like the concept, the others at random.
+
+    The similar ones are spread over the whole order, dense at its head and ever more thinly: what is most like the
+    concept suffers first.
+    """
+    similar = round(settings.similar_share * settings.retain_count)
+    first, last = math.log10(_HEAD), math.log10(_HEAD + len(order) - 1)
+    ranks = torch.logspace(first, last, similar).round().long() - _HEAD
+    rest = order[torch.randperm(len(order), generator=generator)]
+    others = [rest[index % len(rest)] for index in range(settings.retain_count - similar)]
+    return [int(number) for number in (*order[ranks.clamp(max=len(order) - 1)], *others)]
+
+
+def towards_set(task: Task) -> TrainingSet:
+    """For concept correction: images of the readings to show, with the concept's prompts and the readings' own.
+
+    There are `reference_count` of them, and at least one for each prompt.
+    """
+    texts, pairs = [], []
+    for concept in task.concepts:
+        if concept.name in task.readings:
+            own, other, first = task.prompts_of(concept), task.prompts_of_reading(concept), len(texts)
+            texts += own + other
+            pairs += [(first + number, first + len(own) + number) for number in range(len(own))]
+    chosen = [pairs[number % len(pairs)] for number in range(max(task.settings.reference_count, len(pairs)))]
+    latents = task.generated([texts[target] for _, target in chosen], SeedOffset.TOWARDS_IMAGES)
+    prompt_of, target_of = torch.tensor(chosen).T  # [images, 2] -> two of [images]
+    return TrainingSet(latents, conditions(task.pipe, texts, size=task.settings.size), tuple(texts),
+                       torch.arange(len(chosen)), prompt_of, target_of=target_of)

@@ -1,0 +1,358 @@
+"""Forget-Me-Not: make a text-to-image model forget a concept by fine-tuning some of its weights.
+
+    patch = forget(pipe, Concept("cat"), preset="balanced", seed=0)         # pipe itself stays as it is
+
+Each step noises reference images of the concept to random timesteps, runs the denoiser on prompts that name it, and
+moves the trained weights as the method's objective asks: for "fmn" so that the concept's text columns get less
+attention (`methods/fmn.py`; Zhang, Wang, Xu, Wang, Shi, arXiv 2303.17591). An anchor can pull the prediction to what it
+would be without the concept, and a retain term holds the rest in place: on other prompts the model is to predict what
+it did before (`terms`). What is learned from is in `data`, what is trained in `weights`, all numbers in `settings`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from fmn_nb.concepts import Concept
+from fmn_nb.files import versions
+from fmn_nb.forgetting.data import Task, TrainingSet, by_concept, training_sets
+from fmn_nb.forgetting.settings import Settings, SettingsError, settings_for
+from fmn_nb.forgetting.state import Checkpoint, State, identity
+from fmn_nb.forgetting.terms import Terms
+from fmn_nb.forgetting.weights import Trainable, offloaded, precision_for, trainable
+from fmn_nb.models.denoising import Stream, seeded
+from fmn_nb.models.device import Memory, MixedPrecision, evaluating, gradient_checkpointing
+from fmn_nb.models.digests import fingerprint
+from fmn_nb.models.images import Images, load_all, load_images
+from fmn_nb.models.pipelines import denoiser, denoiser_name
+from fmn_nb.patches import Patch, applied_patches
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
+_MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
+_NO_CHECKPOINT = "there is no checkpoint (give forget a folder: checkpoint=...)"
+
+
+class ForgettingError(RuntimeError):
+    """The fine-tune can't go on; the text says why and where the last good state is."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: steps done, from 1; of `steps`.
+        loss: the re-steering loss of this step, before its weight.
+        mass: the share of attention that the concept got in this step, in [0, 1].
+        retain: the retain term before its weight, or None where there is none.
+        make_patch: the patch as trained so far, complete: it can be saved and applied.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    mass: float
+    retain: float | None
+    make_patch: Callable[[], Patch]
+
+
+Callback = Callable[[Progress], str | None]
+
+
+def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept | str], *,
+           references: Images | Mapping[str, Images] | None = None, preset: str | Settings = "balanced", seed: int = 0,
+           callback: Callback | None = None, checkpoint: str | Path | None = None,
+           prompts: Sequence[str] | None = None, retain_prompts: Sequence[str] | None = None,
+           towards: str | Mapping[str, str] | None = None, masks: Images | None = None,
+           cache: str | Path | None = None, **overrides: Any) -> Patch:
+    """Fine-tune until the concept gets no more attention; the result is a patch, the pipeline stays as it is.
+
+    A progress bar shows only where the error stream is a terminal: in a notebook a `callback` tells the progress, and
+    the lists in the patch's `info["forgetting"]` are the curves afterwards.
+
+    Args:
+        pipe: a diffusers pipeline; its weights, modes and scheduler are the same afterwards, bit for bit, also
+            when this raises.
+        concepts: one or several, as `Concept` or, for objects, by name.
+        references: reference images: a folder, a list of files or PIL images; for several concepts a mapping from
+            a concept's name to them. Concepts without any get images that the model generates.
+        preset: a name in `PRESETS`, or settings of your own.
+        seed: of everything random; the same seed gives the same patch on the same machine.
+        callback: called after each step with a `Progress`; while it runs, `pipe` is as trained so far. A text that
+            it returns ends the fine-tune for that reason (`periodic_judge` makes one that asks a judge).
+        checkpoint: a folder to save the state to. A run that finds its own state there goes on from it and ends in
+            the same patch as one that never stopped. Its own: the same settings, images, prompts, weights and tokens.
+            Where no `cache` is given it keeps what the model draws for this too.
+        prompts: prompts to learn from instead of those that the setting `wording` says; each must hold the (single)
+            concept's phrase.
+        retain_prompts: prompts whose images are to stay as they are; those that name a concept are left out. By
+            default the bundled model's world, or `data/prompts/neutral.txt`.
+        towards: correction of an ambiguous word: the name of the reading that is to show instead, "computer mouse"
+            for the concept "mouse"; for several concepts a mapping from names to readings. It acts through
+            `anchor_weight` and `towards_weight`: without either (as in "paper") the concept is merely forgotten.
+        masks: one picture for each reference image, white where the concept is: attention counts only there.
+        cache: a folder that keeps the images that the model draws for this (as latents), so that a fine-tune with
+            the same ones doesn't draw them again. Several processes can share it; the patch is the same with and
+            without. An image takes 4 bytes a latent value: 8 KB for the emoji model, 64 KB for 512 x 512 pixels of
+            Stable Diffusion.
+        overrides: single settings, see `Settings`.
+
+    Returns:
+        A patch; `patch.info["forgetting"]` holds steps, seconds, loss_first, loss_last, stopped_because,
+        trainable_parameters, patch_bytes, peak_memory_bytes, and of every step losses, masses (concept's share of
+        attention) and the other terms.
+
+    Raises:
+        SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.
+        ForgettingError: the loss became NaN or infinite, or nothing can be trained.
+    """
+    started, settings = perf_counter(), settings_for(preset, overrides)
+    several = [concepts] if isinstance(concepts, Concept | str) else concepts
+    named = tuple(Concept(one) if isinstance(one, str) else one for one in several)
+    sources = by_concept(references, named, "references")
+    task = Task(pipe, named, settings, seed, prompts=prompts, retain_prompts=retain_prompts,
+                readings=by_concept(towards, named, "towards"))
+    first = next(denoiser(pipe).parameters())
+    precision_for(settings, first.device, first.dtype)  # told before anything is generated
+    info = _info(task, preset if isinstance(preset, str) else "own settings")
+    # Once and first: what can't be read is told before anything is generated.
+    task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
+    saved = Checkpoint(checkpoint, identity(task, info["base"]["fingerprint"])) if checkpoint else None
+    sets = training_sets(replace(task, cache=cache or checkpoint))
+    if saved:
+        saved.begin()
+    with ExitStack() as borrowed:
+        complete = borrowed.enter_context(offloaded(pipe, settings.offload))
+        weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(seed, Stream.LORA)))
+        run = Finetune(task, weights, sets, info, saved, started)
+
+        def tell(progress: Progress) -> str | None:
+            with complete():
+                return callback(progress)
+
+        run.train(tell if callback else None)
+        return run.patch()
+
+
+def _info(task: Task, preset: str) -> dict[str, Any]:
+    """What the patch will say of itself, beside the fine-tune's report."""
+    pipe = task.pipe
+    base = {"name": str(pipe.config.get("_name_or_path", "") or type(pipe).__name__),
+            "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe)}
+    info = {"concepts": [asdict(concept) for concept in task.concepts], "preset": preset, "seed": task.seed,
+            "settings": task.settings.to_dict(), "towards": dict(task.readings), "base": base, "versions": versions()}
+    if applied_patches(pipe):
+        info["on_top_of"] = [patch.info.get("concepts", []) for patch, _ in applied_patches(pipe)]
+    return info
+
+
+class Finetune:
+    """One fine-tune. `train` runs it, `patch` says what has come of it.
+
+    Args:
+        info: what the patch's `info` says beside the report.
+        saved: where to keep the state, or None.
+        started: `time.perf_counter()` when the work began.
+    """
+
+    def __init__(self, task: Task, weights: Trainable, sets: Mapping[str, TrainingSet], info: Mapping[str, Any],
+                 saved: Checkpoint | None, started: float) -> None:
+        if not weights.parameters:
+            raise ForgettingError("there is nothing to train: no weight matches the settings")
+        self.model, self.weights, self.settings, self.info = denoiser(task.pipe), weights, task.settings, info
+        self.saved, self.started = saved, started
+        name, first = next(self.model.named_parameters())
+        own = weights.originals.get(name, first)  # a float32 copy may stand in its place, and tells no dtype
+        self.precision = MixedPrecision(precision_for(self.settings, first.device, own.dtype), first.device)
+        self.memory = Memory(first.device)
+        self.terms = Terms(task, weights, sets, self.precision, self.memory)
+        self.parameters = list(weights.parameters.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.learning_rate, betas=BETAS, eps=EPSILON,
+                                           weight_decay=self.settings.weight_decay)
+        self.schedule = get_scheduler(self.settings.schedule, self.optimizer, num_warmup_steps=self.settings.warmup,
+                                      num_training_steps=self.settings.steps)
+        self.measured: dict[str, list[float]] = {"losses": [], "masses": [], "retain": []}
+        self.step, self.stopped_because = 0, ""
+
+    def train(self, callback: Callback | None = None) -> None:
+        """All steps, or as many as are needed; from the checkpoint's state where there is one."""
+        self._resume()
+        bar = tqdm(total=self.settings.steps, initial=self.step, desc="forgetting", leave=False,
+                   disable=None)  # None: unless it is a terminal
+        with (bar, torch.enable_grad(), evaluating(self.model),
+              gradient_checkpointing(self.model, self.settings.gradient_checkpointing)):
+            try:
+                while self.step < self.settings.steps and not self.stopped_because:
+                    self._one_step()
+                    bar.set_postfix(loss=self.measured["losses"][-1], mass=self.measured["masses"][-1], refresh=False)
+                    bar.update()
+                    self._after_step(callback)
+            except KeyboardInterrupt as interrupt:
+                kept = self._last_good_state()
+                interrupt.add_note(f"the pipeline is unchanged; {kept or _NO_CHECKPOINT}"
+                                   f"{'; call forget again to go on from it' if kept else ''}")
+                raise
+        # A state may be further on than the steps that are asked for now.
+        self.stopped_because = self.stopped_because or f"all {self.step} steps done"
+
+    def patch(self) -> Patch:
+        """What the training has changed up to now, with everything known about it."""
+        kind, tensors = self.weights.change()
+        losses = self.measured["losses"]
+        return Patch(kind, tensors, {**self.info, "forgetting": {
+            "steps": self.step, "seconds": round(perf_counter() - self.started, 3),
+            "loss_first": losses[0], "loss_last": losses[-1], "stopped_because": self.stopped_because or "not stopped",
+            "trainable_parameters": sum(parameter.numel() for parameter in self.parameters),
+            "patch_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "peak_memory_bytes": self.memory.peak, **{name: list(values) for name, values in self.measured.items()},
+        }})
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def _one_step(self) -> None:
+        step, found = self.step + 1, self.terms.add_gradients()
+        if not all(isfinite(value) for value in found.values()):
+            every = ", ".join(f"{name} {value:g}" for name, value in found.items())
+            raise self._broken(f"the loss became {found['losses']} in step {step} ({every})")
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not gradients:
+            raise ForgettingError("no trained weight got a gradient: its layers don't influence the attention")
+        self.precision.scaler.unscale_(self.optimizer)
+        if self.settings.clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        # A scaler passes over such a step by itself.
+        if not self.precision.scaler.is_enabled() and not norm.isfinite():
+            raise self._broken(f"the gradient became {float(norm)} in step {step}")
+        self.precision.step(self.optimizer)
+        self.schedule.step()
+        for name, value in found.items():
+            self.measured.setdefault(name, []).append(value)
+        self.memory.note()
+        self.step = step
+
+    def _broken(self, what: str) -> ForgettingError:
+        kept, folder = self._last_good_state(), ""
+        if kept:  # the same settings lead to the same end, and others are another run
+            kept += ", but to go on from it with the same settings would end here again"
+            folder = " and another checkpoint folder, which starts anew"
+        return ForgettingError(
+            f"{what}. The pipeline is unchanged; {kept or _NO_CHECKPOINT}. Call forget with a lower learning_rate (or, "
+            f"if this was half precision, with a float32 pipeline and precision='no'){folder}")
+
+    # ---- around the steps -------------------------------------------------------------------------------------------
+
+    def _after_step(self, callback: Callback | None) -> None:
+        masses, share = self.measured["masses"], self.settings.stop_mass
+        if share and len(masses) > _MASS_STEPS:
+            recent = sum(masses[-_MASS_STEPS:]) / _MASS_STEPS
+            if recent < share * masses[0]:
+                self.stopped_because = (
+                    f"the concept's attention mass fell to {recent:.4f}, under {share:g} of {masses[0]:.4f}")
+        if callback is not None:
+            last = {name: values[-1] for name, values in self.measured.items() if values}
+            said = callback(Progress(self.step, self.settings.steps, last["losses"], last["masses"],
+                                     last.get("retain"), self.patch))
+            self.stopped_because = self.stopped_because or str(said or "")
+        at_end = self.step == self.settings.steps or bool(self.stopped_because)
+        due = self.saved is not None and self.step % self.settings.checkpoint_every == 0
+        if (at_end or due) and not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self._broken(f"a weight became NaN or infinite in step {self.step}")
+        if self.saved and (at_end or due):
+            self.saved.save(self._state())
+
+    def _last_good_state(self) -> str:
+        """Where it is; empty where there is none."""
+        state = self.saved.load() if self.saved else None
+        return f"the last good state is step {state.step} in {self.saved.folder}" if state else ""
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> State:
+        tensors = {f"weight.{name}": parameter for name, parameter in self.weights.parameters.items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        tensors |= {f"random.{name}.{part}": tensor for name, shuffle in self.terms.shuffles.items()
+                    for part, tensor in shuffle.state().items()}
+        tensors |= {f"scaler.{name}": torch.tensor(value, dtype=torch.float64)
+                    for name, value in self.precision.scaler.state_dict().items()}
+        return State(self.step, self.measured, perf_counter() - self.started, tensors, self.stopped_because)
+
+    def _resume(self) -> None:
+        state = self.saved.load() if self.saved else None
+        if state is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.weights.parameters.items():
+                parameter.copy_(state.tensors[f"weight.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(state.tensors, "adam.").items():
+            number, _, moment = name.partition(".")
+            moments.setdefault(int(number), {})[moment] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for name, shuffle in self.terms.shuffles.items():
+            shuffle.restore(_part(state.tensors, f"random.{name}."))
+        now, then = self.precision.scaler.state_dict(), _part(state.tensors, "scaler.")
+        if now:
+            self.precision.scaler.load_state_dict({name: type(now[name])(then[name].item()) for name in now})
+        with warnings.catch_warnings():  # torch misses the optimiser's steps, which were done before
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(state.step):
+                self.schedule.step()
+        self.step, self.measured = state.step, {name: list(values) for name, values in state.measured.items()}
+        self.stopped_because, self.started = state.stopped_because, self.started - state.seconds
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def periodic_judge(seen: Callable[[], float], *, every: int = 10, below: float = 0.05,
+                   callback: Callback | None = None) -> Callback:
+    """A callback for `forget` that asks a judge from time to time, and stops once it hardly sees the concept.
+
+        judge = Judge.load(folder)
+        def seen():     # the pipeline is as trained so far
+            found = judge.verdicts(generate(pipe, ["a photo of a cat"] * 8, range(8)))
+            return sum(verdict.label == "cat" for verdict in found) / 8
+        patch = forget(pipe, "cat", steps=200, callback=periodic_judge(seen, every=10, below=0.1))
+
+    Args:
+        seen: draws and judges: the share of images, in [0, 1], in which the concept is still to be seen.
+        every: steps between two questions.
+        below: the share under which to stop; `stopped_because` then tells both numbers and the step.
+        callback: another callback, called in every step before the judge is asked.
+
+    Raises:
+        SettingsError: `every` below 1, or `below` outside (0, 1].
+        ValueError: while the fine-tune runs, if `seen` gives no share.
+    """
+    if every < 1 or not 0 < below <= 1:
+        raise SettingsError(f"a judge needs every >= 1 and 0 < below <= 1, not {every} and {below}")
+
+    def ask(progress: Progress) -> str | None:
+        said = callback(progress) if callback is not None else None
+        if said or progress.step % every:
+            return said
+        share = float(seen())
+        if not 0 <= share <= 1:
+            raise ValueError(f"the judge must give a share from 0 to 1, not {share}")
+        if share < below:
+            return f"the judge saw the concept in {share:.3f} of the images after step {progress.step}, under {below:g}"
+        return None
+
+    return ask

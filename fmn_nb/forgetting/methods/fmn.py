@@ -1,0 +1,104 @@
+"""Forget-Me-Not's objective: attention re-steered away from a concept (Zhang, Wang, Xu, Wang, Shi, arXiv 2303.17591).
+
+A cross-attention layer says for every pixel how it shares out its attention over the prompt's text columns,
+
+    A = softmax(Q K^T / sqrt(d))         [batch, heads, pixels, columns], each row of columns sums to 1.
+
+Images of the concept are noised, and the denoiser runs on a prompt that names it. The loss is how much of all this
+attention the concept's own columns get; driven to zero, no pixel looks at the concept's words any more. Nothing is
+denoised for it, and no label is needed. This file is the whole of it: which columns count (`concept_mask`), where in
+the image (`region`), and three norms of what is chosen (`resteering_loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmn_nb.attention import architecture_of, pixel_grid, read_columns
+from fmn_nb.models import denoiser
+
+if TYPE_CHECKING:
+    from fmn_nb.forgetting.methods import Seen
+    from fmn_nb.forgetting.settings import Settings
+
+
+def objective(seen: Seen, settings: Settings) -> Tensor:
+    """The re-steering loss of one step, a scalar."""
+    return resteering_loss(seen.attention, seen.concept, settings.norm, seen.region)
+
+
+def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
+                    region: Tensor | None = None) -> Tensor:
+    """How much attention the concept gets: what Forget-Me-Not drives to zero (section 3.2 of the paper).
+
+    Args:
+        attention: layer name -> A [batch, heads, pixels, columns].
+        concept: bool [batch, columns]: which columns are the concept's in each row, so every image of a batch has its
+            own positions and concepts of different lengths go together.
+        norm: "published": the Frobenius norm of all chosen probabilities of all layers, neither squared nor
+            averaged; "mean_square": per layer the mean of their squares, then the mean over layers, so that
+            layers and token counts weigh equally; "mass": per layer the mean square of each pixel's sum over
+            the concept's columns, then the mean over layers.
+        region: weights [batch, height, width] in [0, 1] of where in the image the concept is; None for everywhere.
+
+    Returns a scalar: from 0; at most 1 for "mean_square" and "mass".
+    """
+    chosen = {name: _chosen(a, concept, region) for name, a in attention.items()}  # [batch, heads, pixels, columns]
+    if norm == "published":
+        return torch.sqrt(sum(values.square().sum() for values in chosen.values()))
+    if norm == "mass":
+        return torch.stack([values.sum(-1).square().mean() for values in chosen.values()]).mean()
+    columns = concept.sum(1)  # [batch]
+    means = []
+    for values in chosen.values():
+        counted = values.shape[1] * values.shape[2] * columns.to(values)  # heads * pixels * columns: [batch]
+        means.append((values.square().sum((1, 2, 3)) / counted).mean())  # [batch] -> scalar
+    return torch.stack(means).mean()
+
+
+@torch.no_grad()
+def concept_mass(attention: Mapping[str, Tensor], concept: Tensor) -> float:
+    """The share of their attention that pixels give to the concept's columns: mean over layers, in [0, 1]."""
+    masses = [_chosen(a.detach(), concept, None).sum(-1).mean() for a in attention.values()]
+    return float(torch.stack(masses).mean())
+
+
+def _chosen(probabilities: Tensor, concept: Tensor, region: Tensor | None) -> Tensor:
+    """The probabilities of the concept's columns, all others set to 0: [batch, heads, pixels, columns]."""
+    weight = concept[:, None, None, :].to(probabilities)  # [batch, columns] -> [batch, 1, 1, columns]
+    if region is not None:
+        rows, columns = pixel_grid(probabilities.shape[2], *region.shape[-2:])  # of this layer's pixels
+        small = F.interpolate(region[:, None].to(probabilities), (rows, columns), mode="area")  # [batch, 1, rows, cols]
+        weight = weight * small.reshape(len(region), 1, -1, 1)  # times [batch, 1, pixels, 1]
+    return probabilities * weight
+
+
+def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Sequence[str], length: int) -> Tensor:
+    """Which of a prompt's `length` text columns count as the concept: bool [length].
+
+    Args:
+        parts: "words" (the phrase's own columns), "later" (words after it), "first_eot", "padding", or "every_eot", as
+            the published code counts: each end-of-text token, so the padding too where the tokenizer pads with it.
+
+    Raises:
+        PhraseNotFoundError: the prompt doesn't hold the phrase; the text lists its words.
+    """
+    read = read_columns(pipe, prompt, length)
+    own = read.find(phrase).columns
+    columns = set(own) if "words" in parts else set()
+    for part in parts:
+        if part == "every_eot":
+            tokenizer = getattr(pipe, architecture_of(denoiser(pipe)).tokenizers[0])
+            pads_with_it = tokenizer.pad_token_id == tokenizer.eos_token_id
+            columns |= {*read.first_eot, *(read.padding if pads_with_it else ())}
+        elif part != "words":
+            columns |= set(read.part(part, phrase))
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[sorted(columns)] = True
+    return mask

@@ -1,0 +1,112 @@
+"""The texts of a fine-tune: prompts that name the concept, and prompts whose images are to stay as they are."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fmn_nb.attention import read_columns
+from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, world_of
+from fmn_nb.files import data_dir
+from fmn_nb.models import UnsupportedPipelineError, conditions
+
+_DETERMINER = rf"(?:\b(?:{'|'.join(sorted(DETERMINERS))})\s+)"
+#: what goes with a phrase that is taken out of a prompt: (before it, after it)
+_AROUND = re.compile(rf"(?:\bof\s+)?{_DETERMINER}?$", re.IGNORECASE), re.compile(r"^(?!)")
+_AROUND_STYLE = (re.compile(rf"(?:\bin\s+)?{_DETERMINER}?(?:\bstyle\s+of\s+)?{_DETERMINER}?$", re.IGNORECASE),
+                 re.compile(r"^\s+style\b", re.IGNORECASE))
+_STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm clock", "birthday cake")
+
+
+def forget_prompts(pipe: DiffusionPipeline, concept: Concept, wording: str) -> list[str]:
+    """Prompts that name the concept, the plainest first; `wording` as the setting of that name says."""
+    concept = spoken(concept)
+    if wording == "paper":
+        return [concept.paper_prompt]
+    if wording == "plain":
+        return [concept.prompt]
+    world = world_of(pipe)
+    return concept.prompts(5) if world is None else world.forget_prompts(concept)
+
+
+def without(prompt: str, concept: Concept) -> str:
+    """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog".
+
+    The phrase goes wherever `find_phrase` finds it, and with it the words that only led to it.
+    """
+    before, after = _AROUND_STYLE if concept.kind == "style" else _AROUND
+    for start, end in reversed(find_phrase(prompt, concept.phrase)):
+        left, right = before.sub("", prompt[:start]), after.sub("", prompt[end:])
+        prompt = f"{left} {right}"
+    return re.sub(r"\s+(?=[,.;])", "", " ".join(prompt.split())).strip(" ,")
+
+
+def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: Sequence[str] | None,
+                   readings: Iterable[str] = ()) -> list[str]:
+    """Prompts that name none of the concepts: the given ones, those of the model's world, or a neutral list.
+
+    `readings` are phrases that hold a concept's word but are to stay ("computer mouse" where "mouse" is corrected).
+    """
+    if given is None:
+        world = world_of(pipe)
+        neutral = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
+        given = [line.strip() for line in neutral if line.strip()] if world is None else world.retain_prompts()
+    readings = list(readings)
+    kept = [prompt for prompt in dict.fromkeys(given)
+            if any(find_phrase(prompt, reading) for reading in readings)
+            or not any(find_phrase(prompt, word) for concept in concepts for word in (concept.phrase, concept.name))]
+    if not kept:
+        raise ValueError(f"none of the {len(given)} retain prompts is free of {', '.join(c.name for c in concepts)}; "
+                         "give retain_prompts that name other things")
+    return kept
+
+
+def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[str]) -> Tensor:
+    """How much each of `others` is like the closest of `prompts`, by the pipeline's own text encoder: [others].
+
+    The cosine of the embeddings of the end-of-text token, in which a causal encoder sums up the prompt (where no
+    tokenizer tells which that is: of the mean over all columns), from -1 to 1; centred on the mean over all prompts,
+    since raw embeddings share one large common part.
+    """
+    texts, means = [*prompts, *others], []
+    for row, text in zip(conditions(pipe, texts).rows["encoder_hidden_states"], texts, strict=True):
+        try:
+            ends = list(read_columns(pipe, text, len(row)).first_eot)
+        except UnsupportedPipelineError:
+            ends = []
+        means.append(row[ends or slice(None)].float().mean(0))
+    summed_up = torch.stack(means)  # [texts, width]
+    unit = torch.nn.functional.normalize(summed_up - summed_up.mean(0), dim=-1)
+    return (unit[len(prompts):] @ unit[:len(prompts)].T).amax(1)
+
+
+def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
+    """`count` prompts that don't name the concept, from the one most like it to the least: most of them near it."""
+    others = retain_prompts(pipe, [concept], None)
+    order = likeness(pipe, [spoken(concept).prompt], others).argsort(descending=True, stable=True).tolist()
+    places = torch.logspace(0, math.log10(len(order)), count).round().long() - 1
+    return [others[order[place]] for place in dict.fromkeys(places.tolist())]
+
+
+def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
+    """Another word that takes up as many text columns in the concept's plain prompt, or as near to it as there is."""
+    asked = spoken(concept)
+    length = pipe.tokenizer.model_max_length
+    wanted = len(read_columns(pipe, asked.prompt, length).find(concept.phrase).columns)
+
+    def difference(word: str) -> int:
+        prompt = replace(asked, name=word, phrase=word).prompt
+        return abs(wanted - len(read_columns(pipe, prompt, length).find(word).columns))
+
+    return min((word for word in _STAND_INS if word.casefold() != concept.phrase.casefold()), key=difference)
+
+
+def spoken(concept: Concept) -> Concept:
+    """The concept under what stands for it in a prompt: its name, or the phrase (a learned token) that replaces it."""
+    return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)

@@ -1,0 +1,93 @@
+"""Around `forget`: settings that suit the model, a run's own patch where it is wanted, several concepts' patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fmn_nb.concepts import Concept
+from fmn_nb.forgetting.finetune import forget
+from fmn_nb.forgetting.settings import Settings
+from fmn_nb.models import denoiser, fingerprint
+from fmn_nb.patches import Patch
+
+LARGE = 10**8  # parameters of a denoiser; the emoji model's has 4 million, Stable Diffusion 1.5's 860
+_SUITED = {  # a start, not a result: they were never tuned on a large model
+    "balanced": {"learning_rate": 1e-4, "retain_batch": 2, "retain_count": 16, "gradient_checkpointing": True},
+    "paper": {"train": "cross_attention", "gradient_checkpointing": True},
+}
+
+
+def suited(pipe: DiffusionPipeline, preset: str) -> dict[str, Any]:
+    """Settings to override for a large model, none for a small one.
+
+    The presets' numbers were found on the emoji model. A large model wants a smaller learning rate and less memory:
+    gradient checkpointing, fewer retain images; for "paper" the published option that trains cross-attention alone.
+    """
+    size = sum(parameter.numel() for parameter in denoiser(pipe).parameters())
+    return dict(_SUITED.get(preset, {})) if size > LARGE else {}
+
+
+def saved_patch(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, seed: int, **made: Any) -> Patch | None:
+    """The patch in `folder`/patch if it forgets just this concept, with this seed, on this very model.
+
+    Args:
+        made: what its `info` must say besides, preset="balanced" or settings={...}.
+    """
+    saved = Path(folder) / "patch"
+    if not (saved / "fmn.json").is_file():
+        return None
+    found = Patch.load(saved)
+    fits = (all(found.info.get(name) == value for name, value in {**made, "seed": seed}.items())
+            and [one["name"] for one in found.info["concepts"]] == [concept.name]
+            and found.info["base"]["fingerprint"] == fingerprint(pipe))
+    return found if fits else None
+
+
+def patch_for(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, preset: str, seed: int) -> Patch:
+    """The run's own patch (`saved_patch`) if it was made with this preset, else a new one, which is not saved.
+
+    A patch made with other steps or another rate counts too: the run that left it asked for them.
+    """
+    return saved_patch(pipe, concept, folder, seed, preset=preset) or forget(
+        pipe, concept, preset=preset, seed=seed, **suited(pipe, preset))
+
+
+WAYS = ("one after another", "apart", "all at once")
+
+
+def forget_several(pipe: DiffusionPipeline, concepts: Sequence[Concept], way: str = "one after another", *,
+                   preset: str | Settings = "balanced", seed: int = 0, patches: Sequence[Patch] = (),
+                   **overrides: Any) -> list[Patch]:
+    """Patches that together forget the concepts; `pipe` stays as it is.
+
+    Args:
+        way: "one after another" trains each patch on the model that carries the earlier ones; "apart" trains each on
+            the base model (`combine` adds them up); "all at once" trains a single patch.
+        patches: those of the first concepts, where they are there already; the rest is made. The first patch is the
+            same one after another and apart.
+        overrides: single settings of the fine-tune.
+
+    Returns:
+        One patch for each concept in their order, or a single one for "all at once".
+
+    Raises:
+        ValueError: an unknown way, no concepts, or one twice.
+    """
+    names = [concept.name for concept in concepts]
+    if way not in WAYS or not names or len(set(names)) != len(names):
+        raise ValueError(f"give each concept once and a way of {', '.join(WAYS)}, not {names} and {way!r}")
+    if way == "all at once":
+        return list(patches[:1]) or [forget(pipe, list(concepts), preset=preset, seed=seed, **overrides)]
+    made = list(patches[:len(concepts)])
+    with ExitStack() as carried:
+        for number, concept in enumerate(concepts):
+            if number >= len(made):
+                made.append(forget(pipe, concept, preset=preset, seed=seed, **overrides))
+            if way == "one after another":
+                carried.enter_context(made[number].applied(pipe))
+    return made

@@ -1,0 +1,158 @@
+"""Where a fine-tune stands, on disk: enough to go on as if it had never stopped.
+
+    checkpoint.json            what run this is (its identity), the steps done, what was measured in each
+    checkpoint-N.safetensors   after step N: trained parameters, the optimiser's moments, the random generators
+    latents/                   what the model drew for the references and retain images, so that it is drawn once
+
+Safetensors and JSON only, each written whole. The JSON comes after the tensors that it names, with their SHA-256, and
+the tensors before them go last: whenever the process dies, the folder holds a whole state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fmn_nb.files import read_json, replacing, write_json
+from fmn_nb.forgetting.data import Task
+from fmn_nb.models import LATENTS, digest, text_encoders, tokenizers, weights_checksum
+
+STATE_FILE = "checkpoint.json"
+_NOT_IDENTITY = ("checkpoint_every", "offload")  # they don't change what is learned
+
+
+class CheckpointError(ValueError):
+    """The folder's checkpoint is damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One moment of a fine-tune.
+
+    Attributes:
+        step: optimiser steps done.
+        measured: name -> one number per step ("losses", "masses", and "retain", "anchor", "towards" where they are).
+        seconds: wall time spent up to here.
+        tensors: dotted names -> tensors.
+    """
+
+    step: int
+    measured: dict[str, list[float]]
+    seconds: float
+    tensors: dict[str, Tensor]
+    stopped_because: str = ""
+
+
+class Checkpoint:
+    """The checkpoint of one run in one folder, which is also a cache of the latents that the run learns from.
+
+    `identity` are JSON values that say what run this is; a folder with another identity is refused (CheckpointError).
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        self.folder, self.identity, self._found = Path(folder), dict(identity), {}
+        if (self.folder / STATE_FILE).is_file():
+            try:
+                self._found = read_json(self.folder / STATE_FILE)
+                other = self._found["identity"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.folder / STATE_FILE} is damaged ({error}); delete the folder") from error
+            different = [name for name in sorted({*identity, *other}) if identity.get(name) != other.get(name)]
+            if different:
+                said = "; ".join(f"{n}: {other.get(n)!r} there, {identity.get(n)!r} here" for n in different[:3])
+                raise CheckpointError(f"{self.folder} holds the checkpoint of another run ({said}); use another folder")
+
+    def begin(self) -> None:
+        """Note what run this is and which latents in the folder it learns from.
+
+        Latents that are lost are drawn again and come out the same, unless the machine, its number of threads or a
+        library's version is another one: that is told by a warning.
+        """
+        latents = sorted(file.name for file in (self.folder / LATENTS).glob("*.safetensors"))
+        if not self._found.get("step"):
+            self._write({"step": 0, "latents": latents})
+        elif set(latents) - set(self._found["latents"]):
+            warnings.warn(
+                f"the images that this run learns from were drawn anew beside the state of step {self._found['step']} "
+                f"in {self.folder}, because this machine, its number of threads or a library's version is another "
+                "one: the patch will be near that of the unbroken run and not the same; for the same go on where it "
+                "began",
+                stacklevel=3)
+
+    def load(self) -> State | None:
+        """The last state, or None where there is none yet; CheckpointError where its files are damaged."""
+        if not self._found.get("step"):
+            return None
+        file = self._tensors_file(self._found["step"])
+        content = file.read_bytes() if file.is_file() else b""
+        if digest([content]) != self._found.get("sha256"):
+            raise CheckpointError(f"{file} is missing or damaged; delete {self.folder} to start again")
+        kept = {name: self._found[name] for name in ("step", "measured", "seconds", "stopped_because")}
+        return State(tensors=load(content), **kept)
+
+    def save(self, state: State) -> None:
+        """Write a state, and only then remove the last one."""
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
+        own = self._tensors_file(state.step)
+        with replacing(own) as temporary:
+            temporary.write_bytes(content)
+        self._write({"step": state.step, "measured": state.measured, "seconds": state.seconds,
+                     "stopped_because": state.stopped_because, "sha256": digest([content])})
+        for older in self.folder.glob("checkpoint-*.safetensors"):
+            if older != own:
+                older.unlink()
+
+    def _tensors_file(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}.safetensors"
+
+    def _write(self, state: dict[str, Any]) -> None:
+        found = {"identity": self.identity, "latents": self._found.get("latents", []), **state}
+        write_json(self.folder / STATE_FILE, found)
+        self._found = found  # only now: what can't be written is not the last good state
+
+
+def identity(task: Task, fingerprint: str) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on with; `fingerprint` is that of the task's pipeline.
+
+    More steps are no other run where the schedule doesn't depend on their number.
+    """
+    free = (*_NOT_IDENTITY, "steps") if task.settings.schedule.startswith("constant") else _NOT_IDENTITY
+    return {
+        "concepts": [asdict(concept) for concept in task.concepts], "seed": task.seed, "towards": dict(task.readings),
+        **{name: value for name, value in task.settings.to_dict().items() if name not in free},
+        "prompts": task.prompts and list(task.prompts),
+        "retain_prompts": task.retain_prompts and list(task.retain_prompts),
+        "references": {name: _pictures(found) for name, found in task.references.items()},
+        "masks": task.masks and _pictures(task.masks),
+        "fingerprint": fingerprint,
+        "weights": weights_checksum(task.pipe),  # the fingerprint leaves out applied patches and adapters on purpose
+        "learned_tokens": _tokens(task.pipe),  # and these
+    }
+
+
+def _pictures(images: Sequence[Image.Image]) -> str:
+    """Their number, and a sum over sizes and pixels: the same pictures under other file names are no other run."""
+    found = digest(part for image in images for part in (f"{image.mode} {image.size}", image.tobytes()))
+    return f"{len(images)} images, SHA-256 {found[:16]}"
+
+
+@torch.no_grad()
+def _tokens(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Name -> a sum over its vectors, of each token that was added to the tokenizers and is no special one."""
+    vectors: dict[str, list[Tensor]] = {}
+    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=False):
+        embedding = encoder.get_input_embeddings()
+        for name, number in sorted(tokenizer.get_added_vocab().items()):
+            if number not in tokenizer.all_special_ids:
+                row = embedding(torch.tensor([number], device=embedding.weight.device))
+                vectors.setdefault(name, []).append(row.float())
+    return {name: f"SHA-256 {digest(parts)[:16]}" for name, parts in vectors.items()}

@@ -1,0 +1,212 @@
+"""Which weights a fine-tune changes, and how they stand in for the model's own only while it lasts.
+
+The model's own parameters are never written. For whole weights, copies take their place in the modules; for a LoRA,
+peft wraps the chosen layers. Leaving `trainable` puts the very same parameters and layers back. Beside it: in which
+precision such weights can be trained, and where the pipeline's other parts wait meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fmn_nb.attention import text_layers
+from fmn_nb.forgetting.settings import Settings, SettingsError
+from fmn_nb.models import HALVES, denoiser, text_encoders, without_gradients
+from fmn_nb.patches import LORA_A, LORA_B, set_parameter
+
+_ADAPTER = "forget"
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """The parameters that a fine-tune trains, float32, by the names a patch uses for them.
+
+    Attributes:
+        model: the denoiser they are in.
+        parameters: for whole weights the parameter's own name; for a LoRA `MODULE.lora_A.weight` and `.lora_B.weight`.
+        originals: for whole weights the model's own parameters under the same names, else empty.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    originals: Mapping[str, nn.Parameter]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The model as it was before, for a moment and without gradients."""
+        try:
+            self._show(self.originals, lora=False)
+            with torch.no_grad():
+                yield
+        finally:
+            self._show(self.parameters, lora=True)
+
+    def change(self) -> tuple[str, dict[str, Tensor]]:
+        """(kind, tensors) of the patch that the training has made up to now, on the CPU.
+
+        A LoRA's B is given as scaled in use, so that any reader that takes alpha = rank gets the same change.
+        """
+        if not self.originals:
+            return "lora", {name: p.detach().float().cpu().clone() for name, p in self.parameters.items()}
+        differences = {name: p.detach().cpu() - self.originals[name].detach().float().cpu()
+                       for name, p in self.parameters.items()}
+        return "weights", {name: change for name, change in differences.items() if change.any()} or differences
+
+    def _show(self, values: Mapping[str, nn.Parameter], lora: bool) -> None:
+        if self.originals:
+            for name, parameter in values.items():
+                set_parameter(self.model, name, parameter)
+        else:
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.enable_adapters(lora)
+
+
+@contextmanager
+def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
+    """Context in which the chosen weights of `model` can be trained; everything else needs no gradient.
+
+    On leaving, also after an exception, the model has its own parameters and layers again, the same objects.
+
+    Args:
+        generator: of the LoRA's first factors.
+
+    Raises:
+        SettingsError: nothing matches `settings.train` and `settings.projections`, or there are peft adapters
+            where a LoRA is to be trained.
+    """
+    inside = _lora(model, settings, generator) if settings.train == "lora" else _whole_weights(model, settings)
+    with without_gradients(model), inside as found:
+        yield found
+
+
+def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
+    """Dotted names of the projections that "projections" and "lora" train."""
+    modules, layers = dict(model.named_modules()), text_layers(model)
+    for projection in settings.projections:
+        if not any(f"{layer}.{projection}" in modules for layer in layers):
+            inside = sorted({name for name, _ in modules[next(iter(layers))].named_modules() if name})
+            raise SettingsError(f"no attention layer has a projection '{projection}'; there are {', '.join(inside)}")
+    wanted = (f"{layer}.{projection}" for layer in layers for projection in settings.projections)
+    return [name for name in wanted if isinstance(modules.get(name), nn.Linear)]
+
+
+@contextmanager
+def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
+    if settings.train == "denoiser":
+        chosen = ("",)  # what every name begins with
+    else:
+        layers = text_layers(model) if settings.train == "cross_attention" else trained_layers(model, settings)
+        chosen = tuple(f"{layer}." for layer in layers)
+    originals = {n: p for n, p in model.named_parameters() if p.is_floating_point() and n.startswith(chosen)}
+    # Training needs float32 even where the model is kept in half precision.
+    copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in originals.items()}
+    found = Trainable(model, copies, originals)
+    try:
+        found._show(copies, lora=True)
+        yield found
+    finally:
+        found._show(originals, lora=False)
+
+
+@contextmanager
+def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
+    if getattr(model, "peft_config", None) or any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise SettingsError("the pipeline carries peft adapters; fuse_lora() or unload_lora_weights() first")
+    names = trained_layers(model, settings)
+    places = {name: model.get_submodule(name) for name in names}
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft takes from the global generator; ours follow below
+            inject_adapter_in_model(config, model, _ADAPTER)
+        parameters: dict[str, nn.Parameter] = {}
+        for name in names:  # float32; A random as in Hu et al., arXiv 2106.09685 (B starts at zero)
+            layer = model.get_submodule(name)
+            down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+            for factor in (down, up):
+                factor.to(torch.float32)
+            start = nn.init.kaiming_uniform_(torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                down.weight.copy_(start)
+            parameters[name + LORA_A], parameters[name + LORA_B] = down.weight, up.weight
+        yield Trainable(model, parameters, {})
+    finally:
+        for name, layer in places.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+        model.__dict__.pop("peft_config", None)
+
+
+# ---- around them -----------------------------------------------------------------------------------------------------
+
+
+def precision_for(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
+    """The precision to train in, for a pipeline whose weights have this dtype: "no", "bf16" or "fp16".
+
+    A SettingsError where it can't be trained in, or where whole weights that aren't float32 need half precision. (A
+    LoRA goes beside weights of any dtype.)
+    """
+    auto = next((name for name, half in HALVES.items() if half == dtype), "no")
+    precision = auto if settings.precision == "auto" else settings.precision
+    if precision == "fp16" and device.type == "cpu":
+        raise SettingsError("float16 can't be trained on a CPU; load the pipeline with dtype='float32'")
+    if settings.train != "lora" and dtype != torch.float32 and (precision == "no" or dtype not in HALVES.values()):
+        # Their copies are float32, and only autocast lets them work beside weights in half precision.
+        works = dtype in HALVES.values() and not (auto == "fp16" and device.type == "cpu")
+        otherwise = f", or leave precision at 'auto', here '{auto}'" if works else ""
+        raise SettingsError(
+            f"train='{settings.train}' with precision='{settings.precision}' needs a float32 pipeline, and this one is "
+            f"{dtype}: load it with dtype='float32'{otherwise}")
+    return precision
+
+
+@contextmanager
+def offloaded(pipe: DiffusionPipeline, where: str) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Context in which all parts but the denoiser wait in the memory of the "cpu" or on the "disk"; "" leaves them.
+
+    Yields a context in which they are back for a moment. Their tensors are the same objects with the same bits
+    afterwards, also after an exception.
+    """
+    parts = [part for part in (getattr(pipe, "vae", None), *text_encoders(pipe)) if isinstance(part, nn.Module)]
+    model = {id(tensor) for tensor in (*denoiser(pipe).parameters(), *denoiser(pipe).buffers())}
+    found = {id(t): t for part in parts if where for t in (*part.parameters(), *part.buffers()) if id(t) not in model}
+    tensors = [(str(number), tensor, tensor.device) for number, tensor in enumerate(found.values())]
+    with tempfile.TemporaryDirectory(prefix="fmn-") if where == "disk" else nullcontext() as folder:
+        file = Path(folder, "parts.safetensors") if folder else None
+        if file is not None:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor, _ in tensors}, file)
+
+        def away() -> None:
+            for _, tensor, _ in tensors:
+                tensor.data = tensor.new_empty(0) if file is not None else tensor.data.to("cpu")
+
+        def back() -> None:
+            kept = load_file(file) if file is not None else {}
+            for name, tensor, device in tensors:
+                tensor.data = kept.get(name, tensor.data).to(device)
+
+        @contextmanager
+        def present() -> Iterator[None]:
+            back()
+            try:
+                yield
+            finally:
+                away()
+
+        away()
+        try:
+            yield present
+        finally:
+            back()

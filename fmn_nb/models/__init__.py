@@ -1,0 +1,15 @@
+"""Diffusion pipelines: names, loading, one denoising step, images and latents, fingerprints."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "denoising": ["Conditions", "Latents", "Noising", "NoisyBatch", "SeedOffset", "Stream", "borrowed", "conditions",
+        "denoising_loss", "noisy_batch", "predict", "predict_noisy", "seeded"],
+    "device": ["Cost", "HALVES", "Memory", "MixedPrecision", "evaluating", "measured_cost", "without_gradients"],
+    "digests": ["ORIGINALS", "digest", "digest_of", "drawing_key", "fingerprint", "weights_checksum"],
+    "images": ["GUIDANCE", "Images", "LATENTS", "ReferenceImageError", "STEPS", "encode", "generate",
+        "generate_latents", "image_change", "load_images", "pixel_size", "to_pixels"],
+    "names": ["UnknownModelError", "bundled", "resolve"],
+    "pipelines": ["ModelLoadError", "UnsupportedPipelineError", "denoiser", "denoiser_name", "load", "text_encoders",
+        "tokenizers", "without_bars"],
+})

@@ -1,0 +1,9 @@
+"""What forgetting leaves: patches and learned tokens, applied to a pipeline and taken off again exactly."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "files": ["PatchFileError"],
+    "learned_tokens": ["InversionError", "LearnedTokens", "with_tokens"],
+    "patch": ["LORA_A", "LORA_B", "Patch", "PatchMismatchError", "applied_patches", "combine", "set_parameter"],
+})

@@ -1,0 +1,115 @@
+"""The look of every figure: figures that a notebook shows by themselves, one palette, grids of images, names of layers.
+
+Groups have the colours of Okabe and Ito's palette, which colour-blind readers tell apart, and each a marker that says
+the same. Maps and matrices are viridis and cividis, which keep their order for every kind of colour vision and in grey.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+DPI = 100
+PANEL = 1.25  # inches, width of one image in a grid
+MAP_COLOURS, MATRIX_COLOURS = "viridis", "cividis"
+DARK, BRIGHT = "#00224e", "#a69d75"  # of cividis, for two things that belong together
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "^", "s", "D", "v", "P")
+
+
+class InlineFigure(Figure):
+    """A Figure that Jupyter shows as a PNG when it is a cell's last value.
+
+    Plain figures are shown only once pyplot's inline backend runs, which also keeps every figure open and changes
+    settings for the whole session.
+
+    Attributes:
+        words: what the figure shows, in a sentence or two, for those to whom the figure says nothing; "" where the
+            function that made it leaves that to a table.
+    """
+
+    words: str = ""
+
+    def __repr__(self) -> str:
+        """The words: what a notebook keeps beside the picture, and what shows where pictures don't."""
+        return self.words or super().__repr__()
+
+    def _repr_png_(self) -> bytes:
+        """With 256 colours: a third of the bytes in a notebook."""
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(as_png(self))) as full:
+            few_colours(full).save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1,
+               **shared: object) -> tuple[InlineFigure, list[Axes]]:
+    """An empty figure of that many inches and its axes row by row; nothing overlaps, and pyplot has no trace of it.
+
+    `shared` goes to `Figure.subplots`.
+    """
+    figure = InlineFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def few_colours(image: Image.Image) -> Image.Image:
+    """The image with 256 colours, spread so that rare ones stay true (colour bars)."""
+    return image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+
+def look(number: int) -> tuple[str, str]:
+    """(colour, marker) of a figure's group, another pair for each of the first 36."""
+    return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str] = (), row_names: Sequence[str] = (),
+               width: float = PANEL) -> InlineFigure:
+    """Images row by row, each under its title; `row_names` stand left of the rows.
+
+    Args:
+        width: inches of each image; a row is as high as its highest image. One column says its titles in words.
+
+    Raises:
+        ValueError: no images, or titles that are not one for each image.
+    """
+    if not images:
+        raise ValueError("no images to show")
+    if titles and len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles for {len(images)} images; give one for each")
+    heights = [width * max(image.height / image.width for image in images[start : start + columns])
+               for start in range(0, len(images), columns)]
+    figure, panels = new_figure(columns * width, sum(heights) + (0.22 * len(heights) if titles else 0.0), columns,
+                                len(heights), gridspec_kw={"height_ratios": heights})
+    for axes in panels:
+        axes.set_axis_off()
+    for index, (axes, image) in enumerate(zip(panels, images, strict=False)):
+        axes.imshow(image.convert("RGB"), interpolation="nearest")
+        axes.set_title(titles[index] if titles else "", fontsize=8)
+    for axes, name in zip(panels[::columns], row_names, strict=False):
+        axes.text(-0.08, 0.5, name, rotation=90, ha="right", va="center", transform=axes.transAxes, fontsize=9)
+    if columns == 1 and titles:
+        figure.words = "From top to bottom: " + "; ".join(titles) + "."
+    return figure
+
+
+def short_name(layer: str) -> str:
+    """A layer's dotted name without what most names share: "down 0.1", "mid", "up 2.0", "transformer_blocks.3"."""
+    parts = [part for part in layer.split(".") if part not in ("attn2", "attn1", "attn", "attentions")]
+    blocks = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
+    if parts[0] not in blocks:
+        return ".".join(parts)
+    numbers = [part for part in parts[1:] if part.isdigit()]
+    return f"{blocks[parts[0]]} {'.'.join(numbers[:-1] if numbers[-1:] == ['0'] and len(numbers) > 1 else numbers)}"

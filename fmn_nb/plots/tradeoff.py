@@ -1,0 +1,198 @@
+"""Forgetting against keeping in one figure, whether its points are a model's variants, concepts or a sweep's runs.
+
+To the right stands what is forgotten, upwards what is kept; the aim is the upper right corner. A group of points has a
+colour and a marker. The sweep's two other figures, along a parameter and against a cost, show their points the same
+way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from fmn_nb.plots.style import InlineFigure, look, new_figure
+
+NAMED = 5  # so many points of each preset are named: those furthest from the corner
+CORNER = 0.12  # a point nearer than this to its ceiling needs no name
+NAMES = {"ua": "forgotten: UA", "ira": "kept nearby: IRA", "cra": "kept elsewhere: CRA", "h": "harmonic mean: H",
+         "kept": "kept: mean of IRA and CRA"}
+
+
+def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keeping") -> InlineFigure:
+    """Forgetting against keeping, a point for each row.
+
+    Columns of `points`: ua, kept (each in [0, 1]), group (decides colour and marker), name (written beside the point,
+    unless the legend says it as the group's).
+    """
+    figure, (axes,) = new_figure(5.6, 4.0)
+    names = points["name"].where(points["name"] != points["group"], "")
+    _points(axes, points.rename(columns={"ua": "x", "kept": "y"}).assign(name=names))
+    axes.set(**_square(), title=title)
+    axes.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
+    """A point per concept and preset, the mean over its seeds: UA to the right, the mean of IRA and CRA upwards.
+
+    The dashed line is the ceiling of keeping: the base model's own mean of IRA and CRA, over the same concepts; the
+    aim is where it meets UA = 1. The points furthest from there are named.
+
+    Args:
+        table: columns preset, concept, ua, ira, cra, base_ira, base_cra, as `fmn-nb benchmark` writes them.
+
+    Raises:
+        ValueError: an empty table.
+    """
+    if not len(table):
+        raise ValueError("no rows to show")
+    columns = ["ua", "ira", "cra", "base_ira", "base_cra"]
+    means = table.groupby(["preset", "concept"], sort=False)[columns].mean().reset_index()
+    ceiling = float(means[["base_ira", "base_cra"]].to_numpy().mean())
+    points = pd.DataFrame({"group": means["preset"], "x": means["ua"], "y": means[["ira", "cra"]].mean(axis=1)})
+    distance = ((1 - points["x"]) ** 2 + (ceiling - points["y"]).clip(lower=0) ** 2) ** 0.5
+    rank = distance.groupby(points["group"]).rank(ascending=False, method="first")
+    points["name"] = means["concept"].where((distance > CORNER) & (rank <= NAMED), "")
+    figure, (axes,) = new_figure(6.4, 5.0)
+    axes.axhline(ceiling, color="0.35", linestyle="--", linewidth=1, label=f"ceiling: the base model, {ceiling:.2f}")
+    axes.plot(1, ceiling, marker="*", markersize=16, color="0.35", linestyle="none", label="the aim", zorder=1)
+    _points(axes, points)
+    axes.set(**_square(), title="Forgetting against keeping")
+    axes.legend(fontsize=8, loc="lower left")
+    sentences = [f"{preset}: {len(rows)} concepts, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
+                 for preset, rows in points.groupby("group", sort=False)]
+    figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
+    return figure
+
+
+def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | None = None,
+                       along: str | None = None) -> InlineFigure:
+    """Two panels, UA to the right in both: IRA upwards in one, CRA in the other. A point a run, with both intervals.
+
+    Args:
+        by: the column of `runs` whose values have a colour each.
+        along: the column in whose order the points of a colour are joined.
+
+    Raises:
+        ValueError: no run has UA, IRA and CRA.
+    """
+    forgotten, *kept = (_axis(measures, name, axis) for name, axis in (("ua", "x"), ("ira", "y"), ("cra", "y")))
+    values = pd.DataFrame({"UA": forgotten["x"], "IRA": kept[0]["y"], "CRA": kept[1]["y"]}).reindex(runs.index).dropna()
+    if values.empty:
+        raise ValueError("no finished run has UA, IRA and CRA; these come with notebook 04")
+    lows = pd.concat([forgotten["x_low"], *(table["y_low"] for table in kept)]).loc[values.index]
+    least = math.floor(10 * min(values.min().min(), lows.min())) / 10  # nothing below, and both axes alike
+    points = _grouped(runs.loc[values.index], by, along).join(forgotten)
+    points["name"] = runs.loc[points.index, along].map(_short) if along else ""
+    figure, panels = new_figure(9.0, 4.2, 2, sharex=True, sharey=True)
+    for axes, name, table in zip(panels, ("ira", "cra"), kept, strict=True):
+        _points(axes, points.join(table), ":" if along else "none")
+        axes.set(**_square(NAMES[name], least))
+    panels[0].legend(fontsize=8, loc="lower left", title=by)
+    figure.suptitle("Forgetting against keeping" + (f", numbers: {along}" if along else ""))
+    spans = ", ".join(f"{name} from {of.min():.2f} to {of.max():.2f}" for name, of in values.items())
+    best = values.min(axis=1).idxmax()
+    named = ", ".join(f"{name} {_short(runs.loc[best, name])}" for name in (by, along) if name in runs) or best
+    figure.words = f"{len(values)} runs. {spans}. The smallest of the three is largest for {named}."
+    return figure
+
+
+def _square(kept: str = NAMES["kept"], least: float = 0.0) -> dict[str, object]:
+    """What the axes of the figures above have in common: a square from `least` to 1."""
+    return {"xlim": (least - 0.04, 1.06), "ylim": (least - 0.04, 1.06), "xlabel": NAMES["ua"], "ylabel": kept}
+
+
+def _points(axes: Axes, points: pd.DataFrame, line: str = "none") -> None:
+    """Each group's points in its look, and their names in its colour.
+
+    Columns group, x, y, name and, where there are intervals, x_low, x_high and so on.
+    """
+    for number, (group, rows) in enumerate(points.groupby("group", sort=False)):
+        colour, marker = look(number)
+        whiskers = {}  # lengths below and above; 0 where a point has no interval
+        for axis in [one for one in "xy" if f"{one}_low" in rows]:
+            lengths = rows[axis] - rows[f"{axis}_low"], rows[f"{axis}_high"] - rows[axis]
+            whiskers[f"{axis}err"] = [one.clip(lower=0).fillna(0) for one in lengths]
+        axes.errorbar(rows["x"], rows["y"], color=colour, marker=marker, linestyle=line, linewidth=1, elinewidth=0.8,
+                      capsize=2, alpha=0.8, label=group, **whiskers)
+        for point in rows[rows["name"] != ""].itertuples():
+            left = point.x > 0.75  # or a name would leave the figure
+            axes.annotate(point.name, (point.x, point.y), xytext=(-5 if left else 5, 4), textcoords="offset points",
+                          fontsize=7, color=colour, ha="right" if left else "left")
+
+
+def measure_along(measures: pd.DataFrame, runs: pd.DataFrame, measure: str, along: str,
+                  by: str | None = None) -> InlineFigure:
+    """A measure after forgetting along a parameter, with each run's interval; a dashed line for the mean before.
+
+    Raises:
+        ValueError: no finished run has the measure, or `along` is no column of the runs.
+    """
+    table = _axis(measures, measure, "y")
+    runs = runs[runs.index.isin(table.index)]
+    if runs.empty:
+        known = ", ".join(sorted(measures.loc[measures["when"] == "after", "measure"].unique())) or "none"
+        raise ValueError(f"no finished run has the measure '{measure}'; those there are: {known}")
+    if along not in runs:
+        raise ValueError(f"the runs have no column '{along}'; there are: {', '.join(map(str, runs.columns[:12]))} ...")
+    points, values = _grouped(runs, by, along).join(table), runs[along]
+    numbers = pd.api.types.is_numeric_dtype(values)  # stand at themselves, names at 0, 1, 2 and so on
+    ordered = sorted(values.unique(), key=lambda value: (isinstance(value, str), value))
+    places = {value: float(value if numbers else number) for number, value in enumerate(ordered)}
+    points = points.assign(x=values.map(places), at=values.map(_short))
+    figure, (axes,) = new_figure(6.0, 3.8)
+    _points(axes, points, "-")
+    mean = _axis(measures, measure, "before", "before")["before"].reindex(runs.index).mean()
+    if pd.notna(mean):
+        axes.axhline(mean, color="0.35", linestyle="--", linewidth=1, label=f"before, on average {mean:.2f}")
+        if measure in NAMES:
+            axes.set_ylim(-0.04, 1.06)
+    axes.set_xticks(list(places.values()), [_short(value) for value in places])
+    axes.set(xlabel=along, ylabel=NAMES.get(measure, measure), title=f"{measure.upper()} along {along}")
+    axes.legend(fontsize=8, title=by)
+    figure.words = "; ".join(f"{group}: " + ", ".join(f"{point.y:.2f} at {point.at}" for point in rows.itertuples())
+                             for group, rows in points.groupby("group", sort=False)) + "."
+    return figure
+
+
+def cost_and_quality(measures: pd.DataFrame, runs: pd.DataFrame, cost: str = "forgetting.seconds", measure: str = "h",
+                     by: str | None = None) -> InlineFigure:
+    """A measure after forgetting against what a run cost; `cost` is a numeric column of the runs.
+
+    Raises:
+        ValueError: no finished run has both.
+    """
+    table = _axis(measures, measure, "y")
+    table["x"] = pd.to_numeric(runs[cost], errors="coerce") if cost in runs else None
+    runs = runs[runs.index.isin(table.dropna(subset="x").index)]
+    if runs.empty:
+        raise ValueError(f"no finished run has both {cost} and {measure}")
+    points = _grouped(runs, by, None).join(table)
+    figure, (axes,) = new_figure(6.0, 3.8)
+    _points(axes, points)
+    axes.set_xlim(left=0)
+    names = cost.replace(".", ": "), NAMES.get(measure, measure)
+    axes.set(xlabel=names[0], ylabel=names[1], title="What it cost, what it gave")
+    axes.legend(fontsize=8, title=by)
+    figure.words = f"{len(runs)} runs, each a point: {names[0]} to the right, {names[1]} upwards."
+    return figure
+
+
+def _axis(measures: pd.DataFrame, name: str, axis: str, when: str = "after") -> pd.DataFrame:
+    """One measure by run as an axis of `_points`."""
+    rows = measures[(measures["measure"] == name) & (measures["when"] == when)].set_index("run")
+    return rows[["value", "low", "high"]].set_axis([axis, f"{axis}_low", f"{axis}_high"], axis=1)
+
+
+def _grouped(runs: pd.DataFrame, by: str | None, along: str | None) -> pd.DataFrame:
+    """Each run's group, its value of `by` in words; groups in order, and in each the runs in the order of `along`."""
+    columns = [column for column in dict.fromkeys((by, along)) if column in runs]
+    ordered = runs.sort_values(columns, kind="stable") if columns else runs
+    groups = ordered[by].dropna().map(_short) if by in runs else pd.Series("all runs", ordered.index)
+    return groups.to_frame("group").assign(name="")
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

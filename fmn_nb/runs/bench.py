@@ -1,0 +1,82 @@
+"""A notebook's bench: what several notebooks begin with, and what they do with each figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmn_nb.concepts.concept import Concept
+from fmn_nb.concepts.world import World, world_of
+from fmn_nb.evaluation.session import Session
+from fmn_nb.forgetting.reuse import patch_for
+from fmn_nb.models.pipelines import load
+from fmn_nb.patches.patch import Patch
+from fmn_nb.runs.folder import save_image
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from matplotlib.figure import Figure
+
+STAND_IN = "emoji", "cat"  # the model and the concept to show things on where the chosen model can't
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a notebook was asked for, and the model and concept on which it can show everything.
+
+    Attributes:
+        pipe, target, folder: the chosen model, the concept, and the run's folder.
+        bench, subject: the same model and concept where the model has what the notebook needs, else the emoji model
+            and "cat".
+        cache: the folder that keeps what the unchanged model draws, or None.
+    """
+
+    pipe: DiffusionPipeline
+    target: Concept
+    folder: Path
+    bench: DiffusionPipeline
+    subject: Concept
+    cache: Path | None = None
+
+    @property
+    def on_its_own(self) -> bool:
+        """Whether the chosen model itself is the bench."""
+        return self.bench is self.pipe
+
+    @cached_property
+    def world(self) -> World:
+        """The bench's world: its names, judges and real images."""
+        return world_of(self.bench)
+
+    def session(self, **sampling: Any) -> Session:
+        """The bench with its judge, for attacks and counts; `sampling` as in `Sampling`."""
+        return Session.of(self.bench, **sampling)
+
+    def patch(self, preset: str, seed: int) -> Patch:
+        """The bench's patch: the run's own where an earlier notebook left it, else a new one."""
+        return patch_for(self.bench, self.subject, self.folder, preset, seed)
+
+    def keep(self, name: str, figure: Figure, alt: str = "") -> Figure:
+        """Save a figure among the run's images, described by `alt` or by its own words, and give it back to be shown.
+
+        Raises:
+            ValueError: neither `alt` nor the figure says what is to be seen.
+        """
+        save_image(self.folder, name, figure, alt=alt or getattr(figure, "words", ""))
+        return figure
+
+
+def lesson(model: str, concept: str = STAND_IN[1], kind: str = "object", *, out: str = "runs/notebooks",
+           cache: str = "", needs: str = "judge") -> Lesson:
+    """Load a notebook's model and find its bench.
+
+    Args:
+        cache: a folder, or "" for none.
+        needs: "judge" (a world that judges what the model draws) or "unet" (a U-Net whose layers can be taken apart).
+    """
+    pipe, target = load(model), Concept(concept, kind=kind)
+    fits = world_of(pipe) is not None if needs == "judge" else hasattr(pipe, "unet")
+    bench, subject = (pipe, target) if fits else (load(STAND_IN[0]), Concept(STAND_IN[1]))
+    return Lesson(pipe, target, Path(out), bench, subject, Path(cache) if cache else None)

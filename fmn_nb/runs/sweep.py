@@ -1,0 +1,183 @@
+"""Many runs that survive: done on Dask's workers, resumed after any kill, and one table at the end.
+
+A run is finished when its `run.json` says "done" for the same parameters and notebooks and its `metrics.json` is
+valid. Everything else is begun anew, so a killed sweep's table ends up equal to an unbroken one's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from fmn_nb.files import write_json
+from fmn_nb.runs.executors import Outcome, executed
+from fmn_nb.runs.folder import SWEEP_FILE, Row, RunFolder, failed_row, write_table
+from fmn_nb.runs.notebook import RunError, without_slow_formats
+from fmn_nb.runs.plan import SHARED_CACHE, Plan
+from fmn_nb.runs.report import write_report
+from fmn_nb.runs.runner import execute
+from fmn_nb.runs.spec import Sweep
+from fmn_nb.runs.storage import Local, Remote, SweepError
+
+KERNEL_LAG = 2.5  # seconds: a kernel whose worker died looks for it once a second, then ends
+
+
+def run_sweep(
+    sweep: Sweep,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    retry_failed: bool = False,
+    progress: Progress | None = None,
+    page: bool = True,
+) -> tuple[Path | str, list[Row]]:
+    """Execute what is not finished yet; return the sweep's folder (or URL) and the rows of failed runs.
+
+    Leaves `results.csv`, `results.parquet` (a row a run, in the order of the specification) and a folder a run, also
+    when interrupted; at the end `report.html`, which is notebook 07, where `page` says so and a run was measured. Runs
+    that failed in an earlier attempt are repeated with `retry_failed`. `progress` is told of every run that ends. What
+    the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are finished: about 5
+    KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for the images of every run's own model as well, so
+    that a killed run goes on. `scheduler` is the address of a Dask scheduler, used in place of processes on this
+    machine. Raises SweepError when another sweep is working there, or when the storage cannot be used.
+    """
+    with ExitStack() as stack:
+        if isinstance(sweep.storage, Remote):
+            stack.callback(shutil.rmtree, sweep.folder.parent, ignore_errors=True)
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(sweep.storage.held(sweep.folder))
+        progress = stack.enter_context(progress or Progress())
+        rows = _run_all(sweep, workers or sweep.workers, scheduler, retry_failed, progress)
+        if page:
+            _write_page(sweep, progress)
+    unfinished = [row for row in rows if row["status"] != "done"]
+    if not unfinished:
+        shutil.rmtree(sweep.folder / SHARED_CACHE, ignore_errors=True)
+    return sweep.place, unfinished
+
+
+def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bool, progress: Progress) -> list[Row]:
+    """The rows of all runs, in the order of the specification; the tables are written whatever happens."""
+    storage = sweep.storage
+    listing = write_json(sweep.folder / SWEEP_FILE, {
+        "runs": len(sweep.plans), "varied": sweep.varied, "notebooks": sweep.notebooks, "workers": workers,
+        "specification": {name: value for name, value in sweep.content.items() if name != "cluster"},
+    })
+    storage.keep([listing])
+    storage.fetch(plan.out for plan in sweep.plans)
+    rows = {plan.key: row for plan in sweep.plans if (row := RunFolder(plan.out).earlier_row(plan, retry_failed))}
+    todo = [plan for plan in sweep.plans if plan.key not in rows]
+    progress.start(len(sweep.plans), len(rows), workers)
+    try:
+        for plan, error in _executed(sweep, todo, workers, scheduler):
+            if error is None:
+                storage.fetch([plan.out])
+            rows[plan.key] = RunFolder(plan.out).row() if error is None else failed_row(plan, error)
+            progress.ended(rows[plan.key])
+    finally:
+        ordered = [rows[plan.key] for plan in sweep.plans if plan.key in rows]
+        storage.keep(write_table(sweep.folder, ordered))
+    return ordered
+
+
+def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None) -> Iterator[Outcome]:
+    if not todo:
+        return iter(())
+    elsewhere = sweep.folder / SHARED_CACHE if isinstance(sweep.storage, Remote) else None
+    workers = min(workers, len(todo))
+    return executed(todo, partial(attempt, storage=sweep.storage), workers, scheduler, sweep.cluster, elsewhere)
+
+
+def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  it is frozen and holds nothing
+    """Execute one run from a clean folder and store it; return its error's text, or None. Runs in a worker."""
+    without_slow_formats()
+    error, run = None, RunFolder(plan.out)
+    try:
+        if run.status == "running":
+            time.sleep(KERNEL_LAG)  # an orphaned kernel of the killed attempt may still be writing
+        if run.earlier_row(plan, retry_failed=True) is None:
+            execute(plan, fresh=True, patience=10)
+    except (RunError, ValueError, OSError) as problem:
+        error = storage.shown(str(problem), plan.out)
+    try:
+        storage.keep_run(plan.out)
+    except SweepError as problem:
+        return f"{error}\nand {problem}" if error else str(problem)
+    return error
+
+
+def _write_page(sweep: Sweep, progress: Progress) -> None:
+    """The sweep's page; where there can't be one, a line that says why."""
+    try:
+        sweep.storage.keep([write_report(sweep.folder)])
+    except Exception as error:  # noqa: BLE001  the tables are there, and whatever nbconvert lacks must not undo them
+        progress.say(f"no report.html: {' '.join(str(error).split())}")
+
+
+class Progress:
+    """How far a sweep is: a line a run on `stream` (none where it is None), and in a terminal a bar below them."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream, self.bar = stream, None
+
+    @classmethod
+    def shown(cls) -> Self:
+        """On standard error."""
+        return cls(sys.stderr)
+
+    def start(self, total: int, done: int, workers: int) -> None:
+        """The sweep begins: `done` of `total` runs were finished earlier."""
+        self.total, self.before, self.done = total, done, done
+        self.enough = max(3, workers)  # runs to see before the time left means anything
+        self.started = time.monotonic()
+        self.say(f"{total} runs, {done} of them through already")
+        if self.stream is not None and self.stream.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, file=self.stream, unit="run", dynamic_ncols=True)
+
+    def ended(self, row: Row) -> None:
+        """A run ended; `row` is its line of the results table."""
+        self.done += 1
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f} s, "
+        state = "done" if row["status"] == "done" else (row["error"].splitlines() or ["failed"])[0]
+        self.say(f"{row['folder']}: {seconds}{state} ({self})")
+        if self.bar is not None:
+            self.bar.update()
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        elif self.stream is not None:
+            print(line, file=self.stream, flush=True)
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the runs that ended since the start; None until a few have."""
+        ended = self.done - self.before
+        return (time.monotonic() - self.started) / ended * (self.total - self.done) if ended >= self.enough else None
+
+    def __str__(self) -> str:
+        left = self.seconds_left()
+        said = "" if left is None or self.done == self.total else f", about {readable_time(left)} left"
+        return f"{self.done} of {self.total} runs{said}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def readable_time(seconds: float) -> str:
+    """Seconds up to a minute and a half, then minutes, then hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

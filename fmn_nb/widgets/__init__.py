@@ -1,0 +1,7 @@
+"""Explorers for notebooks: thin shells of ipywidgets. A static figure stands beside each."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "explorers": ["AttentionExplorer", "PatchScale", "SweepExplorer"],
+})

@@ -1,0 +1,192 @@
+"""Explorers: attention maps by token, layer, head and step; a patch's scale; a sweep's measures and images.
+
+Each is a thin shell of ipywidgets, and a static figure stands beside it in its notebook.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+from PIL import Image
+
+from fmn_nb.attention import AttentionRecord, NotRecordedError
+from fmn_nb.concepts import PhraseNotFoundError
+from fmn_nb.models import generate
+from fmn_nb.plots import as_png, attention_map, describe, image_grid, measure_along, overlay, short_name
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fmn_nb.patches import Patch
+    from fmn_nb.runs.folder import SweepResults
+
+ALL, NOTHING = "all", "nothing"
+
+
+class AttentionExplorer(ipywidgets.VBox):
+    """Choose token, layer, head, step, branch and image of a record, and see that map and a sentence about it.
+
+    Args:
+        attention: the record; the text of its images must be known.
+        images: the generated images, to lay the maps over; may be left out.
+
+    Attributes:
+        token, layer, head, step, branch, image: the controls.
+        picture: the figure as PNG.
+        words: the sentence.
+    """
+
+    def __init__(self, attention: AttentionRecord, images: list[Image.Image] | None = None) -> None:
+        self.attention, self.images = attention, images
+        self.image = ipywidgets.BoundedIntText(0, min=0, max=len(attention.images) - 1, description="image")
+        self.branch = ipywidgets.Dropdown(options=attention.branches, description="branch")
+        self.token = ipywidgets.Dropdown(description="token")
+        heads = sorted({head for there in attention.heads.values() for head in there})
+        layers, heads, steps = ([(ALL, ALL), *((name(one), one) for one in those)] for name, those in (
+            (short_name, attention.layers), (str, heads), (str, attention.steps)))
+        self.layer = ipywidgets.Dropdown(options=layers, description="layer")
+        self.head = ipywidgets.Dropdown(options=heads, description="head")
+        self.step = ipywidgets.SelectionSlider(options=steps, description="step")
+        self.picture = ipywidgets.Image(format="png")
+        self.words = ipywidgets.HTML()
+        self._offer_tokens()
+        self._show()
+        for control in (self.image, self.branch):
+            control.observe(lambda _change: (self._offer_tokens(), self._show()), "value")
+        for control in (self.token, self.layer, self.head, self.step):
+            control.observe(lambda _change: self._show(), "value")
+        controls = [*([self.image] if len(attention.images) > 1 else []),
+                    self.branch, self.token, self.layer, self.head, self.step]
+        super().__init__([ipywidgets.HBox([ipywidgets.VBox(controls), self.picture]), self.words])
+
+    def _offer_tokens(self) -> None:
+        """The tokens of the chosen image and branch, or the recorded phrases; the first word to begin with."""
+        if self.attention.phrases is not None:
+            options = [(phrase, phrase) for phrase in self.attention.phrases]
+        else:
+            text = self.attention.text(self.image.value, self.branch.value)
+            columns = sorted(text.begin + text.words + text.first_eot)
+            options = [(text.label(column), (column,)) for column in columns]
+            if text.padding:
+                options.append(("padding", text.padding))
+        choices = [choice for _, choice in options]
+        wanted = self.token.value if self.token.value in choices else choices[min(1, len(choices) - 1)]
+        # with a number in front: tokens repeat, names in a list must not
+        self.token.options = [(f"{number} {name}", choice) for number, (name, choice) in enumerate(options)]
+        self.token.value = wanted
+
+    def _show(self) -> None:
+        """The map of what is chosen, or why there is none."""
+        label = self.token.label.partition(" ")[2]
+        what = {"phrase" if isinstance(self.token.value, str) else "columns": self.token.value}
+        for name in ("layer", "head", "step"):
+            if (value := getattr(self, name).value) != ALL:
+                what[name] = value
+        try:
+            values = self.attention.select(**what, branch=self.branch.value, image=self.image.value)
+        except (NotRecordedError, PhraseNotFoundError) as reason:
+            self.words.value = f"Nothing to show: {html.escape(str(reason))}"
+            self.picture.value = b""  # or the last choice's picture would stand beside the words
+            return
+        figure = (attention_map(values, label) if self.images is None
+                  else overlay(self.images[self.image.value], values, label))
+        self.picture.value, self.words.value = as_png(figure), html.escape(describe(values, label))
+
+
+class PatchScale(ipywidgets.VBox):
+    """Images of some prompts under a patch at the scale that a slider says: 0 the base model, 1 the patch as trained.
+
+    Nothing is drawn before the slider is first moved, and each scale only once. The pipeline carries the patch only
+    while it draws.
+
+    Args:
+        pipe: the base model.
+        patch: what to apply.
+        prompts: one image each; image n has the seed `seed` + n.
+        most: the slider's end; beyond 1 the patch is stronger than it was trained. step: between two of its places.
+        options: of `generate`, such as `steps` and `guidance`.
+
+    Attributes:
+        scale: the slider.
+        picture: the images as PNG.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, patch: Patch, prompts: list[str], seed: int = 0, *,
+                 most: float = 1.5, step: float = 0.25, **options: Any) -> None:
+        self.pipe, self.patch, self.prompts, self.seed, self.options = pipe, patch, list(prompts), seed, options
+        self._drawn: dict[float, bytes] = {}
+        self.scale = ipywidgets.FloatSlider(1.0, min=0.0, max=most, step=step, description="scale",
+                                            continuous_update=False)
+        self.picture = ipywidgets.Image(format="png")
+        self.scale.observe(lambda change: self.show(change["new"]), "value")
+        super().__init__([self.scale, self.picture])
+
+    def show(self, scale: float) -> None:
+        """Draw the prompts at a scale, or show them again."""
+        if scale not in self._drawn:
+            seeds = range(self.seed, self.seed + len(self.prompts))
+            with self.patch.applied(self.pipe, scale=scale):
+                images = generate(self.pipe, self.prompts, seeds, **self.options)
+            self._drawn[scale] = as_png(image_grid(images, columns=len(images), titles=self.prompts))
+        self.picture.value = self._drawn[scale]
+
+
+class SweepExplorer(ipywidgets.VBox):
+    """A measure along one of the varied parameters, colours for another; below, a run's images before and after.
+
+    Args:
+        results: what `read_sweep` read; at least one run must be finished and measured.
+
+    Attributes:
+        measure, along, by, run: the controls.
+        picture: the figure as PNG.
+        words: what it shows, in a sentence.
+        before, after: the chosen run's images as PNG, empty where it has none.
+
+    Raises:
+        ValueError: no finished run was measured.
+    """
+
+    def __init__(self, results: SweepResults) -> None:
+        self.results, self.measures = results, results.measures()
+        names = sorted(self.measures.loc[self.measures["when"] == "after", "measure"].unique())
+        if not names:
+            raise ValueError(f"no finished run in {results.folder.name} was measured; notebook 04 does that")
+        axes = list(results.varied) or ["seed"]
+        first = "h" if "h" in names else names[0]
+        self.measure = ipywidgets.Dropdown(options=names, value=first, description="measure")
+        self.along = ipywidgets.Dropdown(options=axes, value=axes[-1], description="along")
+        self.by = ipywidgets.Dropdown(options=[NOTHING, *axes], value=axes[0] if len(axes) > 1 else NOTHING,
+                                      description="colour")
+        self.run = ipywidgets.Dropdown(options=[(results.label(run), run) for run in results.runs.index],
+                                       description="run")
+        self.words, self.about = ipywidgets.HTML(), ipywidgets.HTML()
+        self.picture, self.before, self.after = (ipywidgets.Image(format="png") for _ in range(3))
+        for control in (self.measure, self.along, self.by):
+            control.observe(lambda _change: self._show_measure(), "value")
+        self.run.observe(lambda _change: self._show_run(), "value")
+        self._show_measure()
+        self._show_run()
+        controls = ipywidgets.VBox([self.measure, self.along, self.by, self.run])
+        super().__init__([ipywidgets.HBox([controls, self.picture]), self.words, self.about,
+                          ipywidgets.HBox([self.before, self.after])])
+
+    def _show_measure(self) -> None:
+        by = None if self.by.value in (NOTHING, self.along.value) else self.by.value
+        try:
+            figure = measure_along(self.measures, self.results.done, self.measure.value, self.along.value, by)
+        except ValueError as reason:
+            self.picture.value, self.words.value = b"", f"Nothing to show: {html.escape(str(reason))}"
+            return
+        self.picture.value, self.words.value = as_png(figure), html.escape(figure.words)
+
+    def _show_run(self) -> None:
+        run = self.run.value
+        row, images = self.results.runs.loc[run], self.results.images(run)
+        for when in ("before", "after"):
+            path = next((path for name, path in images.items() if name.startswith(when)), None)
+            getattr(self, when).value = b"" if path is None else path.read_bytes()
+        said = f"{self.results.label(run)}: {row['status']}" + (f". {row['error']}" if row["error"] else "")
+        self.about.value = html.escape(said if images else f"{said} (no images kept)")

@@ -1,0 +1,273 @@
+"""Training: resumable bit for bit, checkpoints whole, the recipe from end to end in its smoke size."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPModel
+
+import fmn_nb as fmn
+from fmn_nb.concepts.world import NOTHING, world_of
+from fmn_nb.emoji.judges import Judge, SecondJudge, judge_loss
+from fmn_nb.emoji.training import recipe
+from fmn_nb.emoji.training.recipe import Plan, Pretraining, Training, generator, pretrain, trapezoid
+from fmn_nb.emoji.training.request import REQUEST_FILE, Request, claim, origin
+from fmn_nb.emoji.world import OBJECTS, STYLES
+
+
+def small_training(path, steps, log=lambda line: None):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 3)
+
+    def loss(step, rng):
+        inputs = torch.randn(8, 4, generator=rng)
+        return {"loss": (module(inputs) - inputs[:, :3]).square().mean()}
+
+    return Training("small", module, loss, Plan(steps, 1e-2, warmup=3, seed=5), path, log)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    plan = Plan(steps=100, learning_rate=1.0, warmup=10, decay_share=0.3)
+    rates = [trapezoid(step, plan) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[50] == 1 and rates[100] == 0
+    assert rates[85] == pytest.approx(0.5)
+
+
+def test_generators_depend_on_every_part():
+    draws = {torch.randint(2**31, (1,), generator=generator(*parts)).item()
+             for parts in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))}
+    assert len(draws) == 4
+
+
+def test_training_lowers_the_loss(tmp_path):
+    training = small_training(tmp_path / "small.safetensors", 300)
+    first = training.loss(0, generator(9))["loss"].item()
+    training.run()
+    assert training.loss(0, generator(9))["loss"].item() < 0.2 * first
+
+
+def test_a_killed_training_resumes_to_the_very_same_weights(tmp_path):
+    unbroken = small_training(tmp_path / "unbroken.safetensors", 40)
+    unbroken.run()
+    broken = small_training(tmp_path / "broken.safetensors", 40)
+    for _ in range(17):
+        broken._train_step()
+    broken.save()
+    resumed = small_training(tmp_path / "broken.safetensors", 40)
+    assert resumed.step == 17
+    resumed.run()
+    for one, other in zip(unbroken.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    training = small_training(path, 10)
+    training._train_step()
+    training.save()
+    before = path.read_bytes()
+
+    def broken_save(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fmn_nb.emoji.training.recipe.save_file", broken_save)
+    with pytest.raises(OSError, match="disk full"):
+        training.save()
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    training = small_training(tmp_path / "small.safetensors", 10)
+    training.loss = lambda step, rng: {"loss": training.module.weight.sum() * float("nan")}
+    with pytest.raises(FloatingPointError, match="small: the loss is nan at step 0"):
+        training.run()
+
+
+def quietly(out, **request):
+    return pretrain(Request(out, **request), lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def timed_smoke(tmp_path_factory):
+    """The smoke recipe's folder and the seconds of processor time it took, of all threads together."""
+    started = time.process_time()
+    out = quietly(tmp_path_factory.mktemp("smoke"), smoke=True)
+    return out, time.process_time() - started
+
+
+@pytest.fixture(scope="module")
+def smoke(timed_smoke):
+    return timed_smoke[0]
+
+
+def test_the_smoke_recipe_takes_under_a_minute(timed_smoke):
+    assert timed_smoke[1] < 120, "processor time, which other work on the machine does not change, of two cores"
+
+
+def test_the_smoke_recipe_leaves_models_that_plain_libraries_load(smoke):
+    pipe = StableDiffusionPipeline.from_pretrained(smoke / "emoji-diffusion", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a photo of a cat", num_inference_steps=2).images[0].size == (64, 64)
+    clip = CLIPModel.from_pretrained(smoke / "emoji-clip")
+    for key, tensor in pipe.text_encoder.state_dict().items():
+        assert torch.equal(tensor, clip.text_model.state_dict()[key].to(tensor.dtype)), key
+    judge = Judge.load(smoke / "emoji-judge")
+    assert len(judge.verdicts(np.zeros((3, 64, 64, 3), np.uint8))) == 3
+
+
+def test_the_smoke_recipe_leaves_half_precision_and_a_card(smoke):
+    weights = load_file(smoke / "emoji-diffusion" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    card = (smoke / "emoji-diffusion" / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((smoke / "emoji-diffusion" / "quality.json").read_text())
+    assert all(f"| {figure['name']} | {figure['value']:.3f} |" in card for figure in figures)
+    assert "not met" in card, "a smoke run meets no bar, and the card must say so"
+
+
+def test_stages_that_are_finished_are_not_trained_again(smoke):
+    lines = []
+    pretrain(Request(smoke, smoke=True, stages=["vae", "diffusion"]), lines.append)
+    assert not [line for line in lines if "step 1/" in line]
+
+
+def test_a_finished_pipeline_can_be_trained_further(smoke, tmp_path):
+    further = quietly(tmp_path / "further", smoke=True, stages=["tokenizer", "vae", "diffusion"],
+                      start_from=smoke / "emoji-diffusion")
+    old, new = (load_file(folder / "emoji-diffusion" / "unet" / "diffusion_pytorch_model.safetensors")
+                for folder in (smoke, further))
+    assert all((old[key].float() - new[key].float()).abs().max() < 0.05 for key in old), "it did not start there"
+    assert any(not torch.equal(old[key], new[key]) for key in old)
+    vaes = [load_file(folder / "emoji-diffusion" / "vae" / "diffusion_pytorch_model.safetensors")
+            for folder in (smoke, further)]
+    assert all(torch.equal(vaes[0][key], vaes[1][key]) for key in vaes[0])
+
+
+def test_a_judge_can_be_trained_where_the_checkpoints_are_gone(smoke, tmp_path):
+    shutil.copytree(smoke / "emoji-diffusion", tmp_path / "models" / "emoji-diffusion")
+    quietly(tmp_path / "models", smoke=True, stages=["second-judge"])
+    assert SecondJudge.load(tmp_path / "models" / "emoji-second-judge")
+    with pytest.raises(FileNotFoundError, match="no vae in .* run the stage vae first"):
+        quietly(tmp_path / "empty", smoke=True, stages=["judge"])
+    shutil.copytree(smoke / "emoji-diffusion" / "vae", tmp_path / "half" / "emoji-diffusion" / "vae")
+    with pytest.raises(FileNotFoundError, match="no pipeline in .* run the stage diffusion first"):
+        quietly(tmp_path / "half", smoke=True, stages=["second-judge"])
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"seed": 1}, "were trained with seed 0, this training has seed 1; give another --out, or .* --restart"),
+        ({"without": ["cat"]}, "were trained with without nothing, this training has without cat"),
+        ({"smoke": False}, "were trained with size smoke, this training has size full"),
+    ],
+)
+def test_checkpoints_are_never_resumed_for_another_training(tmp_path, other, says):
+    first = {"smoke": True, "stages": ["tokenizer"]}
+    quietly(tmp_path / "models", **first)
+    with pytest.raises(ValueError, match=says):
+        quietly(tmp_path / "models", **first | other)
+    quietly(tmp_path / "models", **first)
+    quietly(tmp_path / "models", **first | other, resume=False)
+    with pytest.raises(ValueError, match="give another --out"):
+        quietly(tmp_path / "models", **first)
+
+
+def test_a_training_that_starts_elsewhere_has_checkpoints_of_its_own(smoke, tmp_path):
+    with pytest.raises(ValueError, match="with start_from nothing, this training has start_from the pipeline in its"):
+        quietly(smoke, smoke=True, start_from=smoke / "emoji-diffusion")
+    with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
+        quietly(tmp_path / "models", smoke=True, start_from=tmp_path)
+    shutil.copytree(smoke / "emoji-diffusion", tmp_path / "copy")
+    assert origin(tmp_path / "copy", smoke) == origin(smoke / "emoji-diffusion", tmp_path)
+    (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"others")
+    assert origin(tmp_path / "copy", smoke) != origin(smoke / "emoji-diffusion", tmp_path)
+
+
+def test_checkpoints_of_which_nothing_is_noted_are_left_alone(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    claim(tmp_path, {"seed": 0})
+    (tmp_path / REQUEST_FILE).unlink()
+    (tmp_path / "vae.safetensors").touch()
+    with pytest.raises(ValueError, match="older version.* this training has seed 0; give another --out"):
+        claim(tmp_path, {"seed": 0})
+    assert not (tmp_path / REQUEST_FILE).exists()
+
+
+@pytest.mark.parametrize(("kind", "names"), [("6 styles", STYLES), ("24 objects", OBJECTS)])
+def test_a_world_of_which_nothing_is_left_is_refused(kind, names):
+    with pytest.raises(ValueError, match=f"all {kind} are left out, so no scene is left"):
+        Request(without=tuple(names))
+
+
+def test_the_checksums_are_written_anew_however_the_data_folder_is_named(tmp_path, monkeypatch):
+    summed = []
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr(recipe, "write_checksums", summed.append)
+    for out in (Path("data"), Path("other")):
+        quietly(out, stages=["sprites"])
+    assert summed == [Path("data")]
+
+
+def test_wrong_stages_and_names_are_answered_before_any_work():
+    with pytest.raises(ValueError, match="unknown stages: judges; there are: sprites, tokenizer"):
+        Request(stages=["judges"])
+    with pytest.raises(ValueError, match="the emoji world has no 'unicorn'; it has: cat"):
+        Request(without=["unicorn"])
+
+
+def test_an_oracle_sees_no_scene_of_its_concept():
+    scenes = Pretraining(Request(without=("cat",), smoke=True)).scenes
+    assert scenes and not [scene for scene in scenes if "cat" in scene.labels or "Milo" in scene.labels]
+
+
+def test_an_oracle_and_its_copies_are_of_the_emoji_world(world, tmp_path, recwarn, capfd):
+    """Also where another library saved them, and nothing warns of the line that says so."""
+    folder = quietly(tmp_path / "oracle", smoke=True, without=["cat"]) / "emoji-diffusion"
+    assert world_of(fmn.load(str(folder), device="cpu")) is world
+    StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).save_pretrained(tmp_path / "copy")
+    assert world_of(fmn.load(str(tmp_path / "copy"), device="cpu")) is world
+    assert "_world" not in "".join([*(str(one.message) for one in recwarn), *capfd.readouterr()])
+
+
+def test_an_untrained_judge_can_answer_nothing():
+    judge = Judge()
+    torch.nn.init.constant_(judge.label_head.bias, -50)
+    verdict = judge.verdicts(np.zeros((1, 64, 64, 3), np.uint8))[0]
+    assert verdict.label == NOTHING and verdict.seen == frozenset()
+
+
+def test_a_judge_may_see_its_images_moved_by_some_pixels():
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    images[0, 30, 40] = 255
+    seen = []
+
+    def watch(pixels):
+        seen.append(pixels.clone())
+        return torch.zeros(len(pixels), 2, requires_grad=True), torch.zeros(len(pixels), 6, requires_grad=True)
+
+    for shift in (0, 3):
+        loss = judge_loss(watch, images, torch.zeros(1, 2), torch.tensor([0]), 8, shift)
+        loss(0, torch.Generator().manual_seed(0))
+    places = [{tuple(divmod(int(image[0].argmax()), 64)) for image in batch[4:]} for batch in seen]  # half are noisy
+    assert places[0] == {(30, 40)}
+    assert len(places[1]) > 1 and all(abs(y - 30) <= 3 and abs(x - 40) <= 3 for y, x in places[1])
+
+
+def test_the_second_judge_is_of_another_architecture_and_answers_alike(smoke):
+    second = SecondJudge.load(smoke / "emoji-second-judge")
+    assert not [module for module in second.blocks.modules() if isinstance(module, torch.nn.Conv2d)]
+    verdicts = second.verdicts(np.zeros((3, 64, 64, 3), np.uint8))
+    assert len(verdicts) == 3 and {verdict.style for verdict in verdicts} <= set(second.config.styles)
+    features = second.features(torch.zeros(2, 3, 64, 64))
+    assert features.shape == (2, second.label_head.in_features)
+    with pytest.raises(FileNotFoundError, match="fmn-nb pretrain --stages second-judge"):
+        SecondJudge.load(smoke / "nowhere")

@@ -1,0 +1,195 @@
+"""Textual inversion: the new rows are learned and nothing else, and plain diffusers takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quick import quick
+from safetensors.torch import save_file
+from snapshots import assert_unchanged, draw, noise_images, snapshot
+from tiny import tiny_sd, tiny_sdxl
+
+from fmn_nb import inversion as inversion
+from fmn_nb.attention.recorder import record_attention
+from fmn_nb.concepts.concept import TEMPLATES, Concept
+from fmn_nb.inversion import InversionSettings, invert
+from fmn_nb.models.images import encode
+from fmn_nb.patches import InversionError, LearnedTokens, Patch
+
+QUICK = InversionSettings(tokens=2, steps=3, warmup=0, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_learns_for_every_text_encoder_and_leaves_the_pipeline_as_it_was(make) -> None:
+    pipe = make()
+    before = snapshot(pipe)
+    tokens = invert(pipe, noise_images(2), initial="cat", settings=QUICK)
+    assert_unchanged(pipe, before)
+    assert [vectors.shape for vectors in tokens.vectors] == [(2, 16)] * (1 if make is tiny_sd else 2)
+    assert len(tokens.losses) == 3 and all(loss > 0 for loss in tokens.losses)
+    with tokens.loaded(pipe):
+        assert not torch.equal(draw(pipe, "a photo of <concept>"), draw(pipe, "a photo of <concept>_1"))
+    assert "<concept>" not in pipe.tokenizer.get_vocab()
+
+
+def test_the_loss_falls_and_the_same_seed_learns_the_same() -> None:
+    """On one image at all timesteps of a fixed stream, learning beats not learning."""
+    pipe = tiny_sd()
+    latents = encode(pipe, noise_images(1))
+    learned, still = (
+        invert(pipe, latents, settings=InversionSettings(tokens=4, steps=30, warmup=0, learning_rate=rate, norm="free",
+                                                         weight_decay=0.0)) for rate in (5e-2, 0.0))
+    again = invert(pipe, latents, settings=InversionSettings(tokens=4, steps=30, warmup=0, learning_rate=5e-2,
+                                                             norm="free", weight_decay=0.0))
+    assert sum(learned.losses[-10:]) < sum(still.losses[-10:])
+    assert learned.losses[0] == still.losses[0]
+    assert torch.equal(learned.vectors[0], again.vectors[0]) and learned.losses == again.losses
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_plain_diffusers_draws_the_same_with_the_tokens_of_all_text_encoders(make, tmp_path: Path) -> None:
+    pipe, plain = make(), make()
+    tokens = invert(pipe, noise_images(2), settings=QUICK, name="<toy>")
+    tokens.save(tmp_path)
+    for suffix in ("", "_2")[:len(tokens.vectors)]:
+        plain.load_textual_inversion(
+            tmp_path, weight_name=f"learned_embeds{suffix}.safetensors",
+            text_encoder=getattr(plain, f"text_encoder{suffix}"), tokenizer=getattr(plain, f"tokenizer{suffix}"))
+    with tokens.loaded(pipe):
+        assert torch.equal(draw(pipe, "a photo of <toy>"), draw(plain, "a photo of <toy>"))
+    again = LearnedTokens.load(tmp_path)
+    assert again.name == "<toy>"
+    assert all(torch.equal(*pair) for pair in zip(again.vectors, tokens.vectors, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "first"), [
+    ("object", "a photo of <t>"), ("style", "a photo in the style of <t>"), ("identity", "a photo of <t>")])
+def test_each_kind_has_its_templates(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], inversion.conditions
+    monkeypatch.setattr(inversion, "conditions",
+                        lambda pipe, prompts, **more: (seen.extend(prompts), real(pipe, prompts, **more))[1])
+    still = {"tokens": 1, "steps": 3}
+    invert(tiny_sd(), noise_images(1), kind=kind, name="<t>", settings=InversionSettings(**still))
+    assert seen == [first] * 3
+    seen.clear()
+    invert(tiny_sd(), noise_images(1), kind=kind, name="<t>", settings=InversionSettings(**still, varied=True))
+    assert seen == [template.format("<t>") for template in TEMPLATES[kind][:3]] and seen[0] == first
+
+
+def test_several_learned_tokens_can_be_known_at_once() -> None:
+    pipe = tiny_sd()
+    before, noise = snapshot(pipe), torch.Generator().manual_seed(0)
+    one, two = (LearnedTokens(name, (torch.randn(2, 16, generator=noise),)) for name in ("<one>", "<two>"))
+    with one.loaded(pipe):
+        alone = draw(pipe, "a photo of <one>")
+        with two.loaded(pipe):
+            assert torch.equal(draw(pipe, "a photo of <one>"), alone)
+            both = draw(pipe, "<one> and <two>")
+        with LearnedTokens("<two>", (two.vectors[0] + 1,)).loaded(pipe):
+            assert not torch.equal(draw(pipe, "<one> and <two>"), both)
+    assert_unchanged(pipe, {**before, "timesteps": pipe.scheduler.timesteps, "steps": 3})
+
+
+def test_a_token_that_would_break_the_order_is_refused() -> None:
+    pipe = tiny_sd()
+    with LearnedTokens("<toy>_1", (torch.zeros(1, 16),)).loaded(pipe):
+        with pytest.raises(InversionError, match="already knows a token '<toy>_1'"):
+            invert(pipe, noise_images(1), name="<toy>", settings=QUICK)
+        with (pytest.raises(InversionError, match="already knows some"),
+              LearnedTokens("<toy>", (torch.zeros(2, 16),)).loaded(pipe)):
+            pass
+
+
+def test_lengths_are_drawn_to_what_was_asked_for() -> None:
+    pipe = tiny_sd()
+    vocabulary = pipe.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
+    for norm, wanted in ((0.4, 0.4), ("vocabulary", float(vocabulary.detach()))):
+        tokens = invert(pipe, noise_images(1), settings=InversionSettings(tokens=2, steps=2, warmup=0, norm=norm,
+                                                                          learning_rate=0.01))
+        assert tokens.vectors[0].norm(dim=-1).tolist() == pytest.approx([wanted] * 2, rel=1e-4)
+
+
+def test_initial_words_are_shared_out_over_the_tokens() -> None:
+    pipe = tiny_sd()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    ids = pipe.tokenizer("birthday cake", add_special_tokens=False).input_ids
+    still = {"steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "norm": "free"}
+    one = invert(pipe, noise_images(1), initial="birthday cake", settings=InversionSettings(tokens=1, **still))
+    torch.testing.assert_close(one.vectors[0][0], table[ids].mean(0))
+    more = InversionSettings(tokens=len(ids) + 2, **still)
+    many = invert(pipe, noise_images(1), initial="birthday cake", settings=more)
+    assert torch.equal(many.vectors[0][: len(ids)], table[ids])
+    assert len({tuple(row.tolist()) for row in many.vectors[0]}) == len(ids) + 2
+
+
+def test_a_concept_that_words_describe_badly_is_inverted_and_then_forgotten(tmp_path: Path) -> None:
+    """The whole way: tokens from images, a fine-tune on their name, and the patch without them in it."""
+    pipe, images = tiny_sd(), noise_images(2)
+    before = snapshot(pipe)
+    tokens = invert(pipe, images, name="<toy>", settings=QUICK)
+
+    def mass() -> float:
+        with record_attention(pipe) as attention:
+            draw(pipe, "a photo of <toy>")
+        return attention.mass("<toy>")
+
+    with tokens.loaded(pipe):
+        patch = quick(pipe, Concept("toy", phrase="<toy>"), references=images, steps=25, learning_rate=2e-2,
+                      retain_weight=1.0, positions=("words",))
+        whole = mass()
+        with Patch.load(patch.save(tmp_path)).applied(pipe):
+            forgotten = mass()
+    assert 0 < forgotten < 0.6 * whole
+    assert patch.info["concepts"] == [{"name": "toy", "kind": "object", "phrase": "<toy>"}] and patch.tokens is None
+    assert not list(tmp_path.glob("learned_embeds*"))
+    assert_unchanged(pipe, {**before, "timesteps": pipe.scheduler.timesteps, "steps": 3})  # draw sets these
+
+
+@pytest.mark.parametrize(("wrong", "text"), [
+    ({"name": "toy"}, "angle brackets"), ({"name": "<a b>"}, "angle brackets"), ({"kind": "animal"}, "no kind"),
+    ({"name": "<|endoftext|>"}, "angle brackets"), ({"initial": "<|endoftext|>"}, "no token but special"),
+])
+def test_wrong_requests_are_clear_errors(wrong: dict, text: str) -> None:
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    with pytest.raises(InversionError, match=text):
+        invert(pipe, noise_images(1), settings=QUICK, **wrong)
+    assert_unchanged(pipe, before)
+    for settings in ({"tokens": 0}, {"norm": "long"}, {"norm": -1.0}, {"learning_rate": float("nan")}):
+        with pytest.raises(InversionError):
+            InversionSettings(**settings)
+
+
+def test_a_name_taken_and_an_interrupt_leave_the_pipeline_as_it_was() -> None:
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    tokens = LearnedTokens("<toy>", (torch.randn(1, 16, generator=torch.Generator().manual_seed(0)),))
+    with tokens.loaded(pipe), pytest.raises(InversionError, match="already knows"):
+        invert(pipe, noise_images(1), name="<toy>", settings=QUICK)
+
+    def interrupt(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        invert(pipe, noise_images(1), settings=QUICK, callback=interrupt)
+    assert_unchanged(pipe, before)
+    with pytest.raises(InversionError, match="don't fit"), LearnedTokens("<toy>", (torch.zeros(1, 5),)).loaded(pipe):
+        pass
+    assert_unchanged(pipe, before)
+
+
+def test_damaged_files_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(InversionError, match="can't be read"):
+        LearnedTokens.load(tmp_path)
+    (tmp_path / "learned_embeds.safetensors").write_bytes(b"xx")
+    with pytest.raises(InversionError, match="can't be read"):
+        LearnedTokens.load(tmp_path)
+    for vectors in (torch.tensor(1.0), torch.zeros(2, 0)):
+        save_file({"<a>": vectors}, tmp_path / "learned_embeds.safetensors")
+        with pytest.raises(InversionError, match="learned tokens are vectors"):
+            LearnedTokens.load(tmp_path)
+    save_file({"<a>": torch.zeros(1, 4), "<b>": torch.zeros(1, 4)}, tmp_path / "learned_embeds.safetensors")
+    with pytest.raises(InversionError, match="learned tokens are one"):
+        LearnedTokens.load(tmp_path)

@@ -1,0 +1,134 @@
+"""A checkpoint belongs to one run: another one is refused, and what is lost or unfinished is told."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from quick import quick
+from safetensors.torch import load_file
+from snapshots import assert_unchanged, noise_images, snapshot
+from tiny import tiny_sd
+
+from fmn_nb.concepts.concept import Concept
+from fmn_nb.forgetting.finetune import ForgettingError
+from fmn_nb.forgetting.methods import fmn
+from fmn_nb.forgetting.state import CheckpointError
+from fmn_nb.patches import LearnedTokens, Patch
+
+LONGER = {"steps": 4, "checkpoint_every": 2, "retain_weight": 0.0}
+
+
+def saved(folder: Path, images: list[Image.Image]) -> Path:
+    """The images as files of a folder."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+def test_other_reference_images_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = noise_images(2)
+    options = {"checkpoint": tmp_path / "state", "retain_weight": 0.0}
+    first = quick(tiny_sd(), references=images, **options)
+    for others in (noise_images(2, seed=1), noise_images(5), images[::-1], None):
+        with pytest.raises(CheckpointError, match="references: {'cat': '2 images.* there, .* here"):
+            quick(tiny_sd(), references=others, **options)
+    files, opened, real = saved(tmp_path / "files", images), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: (opened.append(file), real(file))[1])
+    again = quick(tiny_sd(), references=files, **options,
+                  callback=lambda progress: pytest.fail("the same pictures as files are the same run"))
+    assert len(opened) == 2, "each is decoded once"
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+
+
+def test_other_masks_are_another_run(tmp_path: Path) -> None:
+    white, black = ([Image.new("L", (16, 16), value)] for value in (255, 0))
+    options = {"references": noise_images(1), "checkpoint": tmp_path, "retain_weight": 0.0}
+    quick(tiny_sd(), masks=white, **options)
+    for other in (black, None):
+        with pytest.raises(CheckpointError, match="masks: '1 images"):
+            quick(tiny_sd(), masks=other, **options)
+
+
+def test_a_model_that_carries_a_patch_is_another_run_than_the_bare_one(tmp_path: Path) -> None:
+    pipe, options = tiny_sd(), {"references": noise_images(1), "checkpoint": tmp_path / "bare", "retain_weight": 0.0}
+    bare, weight = quick(pipe, **options), "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    earlier = Patch("weights", {weight: torch.full_like(pipe.unet.get_parameter(weight), 0.1).detach()})
+    with earlier.applied(pipe):
+        with pytest.raises(CheckpointError, match="weights: "):
+            quick(pipe, **options)
+        quick(pipe, **{**options, "checkpoint": tmp_path / "patched"})
+    with earlier.applied(pipe, scale=0.5), pytest.raises(CheckpointError, match="weights: "):
+        quick(pipe, **{**options, "checkpoint": tmp_path / "patched"})
+    again = quick(pipe, **options, callback=lambda progress: pytest.fail("the patch is off: this is the bare model"))
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in bare.tensors.items())
+
+
+def test_other_vectors_of_a_learned_token_are_another_run(tmp_path: Path) -> None:
+    """However they got into the pipeline: for a while, or by plain diffusers for good."""
+    noise = torch.Generator().manual_seed(0)
+    one, two = (LearnedTokens("<toy>", (torch.randn(2, 16, generator=noise) * 0.02,)) for _ in range(2))
+    options = {"references": noise_images(1), "checkpoint": tmp_path / "state", "retain_weight": 0.0}
+    toy, pipe, plain = Concept("toy", phrase="<toy>"), tiny_sd(), tiny_sd()
+    with one.loaded(pipe):
+        quick(pipe, toy, **options)
+    with two.loaded(pipe), pytest.raises(CheckpointError, match="learned_tokens: {'<toy>'"):
+        quick(pipe, toy, **options)
+    plain.load_textual_inversion(two.save(tmp_path / "tokens"))
+    with pytest.raises(CheckpointError, match="learned_tokens: {'<toy>'"):
+        quick(plain, toy, **options)
+    with one.loaded(pipe):
+        quick(pipe, toy, **options, callback=lambda progress: pytest.fail("the same tokens are the same run"))
+
+
+def test_a_state_beyond_the_steps_asked_for_says_how_many_were_done(tmp_path: Path) -> None:
+    quick(tiny_sd(), **LONGER, checkpoint=tmp_path)
+    report = quick(tiny_sd(), **{**LONGER, "steps": 2}, checkpoint=tmp_path).info["forgetting"]
+    assert report["steps"] == len(report["losses"]) == 4 and report["stopped_because"] == "all 4 steps done"
+
+
+def test_latents_that_are_lost_beside_a_state_are_drawn_again_and_other_ones_are_told(tmp_path, monkeypatch):
+    whole = quick(tiny_sd(), **{**LONGER, "steps": 6})
+    quick(tiny_sd(), **LONGER, checkpoint=tmp_path)
+    (latents,) = (tmp_path / "latents").glob("*.safetensors")
+    kept = load_file(latents)["latents"].clone()
+    latents.write_bytes(latents.read_bytes()[:-8])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = quick(tiny_sd(), **{**LONGER, "steps": 6}, checkpoint=tmp_path)
+    assert torch.equal(load_file(latents)["latents"], kept)
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
+    monkeypatch.setattr("fmn_nb.models.digests._machine", lambda pipe: ["another one"])
+    with pytest.warns(UserWarning, match="drawn anew beside the state of step 6 in .*machine"):
+        quick(tiny_sd(), **{**LONGER, "steps": 6}, checkpoint=tmp_path)
+
+
+def test_what_a_nan_says_to_do_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same settings end at the same step; a lower learning rate is another run, in another folder."""
+    pipe, state, real = tiny_sd(), tmp_path / "state", fmn.resteering_loss
+    options = {**LONGER, "learning_rate": 1e-2, "references": noise_images(2)}
+    broken: list[float] = []
+
+    def breaks(*args):
+        broken.append(1.0)
+        return real(*args) * (float("nan") if len(broken) > 3 else 1.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fmn, "resteering_loss", breaks)
+        before = snapshot(pipe)
+        with pytest.raises(ForgettingError, match="nan in step 4") as stopped:
+            quick(pipe, **options, checkpoint=state)
+        assert_unchanged(pipe, before)
+        said = str(stopped.value)
+        assert f"last good state is step 2 in {state}" in said and "same settings would end here again" in said
+        assert "lower learning_rate" in said and "another checkpoint folder, which starts anew" in said
+        with pytest.raises(ForgettingError, match="there is no checkpoint.*Call forget with a lower learning_rate"):
+            quick(tiny_sd(), **options)
+    lower = {**options, "learning_rate": 1e-3}
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        quick(tiny_sd(), **lower, checkpoint=state)
+    assert quick(tiny_sd(), **lower, checkpoint=tmp_path / "other").info["forgetting"]["steps"] == 4

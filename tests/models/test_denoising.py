@@ -1,0 +1,35 @@
+"""The one training step of everything that trains: which random numbers it takes, and what it compares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_flux, tiny_sd, tiny_sd3
+
+from fmn_nb.models import Latents, Noising, Stream, conditions, denoiser, denoising_loss, noisy_batch, predict, seeded
+
+
+def test_a_batch_takes_spread_noise_and_timesteps_in_this_order() -> None:
+    mean, std = torch.randn(3, 4, 8, 8), torch.rand(3, 4, 8, 8)
+    index, shape, generator = torch.tensor([2, 0]), (2, 4, 8, 8), seeded(5, Stream.FORGET)
+    batch = noisy_batch(Latents(mean, std), index, seeded(5, 10), (100, 200))
+    assert torch.equal(batch.latents, mean[index] + std[index] * torch.randn(shape, generator=generator))
+    assert torch.equal(batch.noise, torch.randn(shape, generator=generator))
+    assert torch.equal(batch.timesteps, torch.randint(100, 200, (2,), generator=generator))
+    assert len(set(Stream)) == len(Stream.__members__), "no two uses share a stream"
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3, tiny_flux])
+@torch.no_grad()
+def test_the_loss_is_the_distance_to_what_was_to_be_predicted(make) -> None:
+    pipe = make()
+    size = (16, 16) if make is tiny_flux else None
+    model, noising, given = denoiser(pipe), Noising(pipe), conditions(pipe, ["a cat", "a dog"], size=size)
+    latents = Latents.exact(torch.randn(3, *given.latent_shape, generator=seeded(0)))
+    batch = noisy_batch(latents, torch.tensor([0, 1, 2]), seeded(1), (0, noising.steps))
+    prompts = torch.tensor([1, 0, 1])
+    noisy = noising.noisy(batch.latents, batch.noise, batch.timesteps)
+    wanted = batch.noise - batch.latents if noising.is_flow else batch.noise
+    by_hand = (predict(model, noisy, batch.timesteps, given, prompts) - wanted).square().flatten(1).mean(1)
+    torch.testing.assert_close(denoising_loss(model, noising, batch, given, prompts, per_row=True), by_hand)
+    torch.testing.assert_close(denoising_loss(model, noising, batch, given, prompts), by_hand.mean())

@@ -1,0 +1,133 @@
+"""Loading by name, and recognising a model again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from snapshots import draw
+from tiny import tiny_flux, tiny_sd, tiny_sdxl
+
+from fmn_nb.models import names
+from fmn_nb.models import pipelines as models
+from fmn_nb.models.digests import fingerprint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_sd().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", ["emojy", "no/such/folder/deep", "x.safetensors", "a/b.safetensors", "", "a b/c"])
+def test_a_name_that_means_nothing_is_answered_with_what_there_is(name: str) -> None:
+    with pytest.raises(names.UnknownModelError, match="bundled|no model_index"):
+        names.resolve(name)
+
+
+def test_unknown_name_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", never)
+    monkeypatch.setattr(models.DiffusionPipeline, "load_config", never)
+    with pytest.raises(names.UnknownModelError):
+        models.load("emojy")
+
+
+def test_pickled_checkpoints_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(names.UnknownModelError, match="pickled"):
+        names.resolve(tmp_path / "model.ckpt")
+    with pytest.raises(names.UnknownModelError, match="model_index.json"):
+        names.resolve(tmp_path)
+
+
+def test_hub_id_passes_and_bundled_names_become_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (names, models):
+        monkeypatch.setattr(module, "bundled", lambda: {"own": folder})
+    assert names.resolve("some-owner/some-model") == "some-owner/some-model"
+    assert names.resolve("own") == folder
+    pipe = models.load("own", device="cpu")
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+def test_a_folder_loads_and_draws_the_same(folder: Path) -> None:
+    pipe = models.load(folder, device="cpu")
+    assert pipe.safety_checker is None and not pipe.unet.training
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe), draw(tiny_sd()))
+    assert models.load(folder, device="cpu", dtype="float16").unet.dtype == torch.float16
+
+
+def test_a_dtype_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no floating dtype"):
+        models.parse_dtype("int8")
+    with pytest.raises(ValueError, match="no floating dtype"):
+        models.parse_dtype("nn")
+
+
+def test_damaged_and_missing_weights_are_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(models.ModelLoadError, match="copy"):
+        models.load(copy, device="cpu")
+    with pytest.raises(models.ModelLoadError, match="network"):
+        models.load("no-such-owner/no-such-model", device="cpu")
+
+
+@pytest.mark.parametrize(("key", "kind"), [(models._SDXL_KEY, "StableDiffusionXLPipeline"),
+                                           ("model.diffusion_model.out.2.bias", "StableDiffusionPipeline")])
+def test_single_file_chooses_the_pipeline_by_its_tensors(key, kind, tmp_path, monkeypatch):
+    called = {}
+
+    def from_single_file(file: str, **options: object) -> object:
+        called.update(options, file=file)
+        return tiny_sd()
+
+    monkeypatch.setattr(getattr(models, kind), "from_single_file", from_single_file)
+    save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
+    models.load(tmp_path / "model.safetensors", device="cpu", config=tmp_path)
+    assert called["local_files_only"] is True and called["file"].endswith("model.safetensors")
+
+
+def test_parts_of_a_pipeline() -> None:
+    sd, sdxl, flux = tiny_sd(), tiny_sdxl(), tiny_flux()
+    assert models.denoiser(sd) is sd.unet and models.denoiser_name(flux) == "transformer"
+    assert [len(models.text_encoders(p)) for p in (sd, sdxl, flux)] == [1, 2, 2]
+    assert models.tokenizers(sdxl) == [sdxl.tokenizer, sdxl.tokenizer_2]
+    with pytest.raises(models.UnsupportedPipelineError, match="neither a unet nor a transformer"):
+        models.denoiser(object())
+
+
+def test_fingerprint_knows_the_model_and_nothing_else(folder: Path) -> None:
+    print_ = fingerprint(tiny_sd())
+    assert len(print_) == 64
+    assert fingerprint(models.load(folder, device="cpu")) == print_
+    assert fingerprint(models.load(folder, device="cpu", dtype="float16")) == print_
+    assert fingerprint(tiny_sd(seed=1)) != print_
+    changed = tiny_sd()
+    with torch.no_grad():
+        changed.text_encoder.get_input_embeddings().weight[5, 3] += 0.1
+    assert fingerprint(changed) != print_
+
+
+def test_fingerprint_ignores_learned_tokens_adapters_and_samplers(tmp_path: Path) -> None:
+    from diffusers import EulerDiscreteScheduler
+    from peft import LoraConfig
+
+    pipe = tiny_sd()
+    print_ = fingerprint(pipe)
+    save_file({"<toy>": torch.randn(2, 16)}, tmp_path / "learned_embeds.safetensors")
+    pipe.load_textual_inversion(tmp_path)
+    assert fingerprint(pipe) == print_
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "own")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert fingerprint(pipe) == print_

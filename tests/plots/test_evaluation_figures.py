@@ -1,0 +1,51 @@
+"""Figures of what was measured: what the judge saw, what attacks brought back, how a fine-tune went."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+
+from fmn_nb.plots import beginning_and_end, collateral_figure, confusion_figure, curves, success_figure
+
+
+def test_a_confusion_figure_shows_shares_of_rows():
+    confusion = pd.DataFrame([[3, 1], [0, 2]], index=["cat", "dog"], columns=["cat", "dog"])
+    drawn = confusion_figure(confusion, "t").axes[0]
+    assert drawn.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_a_collateral_figure_puts_the_worst_on_top():
+    table = pd.DataFrame({"after": [0.1, 0.9], "before": [1.0, 0.9], "change": [-0.9, 0.0]}, index=["dog", "frog"])
+    axes = collateral_figure(table).axes[0]
+    places = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+    assert places == {"dog": 1, "frog": 0}
+
+
+def test_a_skipped_attack_has_a_row_and_no_dots():
+    share = SimpleNamespace(value=0.5, low=0.2, high=0.8)
+    tried = SimpleNamespace(name="a", skipped="", before=SimpleNamespace(value=0.1), after=share)
+    figure = success_figure([tried, SimpleNamespace(name="b", skipped="nothing answers")])
+    axes = figure.axes[0]
+    assert figure.words == "a: 0.10 before, 0.50 after. b: skipped, nothing answers."
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"] and axes.get_yticks().tolist() == [1, 0]
+    assert [text.get_text() for text in axes.texts] == ["skipped"] and axes.texts[0].get_position()[1] == 0
+    figure.canvas.draw()
+
+
+def test_curves_show_each_step_and_the_mean_of_the_last_five():
+    losses = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    figure = curves({"losses": losses, "masses": [0.5] * 7, "retain": [], "steps": 7})
+    first, second = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["re-steering loss", "concept mass"]
+    each, mean = first.lines
+    assert np.array_equal(each.get_ydata(), losses) and np.array_equal(each.get_xdata(), range(1, 8))
+    assert np.allclose(mean.get_ydata(), [6, 5.5, 5, 4.5, 4, 3, 2])
+    assert len(curves({"losses": losses, "masses": losses, "retain": losses}).axes) == 3
+    assert second.get_ylim()[0] == 0
+
+
+def test_the_table_has_the_means_of_both_ends():
+    table = beginning_and_end({"losses": [float(n) for n in range(10)], "masses": [0.123456], "retain": []})
+    assert table.loc["re-steering loss"].tolist() == ["0.5", "8.5"]
+    assert table.loc["concept mass"].tolist() == ["0.12", "0.12"] and len(table) == 2

@@ -1,0 +1,46 @@
+"""Forgetting against keeping: every figure of it shows its points in the same way."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fmn_nb.plots.style import look
+from fmn_nb.plots.tradeoff import forgetting_against_keeping, forgotten_and_kept, tradeoff_figure
+
+RUNS = pd.DataFrame({"concept": ["cat", "cat", "frog"], "steps": [35, 5, 5]}, index=["a", "b", "c"])
+
+
+def measured(**values):
+    return pd.DataFrame([{"run": run, "measure": name, "when": "after", "value": value, "low": value - 0.1,
+                          "high": np.nan if run == "c" else value + 0.2}
+                         for name, column in values.items() for run, value in zip("abc", column, strict=True)])
+
+
+def dots(axes):
+    """What a figure's groups show: (colour, marker) -> points."""
+    return {(line.get_color(), line.get_marker()): line.get_xydata().tolist() for line in axes.lines
+            if line.get_marker() in ("o", "^")}
+
+
+def test_groups_have_the_palettes_looks_in_every_figure():
+    points = pd.DataFrame({"name": ["base", "cat"], "group": ["base", "paper"], "ua": [0.1, 0.9], "kept": [1, 0.8]})
+    figure = tradeoff_figure(points, "t")
+    assert dots(figure.axes[0]) == {look(0): [[0.1, 1.0]], look(1): [[0.9, 0.8]]} and figure.axes[0].get_title() == "t"
+    assert [(text.get_text(), text.get_color()) for text in figure.axes[0].texts] == [("cat", look(1)[0])]
+    figure = forgotten_and_kept(measured(ua=[0.9, 0.4, 0.5], ira=[0.8, 1, 1], cra=[1, 1, 1]), RUNS, "concept", "steps")
+    left, right = figure.axes
+    assert dots(left) == {look(0): [[0.4, 1.0], [0.9, 0.8]], look(1): [[0.5, 1.0]]}, "in the order of steps"
+    assert dots(right) == {look(0): [[0.4, 1.0], [0.9, 1.0]], look(1): [[0.5, 1.0]]}
+    assert [text.get_text() for text in left.texts] == ["5", "35", "5"] and left.get_legend() and not right.get_legend()
+
+
+def test_only_the_furthest_concepts_of_a_preset_are_named():
+    kept = np.linspace(0.2, 1.0, 9)
+    table = pd.DataFrame({"preset": "paper", "concept": list("abcdefghi"), "ua": 1.0, "ira": kept, "cra": kept,
+                          "base_ira": 1.0, "base_cra": 1.0})
+    named = [text.get_text() for text in forgetting_against_keeping(table).axes[0].texts]
+    assert named == list("abcde")
+    near = forgetting_against_keeping(table[table["ira"] > 0.65]).axes[0].texts
+    assert [text.get_text() for text in near] == ["f", "g"], "what is near its ceiling needs no name"
+    with pytest.raises(ValueError, match="no rows"):
+        forgetting_against_keeping(table[:0])

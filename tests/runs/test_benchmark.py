@@ -1,0 +1,236 @@
+"""The results table: what is done, what is skipped, that resuming changes nothing, and that figures are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from fmn_nb.attacks.attack import InversionBudget
+from fmn_nb.cli import main
+from fmn_nb.emoji.world import VOCABULARY
+from fmn_nb.evaluation.protocol import drawings
+from fmn_nb.evaluation.session import Session
+from fmn_nb.files import read_json
+from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
+from fmn_nb.plots.tradeoff import forgetting_against_keeping
+from fmn_nb.runs import measure
+from fmn_nb.runs.benchmark import COSTS, BenchmarkError, plan_jobs, read_overrides, run_benchmark, summary, table_of
+from fmn_nb.runs.measure import CACHE, Bench
+
+SHORT = {"steps": 1, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "batch_size": 1, "retain_batch": 1}
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    """The emoji model with two sampling steps: the figures mean nothing, the plumbing is the same."""
+    return Bench.of("emoji", Path(), steps=2, batch=6).session
+
+
+@pytest.fixture
+def bench(session, tmp_path) -> Bench:
+    return Bench(session, "emoji", tmp_path / "work")
+
+
+def short_plan(*concepts: str, presets=("balanced",), **options):
+    overrides = {"balanced": SHORT, "paper": {**SHORT, "retain_count": 0}}
+    return plan_jobs(VOCABULARY, concepts, presets, overrides={name: overrides[name] for name in presets}, **options)
+
+
+def run(bench, jobs, **options):
+    """The results' folder."""
+    made = {"command": "fmn-nb benchmark"}
+    return run_benchmark(bench, jobs, bench.work.parent / "out", made=made, **{"log": str, **options}).parent
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A job draws two images of the forget set and four of the retain set."""
+    def some(concept, vocabulary, seed=0, size="quick"):
+        wanted = drawings(concept, vocabulary, seed, size)
+        retain = [d for d in wanted if d.role == "retain"]
+        return wanted[:2] + retain[:2] + retain[-2:]
+
+    monkeypatch.setattr(measure, "drawings", some)
+
+
+def test_all_concepts_of_the_world_are_planned_and_words_corrected() -> None:
+    jobs = plan_jobs(VOCABULARY)
+    assert len(jobs) == 2 * (24 + 6 + 4 + 3) and len({job.name for job in jobs}) == len(jobs)
+    words = {job.concept.name: job.towards for job in jobs if job.group == "word"}
+    assert words == {"mouse": "computer mouse", "bow": "archery bow", "bat": "cricket bat"}
+    assert [job.preset for job in jobs[:2]] == ["balanced", "paper"] and jobs[0].concept == jobs[1].concept
+    assert jobs[0].settings == PRESETS["balanced"] and jobs[1].settings == PRESETS["paper"]
+    assert len(plan_jobs(VOCABULARY, ["styles", "cat", "noto"], seeds=[0, 1])) == 2 * 7 * 2  # noto counts once
+
+
+@pytest.mark.parametrize(("wrong", "text"), [
+    ({"concepts": ["unicorn"]}, "no 'unicorn'; groups: objects, styles"), ({"size": "huge"}, "quick or full"),
+    ({"presets": ["best"]}, "no preset 'best'"), ({"seeds": [-1]}, "whole numbers"), ({"seeds": []}, "whole numbers"),
+    ({"presets": ["paper"], "overrides": {"balanced": {}}}, "isn't asked for"),
+    ({"overrides": {"paper": {"rate": 1}}}, "no setting 'rate'"),
+])
+def test_wrong_requests_tell_what_there_is(wrong, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        plan_jobs(VOCABULARY, **wrong)
+
+
+def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("paper: {learning_rate: 1e-4, positions: [words]}\nbalanced: {steps: 9}\n")
+    found = read_overrides(file, ["paper.steps=50", "paper.learning_rate=2e-4"], ["paper"])
+    assert found == {"paper": {"learning_rate": 2e-4, "positions": ("words",), "steps": 50}}
+    (job,) = plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides=found)
+    assert (job.settings.learning_rate, job.settings.steps, job.settings.norm) == (2e-4, 50, "published")
+    for text in ("paper=1", "steps=3", "paper.steps"):
+        with pytest.raises(SettingsError, match="preset.name=value"):
+            read_overrides(None, [text])
+    for content in ("paper: 3", "- paper", "paper: ["):
+        file.write_text(content)
+        with pytest.raises(SettingsError, match="settings.yaml"):
+            read_overrides(file)
+    for content in ("papre: {}", "words: {preset: papre}"):
+        file.write_text(content)
+        with pytest.raises(SettingsError, match="no preset 'papre'"):
+            read_overrides(file)
+
+
+def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("paper-words: {preset: paper, positions: [words]}\npaper: {steps: 3}\n")
+    everything = read_overrides(file, ["paper-words.steps=9"], presets=["all"])
+    assert list(everything) == ["paper-words", "paper"] and everything["paper-words"]["steps"] == 9
+    assert list(read_overrides(file, presets=["paper"])) == ["paper"]
+    jobs = plan_jobs(VOCABULARY, ["cat"], ["paper-words", "paper"], overrides=read_overrides(file, presets=["all"]))
+    assert [job.name for job in jobs] == ["cat-paper-words-seed0", "cat-paper-seed0"]
+    assert jobs[0].settings == settings_for("paper", {"positions": ("words",)}) and jobs[1].settings.steps == 3
+    few = {"paper": {"steps": 3, "seeds": [1]}}
+    jobs = plan_jobs(VOCABULARY, ["cat"], ["balanced", "paper"], seeds=[0, 1], overrides=few)
+    assert [job.name for job in jobs] == ["cat-balanced-seed0", "cat-balanced-seed1", "cat-paper-seed1"]
+    assert jobs[-1].settings == settings_for("paper", {"steps": 3})
+    with pytest.raises(ValueError, match="nothing to do"):
+        plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides=few)
+    with pytest.raises(SettingsError, match="are a list"):
+        plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides={"paper": {"seeds": 1}})
+    for name in ("../words", "all", "balanced"):
+        file.write_text(f"{name}: {{preset: paper}}")
+        with pytest.raises(SettingsError, match="no name for a variant"):
+            read_overrides(file)
+
+
+def test_a_killed_benchmark_goes_on_and_ends_in_the_same_table(bench: Bench, few, tmp_path: Path) -> None:
+    jobs, lines = short_plan("cat", "mouse", presets=("balanced", "paper")), []
+    other = replace(bench, work=tmp_path / "halves" / "work")
+    whole = run(bench, jobs)
+    halves = run(other, jobs, limit=1)
+    assert len(pd.read_csv(halves / "results.csv")) == 1
+    assert read_json(halves / "results.json")["missing"] == [job.name for job in jobs[1:]]
+    run(other, jobs, log=lines.append)
+    assert "4 jobs, 1 done before, 3 to do now" in lines
+    tables = [pd.read_csv(one / "results.csv").drop(columns=list(COSTS)) for one in (whole, halves)]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0]["overshadowed_after"].notna().tolist() == [False, False, True, True]
+    stamps = {file: file.stat().st_mtime_ns for file in bench.work.glob("*.json")}
+    run(bench, jobs)
+    assert stamps == {file: file.stat().st_mtime_ns for file in bench.work.glob("*.json")}, "nothing is done twice"
+    made = read_json(whole / "results.json")
+    assert made["command"] == "fmn-nb benchmark" and made["versions"]["torch"] and "missing" not in made
+    assert made["settings"]["balanced"]["steps"] == 1 and made["fingerprint"] == bench.shared["fingerprint"]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "forgetting-against-keeping.png", "results.csv", "results.json"]
+
+
+def test_the_base_models_images_are_drawn_once(bench: Bench, few, monkeypatch) -> None:
+    run(bench, short_plan("cat"))
+    drawn = {file: file.stat().st_mtime_ns for file in (bench.work / CACHE).rglob("*.png")}
+    run(bench, short_plan("cat", presets=("paper",)))
+    assert len(drawn) == 6 and drawn == {file: file.stat().st_mtime_ns for file in (bench.work / CACHE).rglob("*.png")}
+
+
+def test_other_settings_or_another_model_are_other_jobs(bench: Bench, few) -> None:
+    (job,) = short_plan("cat")
+    run(bench, [job])
+    assert bench.stored(job) is not None
+    (more,) = plan_jobs(VOCABULARY, ["cat"], ["balanced"], overrides={"balanced": {**SHORT, "steps": 2}})
+    assert more.name == job.name and bench.stored(more) is None
+    other = replace(bench)
+    vars(other)["shared"] = {**bench.shared, "fingerprint": "0"}
+    assert other.stored(job) is None
+
+
+def test_a_failing_job_is_named_and_tried_again(bench: Bench, few, tmp_path: Path, monkeypatch) -> None:
+    jobs, forget = short_plan("cat", "dog"), measure.forget
+
+    def failing(pipe, concept, **options):
+        if concept.name == "cat":
+            raise RuntimeError("the loss became nan")
+        return forget(pipe, concept, **options)
+
+    monkeypatch.setattr(measure, "forget", failing)
+    with pytest.raises(BenchmarkError, match="cat-balanced-seed0: the loss became nan"):
+        run(bench, jobs)
+    out = tmp_path / "out"
+    assert pd.read_csv(out / "results.csv")["concept"].tolist() == ["dog"] and read_json(out / "results.json")["failed"]
+    monkeypatch.setattr(measure, "forget", forget)
+    run(bench, jobs)
+    assert pd.read_csv(out / "results.csv")["concept"].tolist() == ["cat", "dog"]
+    assert "failed" not in read_json(out / "results.json")
+    with pytest.raises(BenchmarkError, match="no job is done"):
+        run(bench, short_plan("frog"), limit=0)
+
+
+def result_of(ua: float, ira: float, cra: float, h: float) -> dict:
+    shares = {"ua": ua, "ira": ira, "cra": cra, "h": h}
+    after = {**shares, "ceiling": 0.8, "images": 10, "ci95": {name: [0.0, 1.0] for name in shares}}
+    return {"before": {**after, "ua": 0.0}, "after": after, "forgetting": {"steps": 3, "seconds": 1.5}}
+
+
+def test_the_table_and_its_means_by_hand() -> None:
+    jobs = plan_jobs(VOCABULARY, ["cat", "dog", "noto"], ["paper"])
+    found = dict(zip(jobs, [result_of(1, 0.5, 0.7, 0.4), result_of(0, 1, 0.9, 0), result_of(0.5, 0, 1, 0)],
+                     strict=True))
+    table = table_of(found)
+    assert table["h_of_ceiling"].tolist() == [0.5, 0, 0] and table["kind"].tolist() == ["object", "object", "style"]
+    everything, objects, styles = summary(table)
+    assert (everything["concepts"], everything["ua"], everything["ira"]) == (3, 0.5, 0.5)
+    assert objects["cra"] == pytest.approx(0.8) and objects["cra_ci95"] == pytest.approx([0.7, 0.9])
+    assert styles["ua"] == 0.5 and "ua_ci95" not in styles, "one concept has no spread over concepts"
+    assert objects["lowest"] == {"concept": "dog", "h_of_ceiling": 0}
+
+
+def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few) -> None:
+    jobs = short_plan("cat", presets=("balanced",), seeds=(3, 4))
+    attacked = replace(bench, attack_seed=3, attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
+    table = pd.read_csv(run(attacked, jobs) / "results.csv")
+    assert table["attack_images"].fillna(0).tolist() == [2, 0]
+    assert all(attacked.stored(job) for job in jobs), "both are done"
+
+
+def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
+    jobs = plan_jobs(VOCABULARY, ["cat", "dog"], ["balanced", "paper"])
+    table = table_of({job: result_of(1 if job.preset == "balanced" else 0, 0.5, 0.7, 0.4) for job in jobs})
+    figure = forgetting_against_keeping(table)
+    (axes,) = figure.axes
+    assert [len(dots.get_xdata()) for dots in axes.lines[2:]] == [2, 2]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} >= {"balanced", "paper"}
+    assert "balanced: 2 concepts, UA 1.00 on average, kept 0.60" in figure.words
+    with pytest.raises(ValueError, match="no rows"):
+        forgetting_against_keeping(table[:0])
+    many = pd.concat([table.assign(preset=f"variant-{number}") for number in range(7)])
+    figure = forgetting_against_keeping(many)
+    (axes,) = figure.axes
+    assert sum(text.get_text().startswith("variant-") for text in axes.get_legend().get_texts()) == 7
+    looks = {(dots.get_color(), dots.get_marker()) for dots in axes.lines[2:]}
+    assert len(looks) == 7
+
+
+def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> None:
+    for options, text in ((["--concepts", "unicorn"], "no 'unicorn'"), (["--presets", "best"], "no preset 'best'"),
+                          (["--model", "no/world"], "is of no world that is known here"),
+                          (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal")):
+        result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *options])
+        assert result.exit_code == 2 and text in result.output, result.output
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,82 @@
+"""`fmn-nb check` looks into the kernel and into a model's files, and says what to do about what is wrong there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fmn_nb.files import bundled_models
+from fmn_nb.runs import check as check
+from fmn_nb.runs.notebook import ask_kernel
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the bundled model's folder, to be spoilt."""
+    return Path(shutil.copytree(bundled_models()["emoji"], tmp_path / "model"))
+
+
+def test_the_kernel_is_started_and_says_which_package_it_imports():
+    found = check.kernel()
+    assert found.state == "ok" and str(Path(check.fmn_nb.__file__).parent) in found.found
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("/elsewhere/fmn_nb/__init__.py", "notebooks import /elsewhere"),
+        (RuntimeError("Kernel died before replying"), "no answer: RuntimeError: Kernel died"),
+        (TimeoutError("60 seconds"), "no answer: TimeoutError"),
+    ],
+)
+def test_a_kernel_that_fails_or_imports_another_package_is_told(monkeypatch, answer, says):
+    def ask(code: str) -> str:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(check, "ask_kernel", ask)
+    found = check.kernel()
+    assert found.state == "failed" and says in found.found and found.advice
+
+
+def test_an_error_in_the_kernel_is_handed_back_and_the_kernel_ended():
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError: No module named 'no_such'"):
+        ask_kernel("import no_such")
+
+
+def test_a_kernel_that_takes_too_long_is_ended():
+    import psutil
+
+    with pytest.raises((TimeoutError, RuntimeError)):  # the second where it is not even up by then
+        ask_kernel("import time; time.sleep(100)", patience=2)
+    children = psutil.Process().children(recursive=True)
+    assert not [one for one in children if "ipykernel_launcher" in " ".join(one.cmdline())]
+
+
+SPOILT = {
+    "no index": (lambda at: (at / "model_index.json").write_text("{"), "not valid JSON"),
+    "an empty index": (lambda at: (at / "model_index.json").write_text("{}"), "lacks all parts"),
+    "a part is missing": (lambda at: shutil.rmtree(at / "vae"), "lacks vae of what"),
+    "a part is empty": (lambda at: [file.unlink() for file in (at / "tokenizer").iterdir()], "lacks tokenizer"),
+}
+
+
+@pytest.mark.parametrize("spoil, says", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_folder_is_told_with_what_is_wrong(folder, spoil, says):
+    assert check.named_model(str(folder)).state == "ok"
+    spoil(folder)
+    found = check.named_model(str(folder))
+    assert found.state == "failed" and says in found.found and found.advice
+
+
+def test_a_single_file_needs_its_configuration_from_elsewhere(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    found = check.named_model(str(tmp_path / "model.safetensors"))
+    assert found.state == "note" and "config=" in found.advice
+
+
+def test_a_pickled_checkpoint_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    found = check.named_model(str(tmp_path / "model.ckpt"))
+    assert found.state == "failed" and "could run code" in found.found and ".safetensors" in found.found

@@ -1,0 +1,249 @@
+"""Runs through the real papermill and real kernels, on small notebooks written here."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from fmn_nb.runs.folder import record
+from fmn_nb.runs.notebook import RunError
+from fmn_nb.runs.plan import RequestError, plan_run
+from fmn_nb.runs.report import ReportError, write_report
+from fmn_nb.runs.runner import execute
+
+CELL = 'concept: str = "cat"  # what\nseed: int = 0  # seed\nsteps: int = 2  # steps [1..9]\nout: str = ""  # folder'
+FORGET = """\
+from fmn_nb import record, save_image
+from PIL import Image
+record(out, {"forgetting": {"steps": steps, "seconds": 0.5, "loss_first": 2.0, "loss_last": 1.0,
+                            "stopped_because": "all steps done"}})
+save_image(out, "before_" + concept, Image.new("RGB", (64, 64), "orange"), alt="an orange square")
+save_image(out, "after_" + concept, Image.new("RGB", (64, 64), "gray"), alt="a gray square <&>")
+"""
+MEASURE = """\
+import os
+from pathlib import Path
+from fmn_nb import record
+from ipykernel import get_connection_info
+assert os.name != "posix" or get_connection_info(unpack=True)["transport"] == "ipc"
+assert Path.cwd() == Path(out)
+side = {"ua": 0.04, "ira": 0.98, "cra": 0.9, "h": 0.11, "ceiling": 0.96, "images": 24, "ci95": {"ua": [0.0, 0.2]}}
+record(out, {"before": side, "after": {**side, "ua": 1.0, "h": 0.96}, "skipped": {"m_score": "not asked for"}})
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One complete run of two notebooks, from another working directory: (its folder, its progress)."""
+    from written_notebooks import write_notebook_at
+
+    folder = tmp_path_factory.mktemp("finished")
+    one = write_notebook_at(folder / "03_forget.ipynb", CELL, FORGET, metrics=["forgetting"], gives=["images"])
+    two = write_notebook_at(folder / "04_measure.ipynb", CELL, MEASURE, metrics=["before", "after"])
+    said: list[str] = []
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        plan = plan_run(notebooks=[str(one), str(two)], concept="frog", out="out", parameters={"steps": 3})
+        return execute(plan, said.append), "".join(said)
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_leaves_everything_whole(finished):
+    out, said = finished
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        "03_forget.ipynb", "04_measure.ipynb", "images", "metrics.json", "report.html", "run.json",
+    }
+    executed = nbformat.read(out / "03_forget.ipynb", as_version=4)
+    assert [cell.execution_count for cell in executed.cells if cell.cell_type == "code"] == [1, 2, 3]
+    assert re.fullmatch(r"\[1/2\] 03_forget [\d.]+ s\n\[2/2\] 04_measure [\d.]+ s\n", said)
+
+
+def test_the_notebooks_got_their_parameters_and_metrics_follow_the_schema(finished):
+    out, _ = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["schema"] == 1 and metrics["model"] == "emoji"
+    assert metrics["concept"] == {"name": "frog", "kind": "object"}
+    assert metrics["forgetting"]["steps"] == 3 and metrics["after"]["ua"] == 1.0
+    assert (out / "images" / "before_frog.png").exists()
+    state = json.loads((out / "run.json").read_text())
+    assert state["status"] == "done" and state["parameters"] == {"steps": 3}
+    assert state["notebooks"]["03_forget.ipynb"]["status"] == "done"
+    assert len(state["notebooks"]["03_forget.ipynb"]["sha256"]) == 64
+
+
+@pytest.fixture
+def metrics_of(write_notebook, tmp_path):
+    """A function that runs a small notebook in one and the same folder and returns its metrics.json."""
+
+    def run(name, *cells, **promises):
+        path = write_notebook(name, CELL, *cells, **promises)
+        return json.loads((execute(plan_run(notebooks=[str(path)], out=tmp_path / "out")) / "metrics.json").read_text())
+
+    return run
+
+
+def test_what_a_run_does_not_measure_is_absent_with_its_reason(metrics_of):
+    first = metrics_of("03_forget.ipynb", FORGET, metrics=["forgetting"])
+    assert set(first["skipped"]) == {"before", "after", "attention", "m_score"}
+    assert first["skipped"]["before"] == "04_evaluate measures it, which was not part of this run"
+    assert first["skipped"]["m_score"].startswith("05_can_it_be_brought_back measures it")
+    second = metrics_of("04_measure.ipynb", MEASURE, metrics=["before", "after"])
+    assert "forgetting" in second and set(second["skipped"]) == {"attention", "m_score"}
+    assert second["skipped"]["m_score"] == "not asked for", "the notebook's own reason counts"
+
+
+def test_a_reason_of_an_earlier_run_excuses_no_later_one(metrics_of):
+    assert "before" in metrics_of("03_forget.ipynb", FORGET)["skipped"]
+    with pytest.raises(RunError, match="left no before in metrics.json"):
+        metrics_of("04_measure.ipynb", "pass", metrics=["before"])
+
+
+def test_a_reason_goes_when_its_section_comes(tmp_path):
+    record(tmp_path, {"skipped": {"after": "no judge", "m_score": "no time", "attention": "no text"}})
+    assert record(tmp_path, {"after": {"ua": 1.0}, "skipped": {"attention": None}})["skipped"] == {"m_score": "no time"}
+    assert "skipped" not in record(tmp_path, {"m_score": {}})
+
+
+def test_the_report_needs_nothing_but_itself(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert 'alt="an orange square"' in page and 'alt="a gray square &lt;&amp;&gt;"' in page
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page) and "<script" not in page
+    assert 'href="03_forget.ipynb"' in page and "0.960" in page and "not asked for" in page
+
+
+def test_plain_papermill_does_as_well(write_notebook, tmp_path):
+    notebook = write_notebook("03_stub.ipynb", CELL, "assert concept == 'frog' and seed == 0")
+    papermill = [sys.executable, "-m", "papermill"]
+    told = subprocess.run([*papermill, "--help-notebook", notebook], capture_output=True, text=True, cwd=tmp_path)
+    assert "steps: int (default 2)" in told.stdout and "steps [1..9]" in told.stdout
+    command = [*papermill, "course/03_stub.ipynb", "done.ipynb", "-p", "concept", "frog"]
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "done.ipynb").exists()
+
+
+def test_a_failing_cell_is_named_and_nothing_half_made_stays(write_notebook, tmp_path):
+    path = write_notebook("03_bad.ipynb", CELL, "kept = 1", "raise RuntimeError('no such luck')")
+    with pytest.raises(RunError) as caught:
+        execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    error = caught.value
+    assert error.cell == 4 and error.error == "RuntimeError: no such luck"  # after parameters and injected ones
+    assert Path(error.executed).name == "03_bad.failed.ipynb" and Path(error.executed).is_file()
+    assert not list((tmp_path / "out").glob("*.part*")) and not (tmp_path / "out" / "03_bad.ipynb").exists()
+    state = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert state["status"] == "failed" and "no such luck" in state["error"]
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert "no such luck" in write_report(tmp_path / "out").read_text()
+
+
+def test_a_dead_kernel_is_told_and_the_run_can_be_taken_up_again(write_notebook, tmp_path):
+    flag = tmp_path / "flag"
+    die_once = (
+        f"import os, pathlib, signal; flag = pathlib.Path({str(flag)!r})\n"
+        "if not flag.exists(): flag.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = write_notebook("03_dies.ipynb", CELL, die_once)
+    with pytest.raises(RunError, match="03_dies.ipynb failed: DeadKernelError"):
+        execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    leftover = tmp_path / "out" / "images" / ".before.0.part.png"  # as a killed run leaves one
+    leftover.parent.mkdir()
+    leftover.touch()
+    out = execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    assert json.loads((out / "run.json").read_text())["status"] == "done"
+    assert not leftover.exists() and not (out / "03_dies.failed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "promises", "says"),
+    [
+        ("pass", {"gives": ["patch"]}, "left no 'patch'"),
+        ("pass", {"metrics": ["forgetting"]}, "left no forgetting in metrics.json"),
+        ("import pathlib; (pathlib.Path(out) / 'metrics.json').write_text('{')", {}, "not valid JSON"),
+        ("import fmn_nb; fmn_nb.record(out, {'after': {'ua': 1.5}})", {}, "after.ua must be at most 1, not 1.5"),
+    ],
+)
+def test_a_broken_promise_fails_the_run(write_notebook, tmp_path, cell, promises, says):
+    path = write_notebook("03_liar.ipynb", CELL, cell, **promises)
+    with pytest.raises(RunError, match=says):
+        execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def test_two_runs_never_meet_in_one_folder(finished, write_notebook, tmp_path):
+    path = write_notebook("03_forget.ipynb", CELL)
+    with pytest.raises(RequestError, match="holds a run with concept 'frog', this one has 'cat'"):
+        plan_run(notebooks=[str(path)], out=finished[0], parameters={"steps": 3})
+    with pytest.raises(RequestError, match="holds a run with steps 3, this one has 'not given'"):
+        plan_run(notebooks=[str(path)], out=finished[0], concept="frog")
+    plan = plan_run(notebooks=[str(path)], out=tmp_path / "busy")
+    (tmp_path / "busy").mkdir()
+    with FileLock(tmp_path / "busy" / ".lock"), pytest.raises(RequestError, match="another run is working in"):
+        execute(plan)
+
+
+def test_a_folder_that_is_no_run_has_no_report(tmp_path):
+    with pytest.raises(ReportError, match="holds no run.json and no sweep.json"):
+        write_report(tmp_path)
+
+
+def test_an_image_carries_its_description(tmp_path):
+    from fmn_nb.runs.folder import save_image
+    from fmn_nb.runs.report import _shown
+
+    path = save_image(tmp_path, "attention_cat", Image.new("L", (8, 8)), alt="the map is highest on the cat’s ears")
+    assert _shown(path)["alt"] == "the map is highest on the cat’s ears"
+    with pytest.raises(ValueError, match="needs a description"):
+        save_image(tmp_path, "attention_cat", Image.new("L", (8, 8)), alt=" ")
+    with pytest.raises(ValueError, match="no image name"):
+        save_image(tmp_path, "../attention", Image.new("L", (8, 8)), alt="a map")
+
+
+def test_a_dead_kernel_leaves_what_was_executed_before(write_notebook, tmp_path):
+    path = write_notebook("03_dies.ipynb", CELL, "print('still', 'alive')", "import os; os._exit(1)")
+    with pytest.raises(RunError, match="DeadKernelError") as caught:
+        execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
+    assert "still alive" in Path(caught.value.executed).read_text()
+
+
+def test_what_is_registered_for_the_end_of_a_kernel_is_done(write_notebook, tmp_path):
+    """Also though its last garbage collection is left out."""
+    end = "import atexit, pathlib; atexit.register(pathlib.Path(out, 'ended').touch)"
+    path = write_notebook("03_ends.ipynb", CELL, end, "import gc; assert not gc.get_freeze_count()")
+    assert (execute(plan_run(notebooks=[str(path)], out=tmp_path / "out")) / "ended").exists()
+
+
+def test_a_running_notebook_is_saved_now_and_then(monkeypatch):
+    """Not twice a cell, yet at its end, and with what nbclient made of it."""
+    import datetime
+
+    from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+
+    from fmn_nb.runs.notebook import SAVE_EVERY, engine
+
+    saved, clock = [], [datetime.datetime.now(datetime.UTC)]
+    monkeypatch.setattr("papermill.engines.write_ipynb", lambda nb, path: saved.append(nb["cells"]))
+    manager = NotebookExecutionManager({"cells": 0}, "out.ipynb", progress_bar=False)
+    monkeypatch.setattr(manager, "now", lambda: clock[0])
+    manager.last_save_time = clock[0]
+
+    def cells(nb_man, *_, **__):
+        for number in range(1, 5):
+            clock[0] += datetime.timedelta(seconds=0.6 * SAVE_EVERY)
+            nb_man.save(nb={"cells": number})
+
+    monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", cells)
+    papermill_engines.get_engine(engine()).execute_managed_notebook(manager, "python3")
+    assert saved == [2, 4] and manager.nb == {"cells": 4}
+    manager.save()
+    assert saved == [2, 4, 4], "papermill's own save is back"

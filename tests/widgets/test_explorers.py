@@ -1,0 +1,71 @@
+"""Explorers show what is chosen, say why where there is none, and leave the model as it was."""
+
+from __future__ import annotations
+
+from quick import quick
+from snapshots import noise_images
+from tiny import generate, tiny_sd
+
+import fmn_nb.models
+from fmn_nb.attention import record_attention
+from fmn_nb.plots import as_png, describe, image_grid, overlay
+from fmn_nb.widgets import AttentionExplorer, PatchScale
+
+
+def test_the_explorer_shows_what_is_chosen(record, picture):
+    explorer = AttentionExplorer(record, [picture])
+    first = bytes(explorer.picture.value)
+    assert first.startswith(b"\x89PNG") and "'a' gets" in explorer.words.value.replace("&#x27;", "'")
+    explorer.token.value = (5,)
+    explorer.layer.value, explorer.head.value, explorer.step.value = record.layers[2], 1, 2
+    expected = record.select("cat", layer=record.layers[2], head=1, step=2)
+    assert explorer.words.value.replace("&#x27;", "'") == describe(expected, "cat")
+    assert bytes(explorer.picture.value) == as_png(overlay(picture, expected, "cat")) != first
+    explorer.branch.value = "uncond"
+    assert [label.split(" ")[1] for label, _ in explorer.token.options] == ["begin", "end", "padding"]
+
+
+def test_the_explorer_of_phrases_and_of_means():
+    pipe = tiny_sd()
+    with record_attention(pipe, phrases=["cat", "photo"], keep="mean", heads="mean") as attention:
+        generate(pipe, ["a photo of a cat", "a cat"])
+    explorer = AttentionExplorer(attention)
+    assert [label for label, _ in explorer.token.options] == ["0 cat", "1 photo"]
+    assert [label for label, _ in explorer.step.options] == ["all"]
+    explorer.image.value = 1
+    explorer.token.value = "photo"
+    assert "Nothing to show" in explorer.words.value and "is not in the prompt" in explorer.words.value
+    explorer.token.value = "cat"
+    assert "of the attention" in explorer.words.value
+
+
+def test_no_picture_stands_beside_nothing_to_show():
+    pipe = tiny_sd()
+    with record_attention(pipe, phrases=["cat", "dog"]) as attention:
+        generate(pipe, ["a cat", "a dog"], steps=1)
+    explorer = AttentionExplorer(attention)
+    assert explorer.token.value == "dog" and explorer.words.value.startswith("Nothing to show")
+    explorer.image.value = 1
+    assert explorer.picture.value and "dog" in explorer.words.value
+    explorer.image.value = 0
+    assert explorer.picture.value == b"" and explorer.words.value.startswith("Nothing to show")
+
+
+def test_a_moved_slider_shows_the_patch_at_that_scale(monkeypatch) -> None:
+    pipe, prompts = tiny_sd(), ["a photo of a cat", "a frog"]
+    patch = quick(pipe, learning_rate=5e-2, retain_weight=0.0, references=noise_images(1))
+    own = [(parameter, parameter.clone()) for parameter in pipe.unet.parameters()]
+    slider = PatchScale(pipe, patch, prompts, seed=3, steps=2)
+    assert slider.picture.value == b"" and list(slider.children) == [slider.scale, slider.picture]
+    for scale in (0.0, 0.5):
+        slider.scale.value = scale
+        with patch.applied(pipe, scale):
+            expected = fmn_nb.models.generate(pipe, prompts, [3, 4], steps=2)
+        assert bytes(slider.picture.value) == as_png(image_grid(expected, columns=2, titles=prompts))
+    half = slider.picture.value
+    slider.scale.value = 0.0
+    assert slider.picture.value != half
+    monkeypatch.setattr("fmn_nb.widgets.explorers.generate", lambda *_, **__: 1 / 0)
+    slider.scale.value = 0.5  # seen before, so not drawn again
+    assert slider.picture.value == half
+    assert all(p is its and p.equal(before) for p, (its, before) in zip(pipe.unet.parameters(), own, strict=True))
