@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,37 @@ from fmn_nb import __version__
 from fmn_nb.concepts.concept import KINDS
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Folder(click.Path):
+    """A folder's path; an empty text, as of an unset variable, is none, though it would mean the current folder."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(file_okay=False, path_type=Path, **options)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The path; a usage error where it is empty."""
+        if not str(value).strip():
+            self.fail("it is empty; name a folder ('.' is this one)", parameter, context)
+        if "://" in str(value):
+            self.fail(f"{value} is a URL, where only sweeps leave their results; name a folder", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+class Program(click.Group):
+    """The command as a process of its own, which ends at once when it was stopped."""
+
+    def __call__(self, *words: Any, **options: Any) -> Any:
+        """What a shell calls."""
+        try:
+            return super().__call__(*words, **options)
+        except SystemExit as end:
+            from fmn_nb.runs.stopping import EXIT_CODE, end_at_once
+
+            if end.code == EXIT_CODE:
+                end_at_once()
+            raise
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fmn-nb")
 def main() -> None:
     """Forget-Me-Not Notebooks: run the course in batches, sweep over settings, report, check, pretrain."""
@@ -30,8 +60,9 @@ def main() -> None:
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--preset", default="balanced", show_default=True, help="Named settings of the fine-tune.")
 @click.option("--steps", type=int, help="Fine-tuning steps.  [default: the preset's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same machine, same result.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, machine and number of "
+              "threads, same result.")
+@click.option("--out", type=Folder(), help="The run's folder.  [default: runs/NAME]")
 @click.option("--notebooks", default="01,02,03,04", show_default=True, help="Numbers, names or paths, in order.")
 @click.option("-p", "texts", multiple=True, metavar="NAME=VALUE", help="A notebook's further parameter; repeatable.")
 def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
@@ -55,7 +86,8 @@ def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
 @main.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", help="The sweep's folder, or a URL as s3://bucket/x.  [default: runs/NAME-OF-SPEC]")
-@click.option("--workers", type=click.IntRange(1), help="Runs at a time.  [default: the spec's, else 1]")
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time, which share the machine's "
+              "threads: another number can change the last digits of a result.  [default: the spec's, else 1]")
 @click.option("--scheduler", metavar="ADDRESS", help="An existing Dask scheduler, tcp://host:8786.")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier attempt.")
 def sweep(spec: Path, **options: Any) -> None:
@@ -77,7 +109,7 @@ def sweep(spec: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=Folder(exists=True))
 def report(folder: Path) -> None:
     """Write the self-contained report.html of a run's or a sweep's FOLDER anew."""
     with plain_errors():
@@ -103,14 +135,14 @@ def check(model: str) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the models.  [default: the kit's data/]")
+@click.option("--out", type=Folder(), help="Folder for the models.  [default: the kit's data/]")
 @click.option("--without", metavar="CONCEPT", multiple=True, help="Train a model that never saw it: an oracle.")
 @click.option("--stages", metavar="A,B", help="Only these stages of the recipe.  [default: all]")
 @click.option("--smoke", is_flag=True, help="The whole recipe in under a minute; the models learn next to nothing.")
 @click.option("--resume/--restart", default=True, show_default=True, help="Go on where a killed training stood.")
-@click.option("--start-from", type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.option("--start-from", type=Folder(exists=True),
               help="A finished pipeline's folder, to train it further.")
-@click.option("--packages", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A node_modules "
+@click.option("--packages", type=Folder(exists=True), help="A node_modules "
               "folder with the emoji sets, to rasterise the sprites anew.  [default: the committed sprites]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and training.")
 def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> None:
@@ -122,8 +154,20 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
         request = Request(without=without, stages=chosen, **options)
 
         from fmn_nb.emoji.training.recipe import pretrain as build
+        from fmn_nb.runs.stopping import telling
 
-        click.echo(f"models: {build(request, click.echo)}")
+        begun: list[str] = []
+
+        def tell(line: str) -> None:
+            begun.extend([line] if line.startswith("--- ") else [])
+            click.echo(line)
+
+        def finished() -> str:
+            command = "the same command" if request.resume else "the same command without --restart"
+            return f"{max(0, len(begun) - 1)} of {len(request.chosen)} stages finished; {command} goes on"
+
+        with telling(finished):
+            click.echo(f"models: {build(request, tell)}")
 
 
 @main.command()
@@ -134,9 +178,9 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--seeds", default="0", show_default=True, metavar="A,B", help="One job for each concept, preset, seed.")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="Images of each job.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of table, figure and settings.  [default: the "
+@click.option("--out", type=Folder(), help="Folder of table, figure and settings.  [default: the "
               "kit's data/results]")
-@click.option("--work", type=click.Path(path_type=Path), default="runs/benchmark", show_default=True,
+@click.option("--work", type=Folder(), default="runs/benchmark", show_default=True,
               help="Folder of the jobs' own results, by which the command goes on.")
 @click.option("--limit", type=click.IntRange(0), help="Do at most so many jobs, then write the table of what is there.")
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -177,9 +221,19 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn the errors that tell what to do into one message and exit code 2 (a wrong request) or 1 (a failed run)."""
+    """Turn the errors that tell what to do into one message and exit code 2 (a wrong request) or 1 (a failed run).
+
+    The signals that end a command become one line that says what is finished, and exit code 130.
+    """
+    from fmn_nb.runs.stopping import EXIT_CODE, signals_stop
+
     try:
-        yield
+        with signals_stop():
+            yield
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be what has gone
+            click.echo(f"stopped: {str(stop) or 'nothing was finished; give the same command again'}", err=True)
+        raise click.exceptions.Exit(EXIT_CODE) from None
     except (ValueError, FileNotFoundError) as error:
         problem = click.ClickException(str(error))
         problem.exit_code = 2
@@ -194,10 +248,14 @@ def _items(text: str | None) -> list[str]:
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
-    pairs = dict(text.split("=", 1) if "=" in text else (text, None) for text in texts)
-    for name, value in pairs.items():
-        if value is None or not name.isidentifier():
-            raise ValueError(f"-p takes name=value, not '{name if value is None else name + '=' + value}'")
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, given, value = text.partition("=")
+        if not given or not name.isidentifier():
+            raise ValueError(f"-p takes name=value, not '{text}'")
+        if name in pairs:
+            raise ValueError(f"-p gives '{name}' twice; give it once")
+        pairs[name] = value
     return pairs
 
 

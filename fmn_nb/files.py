@@ -9,13 +9,20 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_YAML = 1_000_000  # values that a YAML file may stand for, aliases written out
 
 
 @contextmanager
@@ -30,9 +37,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         yield temporary
+        _open_to_others(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_to_others(file: Path) -> None:
+    """Give a file the mode of any new one: safetensors makes files that only their owner can read."""
+    if file.stat().st_mode & 0o777 == 0o600:
+        probe = _beside(file)  # made to see the umask, which can't be asked for without changing it for all threads
+        probe.touch()
+        try:
+            shutil.copymode(probe, file)
+        finally:
+            probe.unlink()
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write tensors as a whole safetensors file and return its path."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, dict(metadata))
+    return Path(path)
 
 
 @contextmanager
@@ -90,11 +118,81 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; a broken one is a ValueError that names the file."""
+    """Read a JSON file, with or without a byte order mark; a broken one is a ValueError that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read; delete it or restore it") from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """Read a YAML file, see `parse_yaml`; a ValueError names the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no readable YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What `text` says by YAML 1.2's rules: 1e-5 is a number, while no, on, 007 and 2020-01-01 are texts.
+
+    Raises:
+        ValueError: it is no YAML, names a key twice, or stands for more than `MOST_YAML` values; the text begins with
+            `where`.
+    """
+    import yaml
+
+    try:
+        content = yaml.load(text, _yaml_loader())  # noqa: S506  a SafeLoader, see there
+        size = _size(content, {})
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no readable YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is no readable YAML: it is nested too deeply, or holds itself") from None
+    if size > MOST_YAML:
+        raise ValueError(f"{where} stands for more than {MOST_YAML:,} values; write fewer, and no alias of an alias")
+    return content
+
+
+@cache
+def _yaml_loader() -> type:
+    """PyYAML's safe loader with YAML 1.2's plain values, which refuses a key that stands twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """A mapping, unless a key stands in it twice; what `<<` brings may be said anew."""
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if (key.tag, str(key.value)) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' stands there twice; name it once", key.start_mark)
+                seen.add((key.tag, str(key.value)))
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {}
+    for tag, pattern, first in (
+            ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"), ("null", r"~|null|Null|NULL|", "~nN\0"),
+            ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"), ("merge", r"<<", "<"),
+            ("float", r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+             "-+0123456789.")):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), list(first))
+    Loader.yaml_implicit_resolvers.setdefault("", []).append(
+        ("tag:yaml.org,2002:null", re.compile("$")))
+    return Loader
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values `value` stands for with every alias written out; RecursionError where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in inside)
+    return known[id(value)]
 
 
 def _beside(path: Path) -> Path:

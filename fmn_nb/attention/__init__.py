@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "pixel_grid", "register", "text_layers"],
     "listening": ["MissedLayersError", "attention_with_graph"],
     "qkv": ["attend", "join_heads", "probabilities", "scores", "split_heads"],
-    "record": ["AttentionBudgetError", "AttentionRecord", "LayerCoverage", "NotRecordedError", "head_table",
-        "layer_table", "step_table", "token_table"],
+    "record": ["AttentionBudgetError", "AttentionRecord", "AttentionRecordError", "LayerCoverage",
+        "NotRecordedError", "head_table", "layer_table", "step_table", "token_table"],
     "recorder": ["Recorder", "record_attention"],
 })

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fmn_nb.attention.layers import Arguments, architecture_of
-from fmn_nb.concepts.tokens import PromptTokens, join_prompts, read_prompt
+from fmn_nb.concepts.tokens import PromptTokens, UnreadablePromptError, join_prompts, read_chunks, read_prompt
 from fmn_nb.models import UnsupportedPipelineError, denoiser
 
 
@@ -64,11 +64,16 @@ class Texts:
 
 
 class PromptWatch:
-    """What a pipeline's `encode_prompt` and `prepare_latents` were called with since the last generation began."""
+    """What a pipeline's `encode_prompt` and `prepare_latents` were called with since the last generation began.
+
+    What the user encodes, to draw with the embeddings as often as wanted, is remembered as long as this lives, and
+    recognised by its tensors.
+    """
 
     def __init__(self, pipe: Any | None) -> None:
         self.pipe = pipe
         self.pending: Generation | None = None
+        self._by_user: list[Texts] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,18 +94,31 @@ class PromptWatch:
                       if isinstance(t, torch.Tensor) and t.ndim == 3]
         if not embeddings:
             return
-        prompts, earlier = _as_list(arguments.get("prompt")), self.pending
+        inside, prompts = self._pipeline_runs(), _as_list(arguments.get("prompt"))
+        earlier = self.pending if self.pending is not None and self.pending.inside == inside else None
         if earlier is not None and earlier.uncond is None and len(embeddings) == 1:
             earlier.uncond = self._texts(arguments, "prompt", embeddings[0])  # Flux, Qwen: a second call for uncond
+            self._remember(inside, earlier.uncond)
             return
         if earlier is not None and prompts is not None and prompts == earlier.cond.prompts:
             return  # Hunyuan: the same prompts for a second encoder
-        if prompts is None and earlier is not None and torch.equal(embeddings[0], earlier.cond.embeddings):
-            return  # the user encoded the prompts, the pipeline passes the embeddings through
         uncond = None if len(embeddings) == 1 else self._texts(arguments, "negative_prompt", embeddings[1])
-        if uncond is not None:
+        if uncond is not None and arguments.get("negative_prompt_embeds") is None:
             uncond.prompts = uncond.prompts or [""]
-        self.pending = Generation(self._texts(arguments, "prompt", embeddings[0]), uncond)
+        self.pending = Generation(self._texts(arguments, "prompt", embeddings[0]), uncond, inside=inside)
+        self._remember(inside, self.pending.cond, uncond)
+
+    def _remember(self, inside: bool, *branches: Texts | None) -> None:
+        self._by_user += [texts for texts in branches if not inside and texts is not None and texts.prompts]
+
+    def _pipeline_runs(self) -> bool:
+        """Whether it is the pipeline itself that encodes, in a generation, rather than the user before one."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is self.pipe:
+                return True
+            frame = frame.f_back
+        return False
 
     def _texts(self, arguments: dict[str, Any], name: str, embeddings: torch.Tensor) -> Texts:
         """The prompts (or negative prompts) of a call as the pipeline itself cleans them before it encodes them, as
@@ -114,7 +132,21 @@ class PromptWatch:
             return [clean(text, clean_caption=arguments["clean_caption"])[0] for text in texts]
 
         further = {f"tokenizer_{n}": given(f"{name}_{n}") for n in (2, 3) if arguments.get(f"{name}_{n}")}
-        return Texts(given(name), further, embeddings)
+        texts = given(name)
+        return (self._recognised(embeddings) if texts is None else None) or Texts(texts, further, embeddings)
+
+    def _recognised(self, embeddings: torch.Tensor) -> Texts | None:
+        """The texts of embeddings that the user encoded earlier, row by row; None where a row is none of them."""
+        rows = []
+        for row in embeddings:
+            found = next(((texts, place) for texts in self._by_user
+                          for place, same in enumerate(_equal(row, texts.embeddings)) if same), None)
+            if found is None:
+                return None
+            rows.append((found[0], found[1] * len(found[0].prompts) // len(found[0].embeddings)))
+        names = set.intersection(*(set(texts.further) for texts, _ in rows)) if rows else set()
+        return Texts([texts.prompts[place] for texts, place in rows],
+                     {name: [texts.further[name][place] for texts, place in rows] for name in names}, embeddings)
 
     def _latents_prepared(self, arguments: dict[str, Any], _result: Any) -> None:
         generators = _as_list(arguments.get("generator")) or []
@@ -165,6 +197,7 @@ class Generation:
         first_image: the number of its first image among all that were recorded.
         images: how many images have come up so far.
         by_pipeline: whether a pipeline prepared it, rather than someone who only encodes prompts with it.
+        inside: whether its prompts were encoded in a call of the pipeline.
     """
 
     cond: Texts = field(default_factory=Texts)
@@ -173,6 +206,7 @@ class Generation:
     first_image: int = 0
     images: int = 0
     by_pipeline: bool = False
+    inside: bool = False
     _last: tuple[torch.Tensor, tuple[str, ...]] | None = None
 
     def rows_of(self, text: torch.Tensor | None, batch: int, seen: set[str]) -> list[Row | None]:
@@ -216,8 +250,12 @@ def _matches(text: torch.Tensor | None, known: torch.Tensor | None) -> list[bool
     """For each row of `text`, whether it is one of the `known` embeddings; None where that can't be said."""
     if text is None or known is None or text.shape[1:] != known.shape[1:]:
         return None
-    known = known.to(text)
-    return [any(torch.equal(row, other) for other in known) for row in text]
+    return [any(_equal(row, known)) for row in text]
+
+
+def _equal(row: torch.Tensor, known: torch.Tensor) -> Iterator[bool]:
+    """For each row of the `known` embeddings whether it is this one, whatever the precision and the device."""
+    return (row.shape == other.shape and torch.equal(row, other.to(row)) for other in known)
 
 
 class Call(NamedTuple):
@@ -271,25 +309,24 @@ class CallLog:
                 self.timesteps.append(arguments.timestep)
         self._branches_of_step |= branches
         self.branches |= branches
-        self._note_images(arguments.columns)
+        self._note_images(arguments, rows)
         return Call(self._step, tuple(rows), fresh)
 
-    def _note_images(self, columns: int | None) -> None:
+    def _note_images(self, arguments: Arguments, rows: Sequence[Row | None]) -> None:
         """Note the texts of the generation's images that aren't noted yet: as the user gave them, or else as the
         pipeline was told."""
         generation = self.generation
         for number in range(len(self.images) - generation.first_image, generation.images):
             text = ImageText()
-            if columns is not None:
-                given = None if self.given_prompts is None else self.given_prompts[self._place_of_given(number)]
-                if isinstance(given, PromptTokens):
-                    text.prompt = given
-                elif given is not None:
-                    text.prompt = self._read(Texts([given]), 0, columns)
+            if arguments.columns is not None:
+                seen = {row.branch: arguments.text[place] for place, row in enumerate(rows)
+                        if row is not None and row.image == generation.first_image + number}
+                if self.given_prompts is None:
+                    text.prompt = self._read(generation.cond, number, arguments.columns, seen.get("cond"))
                 else:
-                    text.prompt = self._read(generation.cond, number, columns)
+                    text.prompt = self._read_given(number, arguments.columns, seen.get("cond"))
                 if generation.uncond is not None:
-                    text.negative = self._read(generation.uncond, number, columns)
+                    text.negative = self._read(generation.uncond, number, arguments.columns, seen.get("uncond"))
             if generation.seeds:
                 text.seed = generation.seeds[min(number, len(generation.seeds) - 1)]
             self.images.append(text)
@@ -309,17 +346,35 @@ class CallLog:
                              "text for each image, or one for each prompt whose images they are")
         return next_one + number
 
-    def _read(self, texts: Texts, number: int, columns: int) -> PromptTokens | None:
-        """The columns of the text that belongs to image `number` of the generation; None where nobody knows them."""
+    def _read_given(self, number: int, columns: int, seen: torch.Tensor | None) -> PromptTokens | None:
+        """The columns of the text that the user gave for image `number`; an error where these can't be its own."""
+        given = self.given_prompts[self._place_of_given(number)]
+        if isinstance(given, PromptTokens):
+            return given
+        seen = self._embeddings(self.generation.cond, number) if seen is None else seen
+        with suppress(UnsupportedPipelineError):
+            return read_columns(self.pipe, given, columns, embeddings=seen)
+        return None
+
+    def _read(self, texts: Texts, number: int, columns: int, seen: torch.Tensor | None) -> PromptTokens | None:
+        """The columns of the text that belongs to image `number` of the generation; None where nobody knows them.
+
+        `seen` are its embeddings [columns, width] in this call of the denoiser, where the call holds its branch.
+        """
         prompts = texts.prompts
         if not prompts or self.pipe is None:
             return None
         place = number * len(prompts) // max(self.generation.images, len(prompts))
         others = {name: own[place] for name, own in texts.further.items() if len(own) == len(prompts)}
-        try:
-            return read_columns(self.pipe, prompts[place], columns, others)
-        except UnsupportedPipelineError:
-            return None
+        seen = self._embeddings(texts, number) if seen is None else seen
+        with suppress(UnsupportedPipelineError, UnreadablePromptError):
+            return read_columns(self.pipe, prompts[place], columns, others, seen)
+        return None
+
+    def _embeddings(self, texts: Texts, number: int) -> torch.Tensor | None:
+        """What the pipeline made of the text of image `number`, [columns, width]."""
+        known = texts.embeddings
+        return None if known is None else known[number * len(known) // max(self.generation.images, len(known))]
 
 
 def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denoiser: torch.nn.Module,
@@ -339,42 +394,99 @@ def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denois
 # ---- what the text columns of a prompt are --------------------------------------------------------------------------
 
 
-def read_columns(pipe: DiffusionPipeline, prompt: str, length: int,
-                 others: Mapping[str, str] | None = None) -> PromptTokens:
+def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapping[str, str] | None = None,
+                 embeddings: torch.Tensor | None = None) -> PromptTokens:
     """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
 
     The columns are those of one tokenizer after another; the last one fills what the others leave. Columns of an
-    encoder that isn't loaded are padding.
+    encoder that isn't loaded are padding. More columns than an encoder has positions are a long prompt's chunks.
 
     Args:
         others: tokenizer's name ("tokenizer_2") -> the prompt that was given for its encoder instead.
+        embeddings: what the denoiser got, [length, width], by which chunks are checked.
 
     Raises:
         UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
+        UnreadablePromptError: the tokenizer tells no words, or a long prompt wasn't encoded in plain chunks.
     """
     architecture, told = architecture_of(denoiser(pipe)), others or {}
     names = architecture.tokenizers
     if not names or (len(names) == 1 and getattr(pipe, names[0], None) is None):
         raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")
-    parts, left = [], length
+    parts, left, chunked = [], length, False
     for name in names:
         tokenizer, text = getattr(pipe, name, None), told.get(name, prompt)
         own = left if name == names[-1] else tokenizer.model_max_length
         left -= own
         unused = PromptTokens(text, ("",) * own, (None,) * own, (), (), (), tuple(range(own)))  # all padding
-        parts.append(unused if tokenizer is None else _read(tokenizer, text, own))
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if tokenizer is not None and _is_chunked(tokenizer, encoder, own):
+            chunked = True
+            parts.append(_read_chunks(tokenizer, encoder, text, own, embeddings))
+        else:
+            parts.append(unused if tokenizer is None else _read(tokenizer, text, own))
     read, beside = join_prompts(parts), getattr(pipe, architecture.beside, None) if architecture.beside else None
     text = told.get(architecture.beside, prompt)
     if beside is None or text == prompt:
         return read
+    if chunked:
+        raise UnreadablePromptError(f"two long prompts side by side, {prompt!r} and {text!r}, can't be read: give "
+                                    "both encoders the same, or ask for columns by number")
     return replace(read, beside=_read(beside, text, min(length, beside.model_max_length)))
 
 
+def _is_chunked(tokenizer: Any, encoder: Any | None, columns: int) -> bool:
+    """Whether there are more columns than the encoder has positions (T5, for one, has as many as are wanted)."""
+    if columns <= tokenizer.model_max_length:
+        return False
+    if encoder is None:
+        return tokenizer.bos_token_id is not None
+    return columns > (getattr(encoder.config, "max_position_embeddings", None) or columns)
+
+
+@torch.no_grad()
+def _read_chunks(tokenizer: Any, encoder: Any | None, text: str, columns: int,
+                 embeddings: torch.Tensor | None) -> PromptTokens:
+    """The columns of a long prompt that was encoded in chunks, as compel does; checked by encoding it once more.
+
+    Raises:
+        UnreadablePromptError: the embeddings aren't those of the plain chunks (other lengths, breaks or weights), or
+            there is no encoder to see.
+    """
+    limit, doubt = tokenizer.model_max_length, ""
+    if columns % limit:
+        doubt = f"are no whole number of chunks of {limit}"
+    elif encoder is None or embeddings is None or tokenizer.bos_token_id is None:
+        doubt = "can't be compared with the text: its encoder isn't there"
+    if not doubt:
+        read, rows = read_chunks(tokenizer, _written_out(tokenizer, text), columns // limit)
+        ids = torch.tensor(rows, device=encoder.get_input_embeddings().weight.device)
+        states = encoder(ids, output_hidden_states=True)
+        there = [*read.begin, *read.words, *read.first_eot]
+        layers = [states.last_hidden_state, *states.hidden_states]  # SDXL takes the last but one
+        if any(_alike(layer.flatten(0, 1)[there], embeddings[there]) for layer in layers):
+            return read
+        doubt = f"aren't those of the plain text in chunks of {limit} (other breaks, or weights)"
+    raise UnreadablePromptError(f"the embeddings of {text!r} have {columns} columns, which {doubt}: ask for "
+                                "columns=[...] by number, or give prompts=[PromptTokens]")
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether rows of features are the same but for rounding; the other's may go on with a second encoder's."""
+    other = other[:, :one.shape[1]].to(one)
+    return one.shape == other.shape and bool(((one - other).norm(dim=1) < 0.1 * one.norm(dim=1)).all())
+
+
 def _read(tokenizer: Any, text: str, length: int) -> PromptTokens:
-    """A text's columns, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as pipelines do."""
+    """A text's columns."""
+    return read_prompt(tokenizer, _written_out(tokenizer, text), length)
+
+
+def _written_out(tokenizer: Any, text: str) -> str:
+    """The text, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as pipelines do."""
     added = tokenizer.get_added_vocab()
     for token in added:
         if token in text and f"{token}_1" in added and f"{token}_1" not in text:
             count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
             text = text.replace(token, " ".join([token, *(f"{token}_{n}" for n in range(1, count))]))
-    return read_prompt(tokenizer, text, length)
+    return text

@@ -6,6 +6,7 @@ sequence, the text first or last. To support another model, add a line to ARCHIT
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import inspect
 import re
@@ -112,8 +113,10 @@ def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> l
         return list(names)
     patterns = [chosen] if isinstance(chosen, str) else list(chosen)
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"no layer with text attention matches {pattern!r}; there are {', '.join(names)}")
+        if not isinstance(pattern, str) or not fnmatch.filter(names, pattern):
+            close = difflib.get_close_matches(str(pattern), names, 1, 0.5)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"no layer with text attention matches {pattern!r}{hint}; there are {', '.join(names)}")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import Transformer2DModel
 
 from fmn_nb.attention.layers import Arguments, choose_layers, image_grid, text_and_pixels, text_layers, unpacked
 from fmn_nb.attention.qkv import column_shares
 from fmn_nb.attention.tap import AttentionCall, tap
 from fmn_nb.models import denoiser as denoiser_of
+from fmn_nb.models import uncompiled, unwrapped
 
 
 class MissedLayersError(RuntimeError):
@@ -35,11 +38,13 @@ class Listener:
     """
 
     def __init__(self, denoiser: torch.nn.Module, layers: str | Sequence[str] | None = None) -> None:
+        denoiser = unwrapped(denoiser)
         self.denoiser, self.rules = denoiser, text_layers(denoiser)
         self.chosen = choose_layers(list(self.rules), layers)
         self.runs: dict[str, int] = {}
         self._calls, self._unheard = 0, set()
         self._now: Arguments | None = None
+        self._positions: dict[str, int] = {}
         self._image_first = {  # Wan with image conditioning: cross-attention to the image, then to the text
             name for name, rule in self.rules.items()
             if rule.text == "all" and getattr(denoiser.get_submodule(name), "add_k_proj", None) is not None}
@@ -75,7 +80,12 @@ class Listener:
                 self._unheard.add(name)
 
         modules = {name: self.denoiser.get_submodule(name) for name in self.rules}
+        around = {block: self.denoiser.get_submodule(block) for name in self.chosen for block in _blocks_around(name)}
         with ExitStack() as stack:
+            for block, module in around.items():
+                noted = partial(self._note_positions, block)
+                stack.callback(module.register_forward_pre_hook(noted, with_kwargs=True).remove)
+            stack.enter_context(uncompiled())
             stack.callback(self.denoiser.register_forward_pre_hook(begins, with_kwargs=True).remove)
             stack.callback(self.denoiser.register_forward_hook(over, always_call=True).remove)
             stack.callback(self.denoiser.register_forward_hook(lambda *_: ends()).remove)
@@ -84,6 +94,24 @@ class Listener:
                 yield
             finally:
                 self._now = None
+
+    def _note_positions(self, block: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep how many positions a block around a layer gets."""
+        given = args[0] if args else kwargs.get("hidden_states")
+        self._positions.pop(block, None)
+        if isinstance(given, torch.Tensor) and given.ndim == 3:
+            self._positions[block] = given.shape[1]
+        elif isinstance(given, torch.Tensor) and given.ndim == 4 and isinstance(module, Transformer2DModel):
+            self._positions[block] = given.shape[2] * given.shape[3]
+
+    def _check_unmerged(self, name: str, positions: int, pixels: int) -> None:
+        """Raise MissedLayersError where a layer sees another number of positions than the blocks around it."""
+        for block in _blocks_around(name):
+            if self._positions.get(block, pixels) not in (positions, pixels):
+                raise MissedLayersError(
+                    f"{name} looks from {pixels} positions where {block} got {self._positions[block]}: its tokens are "
+                    "merged (as by tomesd with merge_crossattn), so they have no place in the image. Turn token "
+                    "merging off (tomesd.remove_patch(pipe)) to record, or leave the layer out with layers=[...]")
 
     def shares(self, name: str, heard: AttentionCall, rows: list[int] | None = None,
                heads: Sequence[int] | None = None) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -101,6 +129,7 @@ class Listener:
         if rule.packed:
             query, key, mask = unpacked(query, key, now.text_lengths, now.columns)
         text, pixels = text_and_pixels(rule, query.shape[2], key.shape[2], now.columns)
+        self._check_unmerged(name, heard.query.shape[2], len(range(query.shape[2])[pixels]))
         grid = image_grid(name, len(range(query.shape[2])[pixels]), now.latents, rule.text != "all")
         pixels = slice(pixels.start, pixels.start + grid[0] * grid[1])  # further ones are Flux Kontext's reference
         row, head = (slice(None) if chosen is None else list(chosen) for chosen in (rows, heads))
@@ -127,13 +156,19 @@ class Listener:
         names, otherwise = ", ".join(missed), "or leave these layers out with layers=[...]"
         if not any(self.runs.get(name) for name in missed):
             raise MissedLayersError(f"attention of {names} couldn't be heard: the model ran past these layers' hooks, "
-                                    "as a compiled one does. Record the model as it was before torch.compile, "
+                                    "as a scripted or exported one does. Record the model as it was before that, "
                                     f"{otherwise}")
         processors = [getattr(self.denoiser.get_submodule(name), "processor", None) for name in missed]
         kinds = ", ".join(sorted({type(processor).__name__ for processor in processors}))
         ways = "; ".join(dict.fromkeys(_way(self.denoiser, processor) for processor in processors))
         raise MissedLayersError(f"attention of {names} couldn't be heard: {kinds} doesn't call torch's "
                                 f"scaled_dot_product_attention. {ways}, {otherwise}")
+
+
+def _blocks_around(name: str) -> list[str]:
+    """The dotted names of the modules that hold a layer, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _way(denoiser: torch.nn.Module, processor: object) -> str:

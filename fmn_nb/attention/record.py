@@ -7,11 +7,14 @@ beside the figures. All can be saved and read again without a model.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,21 +22,28 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fmn_nb.attention.batch import ImageText, Row
 from fmn_nb.attention.layers import choose_layers
-from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens
+from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens, find_phrase
 from fmn_nb.files import read_json, replacing, write_text
 from fmn_nb.models import digest
+from fmn_nb.models.arguments import whole_number
 
 FORMAT = 1
+MOST_PIXELS = 16384  # along a side of a map
 
 
 class NotRecordedError(ValueError):
     """What was asked for wasn't recorded; the text says what was."""
+
+
+class AttentionRecordError(ValueError):
+    """A saved record is damaged, of an unknown format, or its files don't belong together."""
 
 
 class AttentionBudgetError(ValueError):
@@ -112,8 +122,9 @@ class AttentionRecord:
         Raises:
             PhraseNotFoundError: the phrase isn't in the image's prompt.
             NotRecordedError: the step, layer, head, branch, image or column wasn't recorded.
-            ValueError: an unknown part or normalisation.
+            ValueError: an unknown part, normalisation or layer, or a size that is none.
         """
+        size = size and _checked_size(size)
         shares = self._shares(phrase, step, layer, head, **where)
         height, width = size or max((self.grids[name] for name in shares), key=lambda grid: grid[0] * grid[1])
         maps = []
@@ -181,17 +192,21 @@ class AttentionRecord:
                    branch: str = "cond", image: int = 0) -> list[int]:
         """Which kept columns a phrase, a part or column numbers mean; see `select` for the arguments and errors."""
         phrase = phrase.phrase if isinstance(phrase, Concept) else phrase
+        if phrase is not None and not isinstance(phrase, str):
+            raise ValueError(f"a phrase is a text or a Concept, not {phrase!r}; columns by number are columns=[...]")
         if columns is not None:
             return self._kept([columns] if isinstance(columns, int) else tuple(columns))
         if phrase is None and part is None:
             raise ValueError("say what to look at: a phrase, a part (begin, words, first_eot, padding) or columns")
         if self.phrases is not None:
-            if part is not None or phrase not in self.phrases or occurrence != "all":
+            same = [part is None and _same_phrase(kept, phrase) for kept in self.phrases]
+            number = same.index(True) if True in same else None
+            if number is None or occurrence != "all":
                 more = f"; all occurrences of each are summed, so occurrence={occurrence} can't be chosen: record " \
                        "without phrases=[...] for that" if occurrence != "all" else ""
                 raise NotRecordedError(f"only the phrases {', '.join(map(repr, self.phrases))} were recorded{more}")
             self.text(image).find(phrase)
-            return [self.phrases.index(phrase)]
+            return [number]
         text = self._text_for(phrase, branch, image)
         return self._kept(text.find(phrase, occurrence).columns if part is None else text.part(part, phrase))
 
@@ -204,7 +219,8 @@ class AttentionRecord:
         texts = self.images[image]
         found = texts.prompt if branch == "cond" else texts.negative
         if found is None:
-            raise NotRecordedError("the prompt isn't known (a bare denoiser, or embeddings without their text): "
+            raise NotRecordedError("the prompt isn't known (a bare denoiser, embeddings without their text or of more "
+                                   "than one encoder's length, a tokenizer whose tokens don't spell the text): "
                                    "give prompts=[...] to record_attention (for a bare denoiser each as "
                                    "read_prompt(tokenizer, text)), or ask for columns=[...] by number")
         return found
@@ -233,14 +249,14 @@ class AttentionRecord:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write attention.safetensors and attention.json into `folder` (made if needed); returns the folder."""
         folder = Path(folder)
+        tensors = {str(number): kept.cpu().contiguous() for number, kept in enumerate(self.sums.values())}
         description = json.dumps({
             "format": FORMAT, "model": self.model, "layers": self.layers, "grids": self.grids, "heads": self.heads,
             "timesteps": self.timesteps, "phrases": self.phrases, "chosen_columns": self.chosen_columns,
             "images": [asdict(image) for image in self.images],
-            "coverage": [asdict(entry) for entry in self.coverage()],
+            "coverage": [asdict(entry) for entry in self.coverage()], "sha256": _sum_of(tensors),
             "tensors": [{"layer": layer, "step": step, "rows": rows, "steps_added": self.counts[layer, step, rows]}
                         for layer, step, rows in self.sums]}, indent=1, ensure_ascii=False)
-        tensors = {str(number): kept.cpu().contiguous() for number, kept in enumerate(self.sums.values())}
         with replacing(folder / "attention.safetensors") as file:
             save_file(tensors, file, metadata={"description": digest([description.strip()])})
         write_text(folder / "attention.json", description)
@@ -252,26 +268,88 @@ class AttentionRecord:
 
         Raises:
             FileNotFoundError: no record there.
-            ValueError: a record of an unknown format, or two files that don't belong together.
+            AttentionRecordError: what is there is damaged, of an unknown format, or two files of different records.
         """
         folder = Path(folder)
         for name in ("attention.json", "attention.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no attention record in {folder}: {name} is missing")
+        try:
+            return cls._read(folder)
+        except AttentionRecordError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RecursionError,
+                SafetensorError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise AttentionRecordError(f"the attention record in {folder} is damaged ({type(error).__name__}: {what}); "
+                                       "record it again") from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        """`load` without its check that the files are there; a damaged record is any error."""
         description = read_json(folder / "attention.json")
         if description.get("format") != FORMAT:
-            raise ValueError(f"{folder} holds format {description.get('format')!r}; this version reads {FORMAT}")
+            raise AttentionRecordError(f"{folder} holds format {description.get('format')!r}; this version reads "
+                                       f"{FORMAT}")
         record = cls(**{name: TypeAdapter(kind).validate_python(description[said])
                         for name, (said, kind) in _DESCRIBED.items()})
-        with safe_open(folder / "attention.safetensors", "pt") as tensors:
-            text = (folder / "attention.json").read_text(encoding="utf-8")
-            if (tensors.metadata() or {}).get("description") != digest([text.strip()]):
-                raise ValueError(f"the two files in {folder} are not of one record; save it again")
-            for number, entry in enumerate(description["tensors"]):
-                key = entry["layer"], entry["step"], tuple(Row(*row) for row in entry["rows"])
-                record.sums[key] = tensors.get_tensor(str(number))
-                record.counts[key] = entry["steps_added"]
+        text = (folder / "attention.json").read_text(encoding="utf-8")
+        with safe_open(folder / "attention.safetensors", "pt") as opened:
+            if (opened.metadata() or {}).get("description") != digest([text.strip()]):
+                raise AttentionRecordError(f"the two files in {folder} are not of one record; save it again")
+            tensors = {str(number): opened.get_tensor(str(number)) for number in range(len(description["tensors"]))}
+        if description.get("sha256", _sum_of(tensors)) != _sum_of(tensors):  # records of earlier versions have none
+            raise ValueError("attention.safetensors was changed since it was saved")
+        for entry, kept in zip(description["tensors"], tensors.values(), strict=True):
+            key = entry["layer"], entry["step"], tuple(Row(*row) for row in entry["rows"])
+            record.sums[key], record.counts[key] = kept, whole_number("steps_added", entry["steps_added"], 1)
+            record._check(key)
         return record
+
+    def _check(self, key: Key) -> None:
+        """Raise a ValueError where a kept tensor can't be attention to what the record says."""
+        (layer, step, rows), kept, most = key, self.sums[key], self.counts[key] * 1.01  # of half precision's rounding
+        heads, (height, width) = len(self.heads[layer]) or 1, self.grids[layer]
+        if kept.shape[:-1] != (len(rows), heads, height * width) or kept.ndim != 4 or layer not in self.layers:
+            raise ValueError(f"{layer} has values {tuple(kept.shape)} for {len(rows)} rows, {heads} heads, "
+                             f"{height} x {width} pixels")
+        chosen = self.phrases if self.phrases is not None else self.chosen_columns
+        if chosen is not None and kept.shape[-1] != len(chosen):
+            raise ValueError(f"{layer} has {kept.shape[-1]} columns for {len(chosen)} that were chosen")
+        if step is not None and step not in range(len(self.timesteps)):
+            raise ValueError(f"{layer} has step {step!r} of {len(self.timesteps)}")
+        for row in rows:
+            if row.branch not in ("cond", "uncond") or row.image not in range(len(self.images)):
+                raise ValueError(f"{layer} has a row {tuple(row)} of {len(self.images)} images")
+        if not kept.is_floating_point() or not bool(((kept >= 0) & (kept <= most)).all()):  # NaN is neither
+            raise ValueError(f"{layer} holds values that are no shares of attention")
+
+    # ---- in a notebook ----------------------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        """What was recorded, as a small table, with the maps of the first image's words."""
+        said = {"model": self.model.get("name") or self.model.get("pipeline") or self.model.get("denoiser") or "?",
+                "images": "; ".join(repr(image.prompt.prompt) if image.prompt else "text unknown"
+                                    for image in self.images[:4]) + (" ..." if len(self.images) > 4 else ""),
+                "steps": f"{len(self.timesteps)}{'' if self.steps else ', their mean was kept'}",
+                "branches": ", ".join(self.branches), "layers": f"{len(self.layers)}",
+                "memory": f"{self.bytes / 2**20:.1f} MiB"}
+        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(value)}</td>"
+                       "</tr>" for name, value in said.items())
+        maps = ""
+        for phrase in self._words_to_show():
+            with suppress(ValueError):
+                maps += (f"<figure style='display:inline-block;margin:4px;text-align:center'><img alt='attention to "
+                         f"{escape(phrase)}' src='{_as_picture(self.map(phrase))}'><figcaption>{escape(phrase)}"
+                         "</figcaption></figure>")
+        return f"<table><caption>Attention record</caption>{rows}</table>{maps}"
+
+    def _words_to_show(self) -> list[str]:
+        """The recorded phrases, or the words of the first image's prompt; at most eight."""
+        if self.phrases is not None or self.chosen_columns is not None or not self.images or not self.images[0].prompt:
+            return list(self.phrases or ())[:8]
+        words = (word.strip(".,;:!?\"()[]{}") for word in self.images[0].prompt.prompt.split())
+        return [word for word in dict.fromkeys(words) if word][:8]
 
     # ---- looked up -------------------------------------------------------------------------------------------------
 
@@ -326,6 +404,33 @@ def _as_set(value: int | Iterable[int] | None) -> set[int] | None:
     if value is None:
         return None
     return {value} if isinstance(value, int) else set(value)
+
+
+def _same_phrase(kept: str, phrase: str) -> bool:
+    """Whether two phrases are the same to `find_phrase`: case and kind of apostrophe don't matter."""
+    return (0, len(kept)) in find_phrase(kept, phrase)
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size is (height, width) in pixels, not {size!r}")
+    height, width = (whole_number("a side of a map", side, 1, MOST_PIXELS) for side in size)
+    return height, width
+
+
+def _sum_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A sum over named tensors with their types and shapes."""
+    return digest(part for name, kept in tensors.items() for part in (f"{name} {kept.dtype} {tuple(kept.shape)}", kept))
+
+
+def _as_picture(values: np.ndarray, side: int = 96) -> str:
+    """A map as an inline picture, white where there is most attention."""
+    grey = Image.fromarray((values / max(float(values.max()), 1e-12) * 255).astype(np.uint8))
+    scale = side / max(values.shape)
+    buffer = io.BytesIO()
+    grey.resize((max(1, round(values.shape[1] * scale)), max(1, round(values.shape[0] * scale))),
+                Image.Resampling.NEAREST).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ---- as tables -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fmn_nb.attention.record import AttentionBudgetError, AttentionRecord, Layer
 from fmn_nb.attention.tap import AttentionCall
 from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens
 from fmn_nb.models import denoiser as denoiser_of
+from fmn_nb.models import model_name, unwrapped
 
 MOST_BYTES = 2**30  # that are kept where nothing else is said
 
@@ -35,6 +36,8 @@ def record_attention(
         dtype: torch.dtype = torch.float32, max_bytes: int = MOST_BYTES,
         differentiable: bool = False) -> Iterator[Recorder]:
     """Record how the image looks at the text while the model runs inside this `with` block.
+
+    A model under torch.compile runs as it was before that while it is recorded.
 
     Args:
         model: a diffusers pipeline, or its denoiser alone (then every row is "cond" and an image of its own, and
@@ -74,7 +77,7 @@ def record_attention(
                           heads if heads in (None, "mean") else _numbers(heads), branch, phrases,
                           None if columns is None else _plain_numbers(columns), keep, dtype, max_bytes)
     bare = isinstance(model, torch.nn.Module)
-    recorder = Recorder(model if bare else denoiser_of(model), None if bare else model, selection, prompts)
+    recorder = Recorder(unwrapped(model) if bare else denoiser_of(model), None if bare else model, selection, prompts)
     with recorder.listening():
         yield recorder
 
@@ -143,7 +146,7 @@ class Recorder(AttentionRecord):
         self.phrases = list(selection.phrases) if selection.phrases else None
         self.chosen_columns = list(selection.columns) if selection.columns else None
         self.model = {"denoiser": type(denoiser).__name__, "pipeline": type(pipe).__name__ if pipe else "",
-                      "name": str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or "")}
+                      "name": model_name(pipe) if hasattr(pipe, "config") else ""}
         self._keeps_steps = selection.keep != "mean"
         self._call: Call | None = None
         self._latents: tuple[int, int] | None = None

@@ -3,8 +3,9 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "concept": ["Concept", "DETERMINERS", "KINDS", "TEMPLATES", "with_article"],
-    "tokens": ["PhraseNotFoundError", "PromptTokens", "find_phrase", "join_prompts", "read_prompt"],
+    "concept": ["Concept", "DETERMINERS", "KINDS", "TEMPLATES", "forms_of", "with_article"],
+    "tokens": ["PhraseNotFoundError", "PromptTokens", "UnreadablePromptError", "find_phrase", "join_prompts",
+        "read_chunks", "read_prompt"],
     "world": ["JudgeLike", "NOTHING", "NotThereError", "UnknownConceptError", "Verdict", "Vocabulary", "WORLD_KEY",
         "World", "same_name", "vocabulary_of", "world_of"],
 })

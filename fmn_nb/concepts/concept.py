@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 KINDS = ("object", "style", "identity")
@@ -17,6 +18,15 @@ TEMPLATES = {
                  "a photo of the face of {}", "a good photo of {}", "a drawing of {}"),
 }
 DETERMINERS = {"a", "an", "the", "some", "my", "your", "his", "her", "its", "our", "their", "this", "that", "two"}
+
+#: nouns that take no article although they don't end in s
+_UNCOUNTED = frozenset("""
+    nudity violence blood gore pornography hatred weather water fire smoke fog snow rain ice sand gold silver money
+    food bread rice meat fruit milk coffee beer wine grass wood moss hair skin fur clothing furniture jewelry luggage
+    graffiti art music poverty war peace happiness darkness light people children men women police cattle
+""".split())
+_SINGULAR_IN_S = frozenset("lens gas atlas canvas christmas pancreas chaos cosmos rhinoceros".split())
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they hide what is said
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,14 @@ class Concept:
         """The prompt of Forget-Me-Not (arXiv 2303.17591), which has no article: "a photo of cat"."""
         return TEMPLATES[self.kind][0].format(self.name)
 
+    def _repr_html_(self) -> str:
+        """What it is and how prompts name it, as a small table."""
+        said = {"concept": self.name, "kind": self.kind, "looked for as": self.phrase,
+                "prompts": "; ".join(self.prompts(3))}
+        rows = (f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+                for name, value in said.items())
+        return f"<table>{''.join(rows)}</table>"
+
     def prompts(self, count: int) -> list[str]:
         """`count` prompts that name the concept, the plain one first; they start again when the templates are used up.
 
@@ -68,19 +86,43 @@ class Concept:
 
 
 def with_article(noun: str) -> str:
-    """"cat" -> "a cat", "octopus" -> "an octopus", "unicorn" -> "a unicorn"; "the moon" stays as it is."""
-    first = noun.split()[0].casefold()
-    if first in DETERMINERS or first[0].isdigit() or not first[0].isalpha():
+    """The noun as it stands in a sentence: "a cat", "an octopus", "a unicorn", "an MRI scan".
+
+    "the moon" stays as it is, and so do plurals and nouns that can't be counted: "jeans", "people", "nudity".
+    """
+    first, last = noun.split()[0], noun.split()[-1].casefold()
+    word = first.casefold()
+    if word in DETERMINERS or word[0].isdigit() or not word[0].isalpha() or _is_uncounted(last):
         return noun
-    sounds_like_consonant = re.match(r"(uni([^nm]|$)|use|usu|uku|eu|one\b|once|ufo)", first)
-    silent_h = re.match(r"(hour|honest|honou?r|heir)", first)
-    vowel = silent_h or (first[0] in "aeiou" and not sounds_like_consonant)
+    if first.isupper() and len(first) > 1:  # said letter by letter
+        return f"{'an' if first[0] in 'AEFHILMNORSX' else 'a'} {noun}"
+    sounds_like_consonant = re.match(r"(uni([^nm]|$)|use|usu|uku|eu|one\b|once|ufo)", word)
+    silent_h = re.match(r"(hour|honest|honou?r|heir)", word)
+    vowel = silent_h or (word[0] in "aeiou" and not sounds_like_consonant)
     return f"{'an' if vowel else 'a'} {noun}"
 
 
+def _is_uncounted(noun: str) -> bool:
+    """Whether an English noun takes no article: a plural, or something that isn't counted."""
+    plural = re.fullmatch(r"\w{2,}[^sui\W]s", noun) and noun not in _SINGULAR_IN_S
+    return bool(plural) or noun in _UNCOUNTED
+
+
+def forms_of(noun: str) -> tuple[str, ...]:
+    """A noun and its regular plural and singular: "cat", "cats"; "bodies", "body"; "fox", "foxes"."""
+    plural = noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + ("es" if noun.endswith("x") else "s")
+    singular = [noun[:-1]] if noun.endswith("s") and not noun.endswith("ss") else []
+    singular += [noun[:-3] + "y"] if noun.endswith("ies") else [noun[:-2]] if noun.endswith(("xes", "ches")) else []
+    return tuple(dict.fromkeys((noun, plural, noun + "es", *(one for one in singular if len(one) > 1))))
+
+
 def _one_line(text: str, what: str) -> str:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be a text, not the {type(text).__name__} {text!r}; in YAML put it in quotes, "
+                         "with papermill give it by -r, which keeps it a text")
+    kinds = {unicodedata.category(letter) for letter in text}
+    if not any(kind[0] in "LN" for kind in kinds):
         raise ValueError(f"{what} must be a text with at least one letter, not {text!r}")
-    if any(unicodedata.category(letter) == "Cc" for letter in text):
+    if kinds & {"Cc", "Cs"} or any(letter in _DIRECTIONS for letter in text):
         raise ValueError(f"{what} must be one line without control characters: {text!r}")
     return " ".join(text.split())

@@ -8,6 +8,7 @@ end-of-text token, so that "every end-of-text" would mean almost every column.
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 PARTS = ("words", "later", "first_eot", "padding", "begin")
+
+
+class UnreadablePromptError(ValueError):
+    """It isn't known which columns a prompt's words are; the text says why."""
 
 
 class PhraseNotFoundError(ValueError):
@@ -75,9 +80,11 @@ class PromptTokens:
             if self.beside is not None and find_phrase(self.beside.prompt, phrase):
                 return self.beside.find(phrase, occurrence)
             texts = [self.prompt] if self.beside is None else [self.prompt, self.beside.prompt]
-            words = (word.strip(".,;:!?\"()[]{}") for word in " ".join(texts).split())
+            words = [word.strip(".,;:!?\"()[]{}") for word in " ".join(texts).split()]
+            close = difflib.get_close_matches(phrase.casefold(), [word.casefold() for word in words if word], 1)
             raise PhraseNotFoundError(f"{phrase!r} is not in the prompt {' or '.join(map(repr, texts))}; words there: "
-                                      f"{', '.join(dict.fromkeys(word for word in words if word))}")
+                                      f"{', '.join(dict.fromkeys(word for word in words if word))}"
+                                      f"{f' (did you mean {close[0]!r}?)' if close else ''}")
         found = []
         for start, end in spans:
             columns = tuple(c for c in self.words if self.spans[c][0] < end and start < self.spans[c][1])
@@ -140,18 +147,19 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
     """What each column is when `tokenizer` pads and truncates `prompt` to `max_length`, as pipelines do.
 
     Args:
-        tokenizer: any transformers tokenizer that reports character offsets.
+        tokenizer: any transformers tokenizer; where it reports no character offsets, its tokens are looked for in the
+            prompt one after another.
         max_length: columns in all; the tokenizer's own limit where None (and no padding where it has none).
 
     Raises:
-        ValueError: the tokenizer doesn't report offsets.
+        UnreadablePromptError: the tokenizer reports no offsets, and its tokens don't spell the prompt.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} reports no character offsets; load its fast version")
     limit = max_length or tokenizer.model_max_length
     padded = {"padding": "max_length", "max_length": limit, "truncation": True} if limit < 1_000_000 else {}
-    encoded = tokenizer(prompt, return_offsets_mapping=True, **padded)
-    ids, mask, offsets = encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"]
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(prompt, **padded, **({"return_offsets_mapping": True} if fast else {}))
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    offsets = encoded["offset_mapping"] if fast else spelt_offsets(tokenizer, prompt, ids, mask)
     tokens = tuple(tokenizer.convert_ids_to_tokens(ids))
     spans = tuple(tuple(span) if kept and span[1] > span[0] else None
                   for span, kept in zip(offsets, mask, strict=True))
@@ -163,6 +171,55 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
     whole = len(tokenizer(prompt, verbose=False)["input_ids"]) <= sum(mask)
     cut_off = "" if whole else prompt[max((span[1] for span in spans if span), default=0):].strip()
     return PromptTokens(prompt, tokens, spans, begin, words, tuple(eot), padding, cut_off, len(tokens))
+
+
+def read_chunks(tokenizer: Any, prompt: str, chunks: int) -> tuple[PromptTokens, list[list[int]]]:
+    """What each column is where a long prompt is encoded in chunks that stand in a row, and each chunk's token ids.
+
+    A chunk has as many columns as the tokenizer's limit: begin, as many of the prompt's tokens as there is room for,
+    end-of-text, padding.
+    """
+    limit = tokenizer.model_max_length
+    fast, room = getattr(tokenizer, "is_fast", False), limit - 2
+    asked = {"return_offsets_mapping": True} if fast else {}
+    read = tokenizer(prompt, add_special_tokens=False, verbose=False, **asked)
+    ids = read["input_ids"]
+    offsets = read["offset_mapping"] if fast else spelt_offsets(tokenizer, prompt, ids, [1] * len(ids))
+    parts, rows = [], []
+    for start in range(0, chunks * room, room):
+        own, spans = ids[start:start + room], [tuple(span) for span in offsets[start:start + room]]
+        empty = room - len(own)
+        rows.append([tokenizer.bos_token_id, *own, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * empty])
+        parts.append(PromptTokens(
+            prompt, tuple(tokenizer.convert_ids_to_tokens(rows[-1])), (None, *spans, *[None] * (1 + empty)), (0,),
+            tuple(range(1, 1 + len(own))), (1 + len(own),), tuple(range(2 + len(own), limit))))
+    rest = prompt[offsets[chunks * room - 1][1]:].strip() if len(ids) > chunks * room else ""
+    return replace(join_prompts(parts), cut_off=rest, limit=chunks * limit), rows
+
+
+def spelt_offsets(tokenizer: Any, prompt: str, ids: Sequence[int], mask: Sequence[int]) -> list[tuple[int, int]]:
+    """The characters [start, end) of each token, found by decoding one after another; (0, 0) for special ones.
+
+    Raises:
+        UnreadablePromptError: tokens that aren't in the prompt stand between such that are, or the prompt has more.
+    """
+    offsets, place, folded = [(0, 0)] * len(ids), 0, prompt.lower()
+    spelt, more = [], []
+    for column, (number, kept) in enumerate(zip(ids, mask, strict=True)):
+        piece = tokenizer.decode([number]).strip().lower() if kept and number not in tokenizer.all_special_ids else ""
+        start = place + len(folded[place:]) - len(folded[place:].lstrip())
+        if kept and number not in tokenizer.all_special_ids and start < len(folded) and folded.startswith(piece, start):
+            offsets[column] = (start, start + max(1, len(piece)))  # T5 may write a space as a token of its own
+            place = start + len(piece)
+            spelt.append(column)
+        elif piece:
+            more.append(column)
+    between = spelt and any(spelt[0] < column < spelt[-1] for column in more)
+    all_there = not folded[place:].strip() or all(mask)  # a full row may be cut off
+    if between or not all_there or len(folded) != len(prompt):
+        raise UnreadablePromptError(f"{type(tokenizer).__name__} reports no character offsets, and its tokens don't "
+                                    f"spell {prompt!r}: load its fast version, or ask for columns by number")
+    return offsets
 
 
 def join_prompts(parts: Sequence[PromptTokens]) -> PromptTokens:
@@ -181,8 +238,8 @@ def join_prompts(parts: Sequence[PromptTokens]) -> PromptTokens:
 
 
 def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
-    """The character ranges [start, end) of `phrase` in `text`: case and kind of white space don't matter, words are
-    whole ("cat" isn't in "concatenate") except in scripts written without spaces.
+    """The character ranges [start, end) of `phrase` in `text`: case, kind of white space and of apostrophe don't
+    matter, words are whole ("cat" isn't in "concatenate") except in scripts written without spaces.
 
     Raises:
         ValueError: an empty phrase.
@@ -190,9 +247,9 @@ def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
     if not phrase.strip():
         raise ValueError("the phrase is empty; name a word of the prompt")
     for form in dict.fromkeys((phrase, unicodedata.normalize("NFC", phrase), unicodedata.normalize("NFD", phrase))):
-        body = r"\s+".join(re.escape(word) for word in form.split())
+        body = r"\s+".join(re.sub("['\u2019]", "['\u2019]", re.escape(word)) for word in form.split())
         before = r"(?<!\w)" if _spaced(form.strip()[0]) else ""
-        after = r"(?!\w)" if _spaced(form.strip()[-1]) else ""
+        after = r"(?!\w)" if _spaced(form.strip()[-1]) and not _takes_particles(form.strip()[-1]) else ""
         pattern = rf"{before}{body}{after}(?:\s+{body}_\d+)*"
         if found := [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]:
             return found
@@ -204,3 +261,8 @@ def _spaced(letter: str) -> bool:
     name = unicodedata.name(letter, "")
     return bool(re.match(r"\w", letter)) and not name.startswith(
         ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"))
+
+
+def _takes_particles(letter: str) -> bool:
+    """Whether grammar is written on the end of a word, as Korean particles are."""
+    return unicodedata.name(letter, "").startswith("HANGUL")

@@ -8,6 +8,7 @@ world's code stands, which is imported for a model of that world alone.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,8 +99,10 @@ class Vocabulary:
         if self.world and known.get(concept.name) != concept.kind:
             elsewhere = " (it holds that name as another kind)" if concept.name in known else ""
             there = ", ".join(sorted(name for name, kind in known.items() if kind == concept.kind))
-            raise UnknownConceptError(f"the {self.world} world has no {concept.kind} {concept.name!r}{elsewhere}; its "
-                                      f"{concept.kind}s: {there}")
+            close = difflib.get_close_matches(concept.name.casefold(), list(known), 1)
+            hint = f" (did you mean {close[0]!r}?)" if close and not elsewhere else ""
+            raise UnknownConceptError(f"the {self.world} world has no {concept.kind} {concept.name!r}{elsewhere}{hint}"
+                                      f"; its {concept.kind}s: {there}")
 
 
 def same_name(name: str, concept: Concept) -> bool:

@@ -23,13 +23,24 @@ from fmn_nb.evaluation.protocol import Drawing, drawings, probe_drawings, probe_
 from fmn_nb.evaluation.quality import Quality
 from fmn_nb.evaluation.report import Report
 from fmn_nb.evaluation.session import Progress, Sampling, Session
-from fmn_nb.models import GUIDANCE, STEPS, Cost, Images, UnsupportedPipelineError, denoiser, generate, measured_cost
+from fmn_nb.models import (
+    GUIDANCE,
+    STEPS,
+    Cost,
+    Images,
+    UnsupportedPipelineError,
+    denoiser,
+    generate,
+    load_images,
+    measured_cost,
+)
+from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
 from fmn_nb.patches import Patch
 
 JUDGED = ("ua", "ira", "cra", "h", "ceiling")
 
 
-def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | None = None, seed: int = 0,
+def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | str | Path | None = None, seed: int = 0,
              size: str = "quick", judge: JudgeLike | None = None, clip: str | Path | Clip | None = None,
              real: Images | None = None, prompts: str | Path | None = None, cache: str | Path | None = None,
              steps: int = STEPS, guidance: float = GUIDANCE, batch: int | None = None,
@@ -39,6 +50,7 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
     Args:
         pipe: the base model; left as it was.
         concept: what is, or was, to be forgotten: a `Concept` or, for an object, its name.
+        patch: what makes the model forget: a `Patch` or the folder of one.
         size: "quick" (about 70 images of the protocol and 24 of the probes for each model) or "full" (every object x
             style prompt at least three times, 72 of the probes).
         judge: tells what images show; by default the emoji world's, or for other models a zero-shot judge made of
@@ -63,9 +75,13 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
         ModelLoadError: `clip` names no readable CLIPModel.
         ReferenceImageError: `real` can't be read.
     """
-    concept = Concept(concept) if isinstance(concept, str) else concept
+    concept, seed = Concept(concept) if isinstance(concept, str) else concept, checked_seed(seed)
     if not isinstance(concept, Concept):
         raise ValueError(f"{concept!r} is no concept: give one, Concept('noto', kind='style'), or an object's name")
+    steps, guidance = whole_number("steps", steps, 1), finite_number("guidance", guidance, 0)
+    batch = None if batch is None else whole_number("batch", batch, 1)
+    patch = patch if patch is None or isinstance(patch, Patch) else Patch.load(patch)
+    real = None if real is None else load_images(real)
     world = world_of(pipe)
     if world is None:
         world = CheckpointWorld(clip, real, prompts)

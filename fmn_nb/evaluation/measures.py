@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -40,10 +41,12 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
     `right_style`: whether the style was right.
 
     Raises:
-        ValueError: images are missing, or the judge gave another number of verdicts.
+        ValueError: images are missing or are none, or the judge gave another number of verdicts.
     """
     if len(images) != len(wanted):
         raise ValueError(f"{len(wanted)} images were asked for, {len(images)} are there; missing ones are not judged")
+    for drawing, image in zip(wanted, images, strict=True):
+        check_image(image, drawing)
     verdicts, target = judge.verdicts(images), vocabulary.target_label(concept)
     if len(verdicts) != len(wanted):
         raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(wanted)} images; it must give one on each")
@@ -60,6 +63,22 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
                      "seen_style": v.style, "seen": SEEN.join(sorted(v.seen)), "right": right, "gone": gone,
                      "right_style": v.style == d.style})
     return pd.DataFrame(rows)
+
+
+def check_image(image: Image.Image | np.ndarray, drawing: Drawing, may_be_blank: bool = True) -> None:
+    """Raise a ValueError for what is no image, so that it doesn't pass for one without the concept.
+
+    Args:
+        may_be_blank: False where a model drew it: then one colour throughout is a safety checker's or a broken model's.
+    """
+    pixels, which = np.asarray(image), f"the image of {drawing.prompt!r}, seed {drawing.seed},"
+    if pixels.dtype.kind not in "buif" or pixels.ndim < 2 or not pixels.size:
+        raise ValueError(f"{which} is no image but {type(image).__name__} of shape {pixels.shape}")
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{which} holds NaN or infinite values: the model or its precision is broken")
+    if not may_be_blank and (pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all():
+        raise ValueError(f"{which} is one colour throughout, so nothing can be judged: a safety checker blanked it "
+                         "(load the pipeline without one), or the model draws nothing any more")
 
 
 def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures:

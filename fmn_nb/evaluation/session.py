@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from fmn_nb.concepts import Concept, JudgeLike, NotThereError, Vocabulary, World, world_of
 from fmn_nb.evaluation.checkpoints import CheckpointWorld
-from fmn_nb.evaluation.measures import judge_images
+from fmn_nb.evaluation.measures import check_image, judge_images
 from fmn_nb.evaluation.protocol import Drawing, drawings, evenly, repeated
 from fmn_nb.files import one_at_a_time, replacing
 from fmn_nb.models import GUIDANCE, STEPS, Images, SeedOffset, borrowed, denoiser, drawing_key, generate, load_images
@@ -109,6 +109,8 @@ class Session:
         with borrowed(self.pipe):
             images = generate(self.pipe, list(prompts or [d.prompt for d in wanted]), [d.seed for d in wanted],
                               steps=self.sampling.steps)
+        for drawing, image in zip(wanted, images, strict=True):
+            check_image(image, drawing, may_be_blank=False)
         return judge_images(judge, concept, wanted, images, self.vocabulary)
 
     def seen(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.Series:
@@ -171,6 +173,7 @@ def draw_images(pipe: DiffusionPipeline, wanted: Sequence[Drawing], *, steps: in
             drawn = generate(pipe, [d.prompt for d in filled], [d.seed for d in filled], steps=steps, guidance=guidance,
                              batch=batch)
             for drawing, image in zip(chunk, drawn, strict=False):
+                check_image(image, drawing, may_be_blank=False)
                 found[drawing.prompt, drawing.seed] = image
                 if kept:
                     kept.save(drawing, image)

@@ -21,7 +21,9 @@ from torch import Tensor
 from fmn_nb.concepts import Concept, find_phrase
 from fmn_nb.forgetting.methods.fmn import concept_mask
 from fmn_nb.forgetting.prompts import forget_prompts, likeness, retain_prompts, spoken, without
+from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of
 from fmn_nb.forgetting.settings import Settings, SettingsError
+from fmn_nb.models.arguments import checked_seed
 from fmn_nb.models.denoising import Conditions, Latents, NoisyBatch, SeedOffset, Stream, conditions, noisy_batch, seeded
 from fmn_nb.models.images import ReferenceImageError, encode, generate_latents
 
@@ -50,13 +52,23 @@ class Task:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        names = [concept.name for concept in self.concepts]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"forget needs at least one concept and each once, not {names}")
-        if self.prompts is not None and (len(names) > 1 or not self.prompts or isinstance(self.prompts, str)):
+        object.__setattr__(self, "concepts", concepts_of(self.concepts))
+        object.__setattr__(self, "seed", checked_seed(self.seed))
+        for name in ("prompts", "retain_prompts"):
+            object.__setattr__(self, name, checked_texts(name, getattr(self, name)))
+        if self.prompts is not None and len(self.concepts) > 1:
             raise ValueError("prompts are a list of texts for a single concept")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"a seed is a whole number from 0 to 2**63 - 1, not {self.seed!r}")
+        for concept in self.concepts:
+            if concept.name in self.readings:
+                check_reading(concept, self.readings[concept.name])
+        images = sum(self.count_of(concept) for concept in self.concepts)
+        if self.masks is not None and len(self.masks) != images:
+            raise ReferenceImageError(f"{len(self.masks)} masks for {images} reference images; give one for each")
+
+    def count_of(self, concept: Concept) -> int:
+        """How many reference images of the concept there are, or are to be generated."""
+        given = self.references.get(concept.name) if self.settings.noise_on == "images" else None
+        return self.settings.reference_count if given is None else len(given)
 
     def prompts_of(self, concept: Concept) -> list[str]:
         """Prompts that name the concept: those given, or its own in the settings' wording."""
@@ -127,8 +139,12 @@ class Shuffle:
         return {"generator": self.generator.get_state(), "queue": torch.tensor(self.queue, dtype=torch.long)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; a ValueError where its pairs aren't of this set."""
+        queue = state["queue"]
+        if queue.dtype != torch.long or queue.ndim != 1 or not bool(((queue >= 0) & (queue < self.pairs)).all()):
+            raise ValueError(f"the pairs to come aren't numbers of {self.pairs}")
         self.generator.set_state(state["generator"])
-        self.queue = state["queue"].tolist()
+        self.queue = queue.tolist()
 
 
 @dataclass(frozen=True)
@@ -199,9 +215,9 @@ def forget_set(task: Task) -> TrainingSet:
     everything = Latents.joined(parts)
     regions = None
     if task.masks is not None:
-        if len(task.masks) != len(everything) or everything.mean.ndim != 4:
-            raise ReferenceImageError(
-                f"{len(task.masks)} masks for {len(everything)} reference images; give one for each")
+        if everything.mean.ndim != 4:
+            raise ReferenceImageError(f"{type(task.pipe).__name__} packs its latents, so masks have no place in them: "
+                                      "leave masks out")
         height, width = everything.mean.shape[-2:]
         # Cropped as `encode` crops the images, so that a mask stays where its image is.
         small = [torch.tensor(list(ImageOps.fit(p.convert("L"), (width, height)).tobytes())) for p in task.masks]

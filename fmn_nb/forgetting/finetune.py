@@ -29,15 +29,17 @@ from tqdm import tqdm
 from fmn_nb.concepts import Concept
 from fmn_nb.files import versions
 from fmn_nb.forgetting.data import Task, TrainingSet, by_concept, training_sets
+from fmn_nb.forgetting.request import check_known, check_rank, concepts_of, folder_of
 from fmn_nb.forgetting.settings import Settings, SettingsError, settings_for
-from fmn_nb.forgetting.state import Checkpoint, State, identity
+from fmn_nb.forgetting.state import Checkpoint, CheckpointError, State, identity
 from fmn_nb.forgetting.terms import Terms
 from fmn_nb.forgetting.weights import Trainable, offloaded, precision_for, trainable
-from fmn_nb.models.denoising import Stream, seeded
+from fmn_nb.models.denoising import Noising, Stream, seeded
 from fmn_nb.models.device import Memory, MixedPrecision, evaluating, gradient_checkpointing
-from fmn_nb.models.digests import fingerprint
+from fmn_nb.models.digests import base_of
 from fmn_nb.models.images import Images, load_all, load_images
-from fmn_nb.models.pipelines import denoiser, denoiser_name
+from fmn_nb.models.parameters import plain_name
+from fmn_nb.models.pipelines import denoiser
 from fmn_nb.patches import Patch, applied_patches
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
@@ -117,19 +119,27 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
 
     Raises:
         SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.
+        UnknownConceptError: a name that the models of the pipeline's world never learned, where no `prompts` are given.
+        UnsupportedPipelineError: a pipeline or a scheduler of a model that can't be trained here.
         ForgettingError: the loss became NaN or infinite, or nothing can be trained.
     """
     started, settings = perf_counter(), settings_for(preset, overrides)
-    several = [concepts] if isinstance(concepts, Concept | str) else concepts
-    named = tuple(Concept(one) if isinstance(one, str) else one for one in several)
+    named = concepts_of(concepts)
+    if callback is not None and not callable(callback):
+        raise SettingsError(f"callback is a function of a Progress, not {callback!r}")
+    checkpoint, cache = folder_of("checkpoint", checkpoint), folder_of("cache", cache)
     sources = by_concept(references, named, "references")
     task = Task(pipe, named, settings, seed, prompts=prompts, retain_prompts=retain_prompts,
                 readings=by_concept(towards, named, "towards"))
+    if prompts is None:
+        check_known(pipe, named)
+    check_rank(pipe, settings)
     first = next(denoiser(pipe).parameters())
-    precision_for(settings, first.device, first.dtype)  # told before anything is generated
-    info = _info(task, preset if isinstance(preset, str) else "own settings")
+    precision_for(settings, first.device, first.dtype)  # told before anything is generated, as the next is
+    Noising(pipe)
     # Once and first: what can't be read is told before anything is generated.
     task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
+    info = _info(task, preset if isinstance(preset, str) else "own settings")
     saved = Checkpoint(checkpoint, identity(task, info["base"]["fingerprint"])) if checkpoint else None
     sets = training_sets(replace(task, cache=cache or checkpoint))
     if saved:
@@ -150,10 +160,9 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
 def _info(task: Task, preset: str) -> dict[str, Any]:
     """What the patch will say of itself, beside the fine-tune's report."""
     pipe = task.pipe
-    base = {"name": str(pipe.config.get("_name_or_path", "") or type(pipe).__name__),
-            "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe)}
     info = {"concepts": [asdict(concept) for concept in task.concepts], "preset": preset, "seed": task.seed,
-            "settings": task.settings.to_dict(), "towards": dict(task.readings), "base": base, "versions": versions()}
+            "settings": task.settings.to_dict(), "towards": dict(task.readings), "base": base_of(pipe),
+            "versions": versions()}
     if applied_patches(pipe):
         info["on_top_of"] = [patch.info.get("concepts", []) for patch, _ in applied_patches(pipe)]
     return info
@@ -175,7 +184,7 @@ class Finetune:
         self.model, self.weights, self.settings, self.info = denoiser(task.pipe), weights, task.settings, info
         self.saved, self.started = saved, started
         name, first = next(self.model.named_parameters())
-        own = weights.originals.get(name, first)  # a float32 copy may stand in its place, and tells no dtype
+        own = weights.originals.get(plain_name(name), first)  # a float32 copy may stand in its place: tells no dtype
         self.precision = MixedPrecision(precision_for(self.settings, first.device, own.dtype), first.device)
         self.memory = Memory(first.device)
         self.terms = Terms(task, weights, sets, self.precision, self.memory)
@@ -296,6 +305,41 @@ class Finetune:
         state = self.saved.load() if self.saved else None
         if state is None:
             return
+        try:
+            self._check(state)
+            self._restore(state)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the state of step {state.step} in {self.saved.folder} is damaged ({why}); delete "
+                                  "the folder to start again") from error
+        with warnings.catch_warnings():  # torch misses the optimiser's steps, which were done before
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(state.step):
+                self.schedule.step()
+        self.step, self.measured = state.step, {name: list(values) for name, values in state.measured.items()}
+        self.stopped_because, self.started = state.stopped_because, self.started - state.seconds
+
+
+    def _check(self, state: State) -> None:
+        """Raise a ValueError unless the state's tensors are those of this fine-tune."""
+        weights, moments = _part(state.tensors, "weight."), _part(state.tensors, "adam.")
+        if weights.keys() != self.weights.parameters.keys():
+            raise ValueError("its weights are others than those that are trained")
+        shapes = {f"weight.{name}": parameter.shape for name, parameter in self.weights.parameters.items()}
+        for number, parameter in enumerate(self.parameters):
+            names = [name for name in moments if name.startswith(f"{number}.")]
+            if sorted(names) not in ([], [f"{number}.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")]):
+                raise ValueError(f"of the optimiser's moments {number} some are missing")
+            shapes |= {f"adam.{name}": torch.Size() if name.endswith("step") else parameter.shape for name in names}
+        if not moments or len(shapes) != len(weights) + len(moments):
+            raise ValueError("the optimiser's moments are missing or too many")
+        for name, shape in shapes.items():
+            tensor = state.tensors[name]
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} isn't finite float32 of {tuple(shape)}")
+
+    def _restore(self, state: State) -> None:
+        """Put a state's tensors where they belong."""
         with torch.no_grad():
             for name, parameter in self.weights.parameters.items():
                 parameter.copy_(state.tensors[f"weight.{name}"])
@@ -309,12 +353,6 @@ class Finetune:
         now, then = self.precision.scaler.state_dict(), _part(state.tensors, "scaler.")
         if now:
             self.precision.scaler.load_state_dict({name: type(now[name])(then[name].item()) for name in now})
-        with warnings.catch_warnings():  # torch misses the optimiser's steps, which were done before
-            warnings.simplefilter("ignore", UserWarning)
-            for _ in range(state.step):
-                self.schedule.step()
-        self.step, self.measured = state.step, {name: list(values) for name, values in state.measured.items()}
-        self.stopped_because, self.started = state.stopped_because, self.started - state.seconds
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fmn_nb.attention import read_columns
-from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, world_of
+from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, forms_of, with_article, world_of
 from fmn_nb.files import data_dir
 from fmn_nb.models import UnsupportedPipelineError, conditions
 
@@ -20,7 +20,10 @@ _DETERMINER = rf"(?:\b(?:{'|'.join(sorted(DETERMINERS))})\s+)"
 #: what goes with a phrase that is taken out of a prompt: (before it, after it)
 _AROUND = re.compile(rf"(?:\bof\s+)?{_DETERMINER}?$", re.IGNORECASE), re.compile(r"^(?!)")
 _AROUND_STYLE = (re.compile(rf"(?:\bin\s+)?{_DETERMINER}?(?:\bstyle\s+of\s+)?{_DETERMINER}?$", re.IGNORECASE),
-                 re.compile(r"^\s+style\b", re.IGNORECASE))
+                 re.compile(r"^(?:['\u2019]s|-|)\s*style\b", re.IGNORECASE))
+#: what ties a phrase to the noun after it, "my cat's toy", "a cat-shaped cake": (before it, after it)
+_TIED = re.compile(r"(?:\w+-)*$"), re.compile(r"(?:['\u2019]s|(?<=s)['\u2019]|(?:-\w+)+)(?=\s+\w)", re.IGNORECASE)
+_ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
 _STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm clock", "birthday cake")
 
 
@@ -38,18 +41,31 @@ def forget_prompts(pipe: DiffusionPipeline, concept: Concept, wording: str) -> l
 def without(prompt: str, concept: Concept) -> str:
     """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog".
 
-    The phrase goes wherever `find_phrase` finds it, and with it the words that only led to it.
+    The phrase goes wherever `find_phrase` finds it, and with it the words that only led to it. Where it is tied to the
+    noun after it, that noun keeps them: "a photo of my cat's toy" -> "a photo of my toy".
     """
     before, after = _AROUND_STYLE if concept.kind == "style" else _AROUND
     for start, end in reversed(find_phrase(prompt, concept.phrase)):
-        left, right = before.sub("", prompt[:start]), after.sub("", prompt[end:])
-        prompt = f"{left} {right}"
+        left, right, tied = prompt[:start], prompt[end:], _TIED[1].match(prompt, end)
+        if tied and (tied[0].startswith("-") or not after.search(right)):
+            left, right = _TIED[0].sub("", left), prompt[tied.end():].lstrip()
+            article = _ARTICLE.search(left)
+            prompt = (left[:article.start()] + _like(article[1], right.split()[0]) + " " if article else left) + right
+        else:
+            prompt = f"{before.sub('', left)} {after.sub('', right)}"
     return re.sub(r"\s+(?=[,.;])", "", " ".join(prompt.split())).strip(" ,")
+
+
+def _like(article: str, noun: str) -> str:
+    """The indefinite article that goes with a noun, capital as `article` is."""
+    other = "an" if with_article(noun).startswith("an ") else "a"
+    return other.capitalize() if article[0].isupper() else other
 
 
 def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: Sequence[str] | None,
                    readings: Iterable[str] = ()) -> list[str]:
-    """Prompts that name none of the concepts: the given ones, those of the model's world, or a neutral list.
+    """Prompts that name none of the concepts, in the plural neither: given ones, those of the model's world, or a
+    neutral list.
 
     `readings` are phrases that hold a concept's word but are to stay ("computer mouse" where "mouse" is corrected).
     """
@@ -57,10 +73,11 @@ def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: 
         world = world_of(pipe)
         neutral = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
         given = [line.strip() for line in neutral if line.strip()] if world is None else world.retain_prompts()
-    readings = list(readings)
-    kept = [prompt for prompt in dict.fromkeys(given)
-            if any(find_phrase(prompt, reading) for reading in readings)
-            or not any(find_phrase(prompt, word) for concept in concepts for word in (concept.phrase, concept.name))]
+    staying = {form for reading in readings for form in forms_of(reading)}
+    naming = {form for concept in concepts for word in (concept.phrase, concept.name)
+              for form in (forms_of(word) if concept.kind == "object" else (word,))}
+    kept = [prompt for prompt in dict.fromkeys(given) if any(find_phrase(prompt, form) for form in staying)
+            or not any(find_phrase(prompt, form) for form in naming)]
     if not kept:
         raise ValueError(f"none of the {len(given)} retain prompts is free of {', '.join(c.name for c in concepts)}; "
                          "give retain_prompts that name other things")

@@ -5,7 +5,8 @@ All tuned numbers of the package's forgetting stand in this file and nowhere els
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -14,8 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 METHODS: dict[str, str] = {"fmn": "fmn_nb.forgetting.methods.fmn"}
 
 Part = Literal["words", "later", "first_eot", "padding", "every_eot"]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Few = Annotated[int, Field(ge=1, le=4096)]  # go through the model, or stand in it, at once
+Many = Annotated[int, Field(ge=1, le=100_000)]  # images, or steps of one
+Steps = Annotated[int, Field(ge=1, le=10_000_000)]
+Whole = Annotated[int, Field(ge=0, le=100_000)]
+Pixels = Annotated[int, Field(ge=0, le=16_384)]
 Number = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 _as_tuple = BeforeValidator(lambda given: (given,) if isinstance(given, str)
@@ -102,21 +106,21 @@ class Settings(BaseModel):
     method: str = "fmn"
     train: Literal["lora", "projections", "cross_attention", "denoiser"] = "lora"
     projections: Annotated[tuple[str, ...], _as_tuple] = ("to_q", "to_k", "to_v", "to_out.0")
-    rank: Count = 8
+    rank: Few = 8
     positions: Annotated[tuple[Part, ...], _as_tuple] = ("words", "first_eot", "padding")
     norm: Literal["published", "mean_square", "mass"] = "mean_square"
     resteer_weight: Number = 1.0
     wording: Literal["paper", "plain", "varied"] = "varied"
     noise_on: Literal["images", "zeros"] = "images"
-    reference_count: Count = 8
-    reference_steps: Count = 20
+    reference_count: Many = 8
+    reference_steps: Many = 20
     guidance: Number = 4.0
-    height: Whole = 0
-    width: Whole = 0
+    height: Pixels = 0
+    width: Pixels = 0
     anchor_weight: Number = 0.0
     anchor_guidance: Number = 0.0
     retain_weight: Number = 20.0
-    retain_batch: Count = 8
+    retain_batch: Few = 8
     retain_count: Whole = 24
     similar_share: Share = 0.5
     towards_weight: Number = 10.0
@@ -125,15 +129,15 @@ class Settings(BaseModel):
     clip: Number = 1.0
     schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "constant"
     warmup: Whole = 0
-    steps: Count = 35
-    batch_size: Count = 4
+    steps: Steps = 35
+    batch_size: Few = 4
     time_from: Share = 0.0
     time_to: Share = 1.0
     stop_mass: Share = 0.0
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     offload: Literal["", "cpu", "disk"] = ""
-    checkpoint_every: Count = 10
+    checkpoint_every: Steps = 10
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -194,9 +198,17 @@ def settings_for(preset: str | Settings, overrides: Mapping[str, Any]) -> Settin
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise SettingsError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
+            raise SettingsError(f"no preset '{preset}'{_hint(preset, PRESETS)}; there are {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    unknown = [name for name in overrides if name not in Settings.model_fields]
-    if unknown:
-        raise SettingsError(f"no setting '{unknown[0]}'; there are {', '.join(Settings.model_fields)}")
+    if not isinstance(preset, Settings):
+        raise SettingsError(f"preset is a name or Settings, not {preset!r}; there are {', '.join(PRESETS)}")
+    for name in overrides:
+        if name not in Settings.model_fields:
+            hint = _hint(name, [*Settings.model_fields, "preset", "seed", "callback", "checkpoint", "references"])
+            raise SettingsError(f"no setting '{name}'{hint}; there are {', '.join(Settings.model_fields)}")
     return Settings(**{**dict(preset), **overrides})
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.forgetting.data import Task
 from fmn_nb.models import LATENTS, digest, text_encoders, tokenizers, weights_checksum
+from fmn_nb.models.arguments import finite_number, whole_number
 
 STATE_FILE = "checkpoint.json"
 _NOT_IDENTITY = ("checkpoint_every", "offload")  # they don't change what is learned
@@ -62,10 +64,10 @@ class Checkpoint:
         self.folder, self.identity, self._found = Path(folder), dict(identity), {}
         if (self.folder / STATE_FILE).is_file():
             try:
-                self._found = read_json(self.folder / STATE_FILE)
-                other = self._found["identity"]
+                self._found = _checked(read_json(self.folder / STATE_FILE))
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{self.folder / STATE_FILE} is damaged ({error}); delete the folder") from error
+            other = self._found["identity"]
             different = [name for name in sorted({*identity, *other}) if identity.get(name) != other.get(name)]
             if different:
                 said = "; ".join(f"{n}: {other.get(n)!r} there, {identity.get(n)!r} here" for n in different[:3])
@@ -97,7 +99,10 @@ class Checkpoint:
         if digest([content]) != self._found.get("sha256"):
             raise CheckpointError(f"{file} is missing or damaged; delete {self.folder} to start again")
         kept = {name: self._found[name] for name in ("step", "measured", "seconds", "stopped_because")}
-        return State(tensors=load(content), **kept)
+        try:
+            return State(tensors=load(content), **kept)
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); delete {self.folder} to start again") from error
 
     def save(self, state: State) -> None:
         """Write a state, and only then remove the last one."""
@@ -118,6 +123,31 @@ class Checkpoint:
         found = {"identity": self.identity, "latents": self._found.get("latents", []), **state}
         write_json(self.folder / STATE_FILE, found)
         self._found = found  # only now: what can't be written is not the last good state
+
+
+def _checked(found: Any) -> dict[str, Any]:
+    """What stands in a state's JSON, if that can be; else a ValueError, TypeError or KeyError."""
+    if not isinstance(found, dict) or not isinstance(found["identity"], dict):
+        raise ValueError("it isn't a checkpoint's")
+    step, latents = whole_number("step", found["step"], 0), found["latents"]
+    if not isinstance(latents, list) or not all(isinstance(name, str) for name in latents):
+        raise ValueError("latents are names of files")
+    if not step:
+        return found
+    measured = {**found["measured"]}
+    for name, values in measured.items():
+        counts = (step,) if name in ("losses", "masses") else (0, step)
+        if not isinstance(values, list) or len(values) not in counts:
+            raise ValueError(f"measured {name} aren't one number for each of {step} steps")
+        for value in values:
+            finite_number(name, value)
+    if not {"losses", "masses"} <= measured.keys():
+        raise ValueError("it holds no losses and masses")
+    finite_number("seconds", found["seconds"], 0)
+    for name in ("stopped_because", "sha256"):
+        if not isinstance(found[name], str):
+            raise ValueError(f"{name} is a text, not {found[name]!r}")
+    return found
 
 
 def identity(task: Task, fingerprint: str) -> dict[str, Any]:

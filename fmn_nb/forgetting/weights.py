@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fmn_nb.attention import text_layers
 from fmn_nb.forgetting.settings import Settings, SettingsError
-from fmn_nb.models import HALVES, denoiser, text_encoders, without_gradients
+from fmn_nb.models import HALVES, denoiser, own_parameters, plain_name, text_encoders, without_gradients
 from fmn_nb.patches import LORA_A, LORA_B, set_parameter
 
 _ADAPTER = "forget"
@@ -37,11 +37,13 @@ class Trainable:
         model: the denoiser they are in.
         parameters: for whole weights the parameter's own name; for a LoRA `MODULE.lora_A.weight` and `.lora_B.weight`.
         originals: for whole weights the model's own parameters under the same names, else empty.
+        places: the names under which these stand in the model now: adapters and `torch.compile` change them.
     """
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     originals: Mapping[str, nn.Parameter]
+    places: Mapping[str, str]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -67,7 +69,7 @@ class Trainable:
     def _show(self, values: Mapping[str, nn.Parameter], lora: bool) -> None:
         if self.originals:
             for name, parameter in values.items():
-                set_parameter(self.model, name, parameter)
+                set_parameter(self.model, self.places[name], parameter)
         else:
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
@@ -100,7 +102,8 @@ def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
             inside = sorted({name for name, _ in modules[next(iter(layers))].named_modules() if name})
             raise SettingsError(f"no attention layer has a projection '{projection}'; there are {', '.join(inside)}")
     wanted = (f"{layer}.{projection}" for layer in layers for projection in settings.projections)
-    return [name for name in wanted if isinstance(modules.get(name), nn.Linear)]
+    found = {name: modules.get(name) for name in wanted}  # an adapter's layer keeps the model's own inside
+    return [name for name, layer in found.items() if isinstance(getattr(layer, "base_layer", layer), nn.Linear)]
 
 
 @contextmanager
@@ -109,11 +112,13 @@ def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
         chosen = ("",)  # what every name begins with
     else:
         layers = text_layers(model) if settings.train == "cross_attention" else trained_layers(model, settings)
-        chosen = tuple(f"{layer}." for layer in layers)
-    originals = {n: p for n, p in model.named_parameters() if p.is_floating_point() and n.startswith(chosen)}
+        chosen = tuple(f"{plain_name(layer)}." for layer in layers)
+    own = {name: (place, parameter) for name, (place, parameter) in own_parameters(model).items()
+           if parameter.is_floating_point() and name.startswith(chosen)}
+    originals = {name: parameter for name, (_, parameter) in own.items()}
     # Training needs float32 even where the model is kept in half precision.
     copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in originals.items()}
-    found = Trainable(model, copies, originals)
+    found = Trainable(model, copies, originals, {name: place for name, (place, _) in own.items()})
     try:
         found._show(copies, lora=True)
         yield found
@@ -124,7 +129,9 @@ def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
 @contextmanager
 def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
     if getattr(model, "peft_config", None) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise SettingsError("the pipeline carries peft adapters; fuse_lora() or unload_lora_weights() first")
+        raise SettingsError("the pipeline carries adapters (a LoRA): call pipe.unload_lora_weights(), or "
+                            "pipe.fuse_lora() and then pipe.unload_lora_weights(); the patch is then for the fused "
+                            "model, and fits no other")
     names = trained_layers(model, settings)
     places = {name: model.get_submodule(name) for name in names}
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)
@@ -141,7 +148,7 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
             with torch.no_grad():
                 down.weight.copy_(start)
             parameters[name + LORA_A], parameters[name + LORA_B] = down.weight, up.weight
-        yield Trainable(model, parameters, {})
+        yield Trainable(model, parameters, {}, {})
     finally:
         for name, layer in places.items():
             parent, _, leaf = name.rpartition(".")

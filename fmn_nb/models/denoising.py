@@ -24,7 +24,13 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmn_nb.models.pipelines import denoiser
+from fmn_nb.models.pipelines import (
+    UnsupportedPipelineError,
+    denoiser,
+    require_text_to_image,
+    training_kind,
+    uncompiled,
+)
 
 _ENCODED_AT_ONCE = 32
 
@@ -146,13 +152,28 @@ class Noising:
 
     Diffusion models (Ho et al., arXiv 2006.11239, eq. 4) use the scheduler's own betas, whatever sampler stands in
     the pipeline; flow-matching models (Lipman et al., arXiv 2210.02747) have a_t = 1 - t/T, s_t = t/T.
+
+    Raises:
+        UnsupportedPipelineError: the scheduler tells of another training, or of one that its pipeline wasn't made for.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.is_flow = "FlowMatch" in type(pipe.scheduler).__name__
-        self.steps = int(pipe.scheduler.config.num_train_timesteps)
-        self.kind = "flow" if self.is_flow else pipe.scheduler.config.get("prediction_type", "epsilon")
-        self._scheduler = None if self.is_flow else DDPMScheduler.from_config(pipe.scheduler.config)
+        self.kind = training_kind(pipe)
+        self.is_flow, scheduler = self.kind == "flow", pipe.scheduler
+        if not self.is_flow:
+            name, given = type(scheduler).__name__, inspect.signature(type(scheduler).__init__).parameters
+            if self.kind not in ("epsilon", "v_prediction", "sample") or not {"beta_start", "beta_end"} <= set(given):
+                raise UnsupportedPipelineError(
+                    f"{name} (prediction_type {self.kind!r}) tells neither betas nor a flow, so it isn't known how "
+                    "this model's training noises: only models trained with betas or by flow matching can be trained; "
+                    "give the pipeline the scheduler that the model came with, if that is another one")
+            declared = inspect.signature(type(pipe).__init__).parameters.get("scheduler")
+            if declared is not None and "FlowMatch" in str(declared.annotation):
+                raise UnsupportedPipelineError(
+                    f"{type(pipe).__name__} has a flow model, and its {name} is set to {self.kind!r}: make it with "
+                    "prediction_type='flow_prediction', use_flow_sigmas=True, or put back the scheduler it came with")
+        self.steps = int(scheduler.config.num_train_timesteps)
+        self._scheduler = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t for latents and noise [batch, ...] and timesteps [batch]."""
@@ -229,7 +250,11 @@ def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[i
         size: (height, width) in pixels; the pipeline's own default if None.
         with_gradient: keep the graph from the text encoder's parameters to the embeddings.
         like: an earlier result for the same pipeline and size, to find out about its arguments only once.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline needs a picture to draw.
     """
+    require_text_to_image(pipe)
     with borrowed(pipe):
         if like is None:  # what doubles when there are two prompts belongs to them, all else is shared
             one, two = (_first_call(pipe, prompts[:1] * count, size) for count in (1, 2))
@@ -261,8 +286,9 @@ def _first_call(pipe: DiffusionPipeline, prompts: Sequence[str], size: tuple[int
         # Pipelines are decorated with torch.no_grad; the undecorated function lets a learned token have a gradient.
         call = type(pipe).__call__.__wrapped__ if with_gradient else type(pipe).__call__
         noise = torch.Generator().manual_seed(0)  # its own, so that the global generator isn't touched
-        call(pipe, prompt=list(prompts), num_inference_steps=1, guidance_scale=1.0, generator=noise,
-             **size_options(pipe, size))
+        with uncompiled():  # where the hook is called
+            call(pipe, prompt=list(prompts), num_inference_steps=1, guidance_scale=1.0, generator=noise,
+                 **size_options(pipe, size))
     except _FirstCall:
         arguments.pop("return_dict", None)
         return dict(_flat(arguments))
@@ -288,16 +314,17 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 @contextmanager
-def borrowed(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+def borrowed(pipe: DiffusionPipeline, silent: bool = True) -> Iterator[DiffusionPipeline]:
     """The pipeline for our own use: silent, and with a copy of its scheduler, whose state changes in use."""
     scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = copy.deepcopy(scheduler)
-    pipe.set_progress_bar_config(disable=True)
+    if silent:
+        pipe.set_progress_bar_config(disable=True)
     try:
         yield pipe
     finally:
         pipe.scheduler = scheduler
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
+        if bar is not None:
             pipe._progress_bar_config = bar
+        elif silent:
+            del pipe._progress_bar_config

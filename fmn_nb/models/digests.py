@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import diffusers
@@ -18,10 +19,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fmn_nb.models.pipelines import denoiser, text_encoders, tokenizers
+from fmn_nb.files import bundled_models
+from fmn_nb.models.parameters import own_tensors
+from fmn_nb.models.pipelines import denoiser, denoiser_name, text_encoders, tokenizers, training_kind
 
-ORIGINALS = "_fmn_originals"
-"""Attribute of a denoiser with applied patches: parameter name -> the parameter as it was before."""
 _CONFIG_THAT_MATTERS = ("attention_head_dim", "num_attention_heads", "norm_num_groups")
 
 
@@ -43,26 +44,77 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     LoRA adapters beside the weights, and rows of the token embedding past the tokenizer's own vocabulary
     (learned tokens). The few configuration values that change what the weights mean are included.
     """
+    encoders = (_base_weights(encoder, encoder.get_input_embeddings().weight, tokenizer.vocab_size)
+                for encoder, tokenizer in zip(text_encoders(pipe), tokenizers(pipe), strict=False))
+    return digest(chain([_settings(pipe)], _base_weights(denoiser(pipe)), *encoders))
+
+
+def base_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a patch's `info["base"]` says of the model it is made for; JSON values.
+
+    A name that holds no folder of its maker, the component, the `fingerprint`, and three about the denoiser alone,
+    whatever stands beside it: `denoiser`, a sum like the fingerprint; `signs`, a sum over the weights' signs, which
+    every precision shares; and `coarse`, whether its values came through a precision below float16's (bfloat16,
+    float8), so that only their signs can be compared.
+    """
+    tensors = {name: tensor for name, tensor in own_tensors(denoiser(pipe)).items() if tensor.is_floating_point()}
+    signs = (part for name, tensor in tensors.items() for part in (_title(name, tensor), _signs(tensor)))
+    coarse = sum(int((tensor.float().bfloat16().float() == tensor.float()).sum()) for tensor in tensors.values())
+    return {"name": model_name(pipe), "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe),
+            "denoiser": digest(chain([_settings(pipe)], _base_weights(denoiser(pipe)))),
+            "signs": digest(chain([_settings(pipe)], signs)),
+            "coarse": 2 * coarse > sum(tensor.numel() for tensor in tensors.values())}
+
+
+def is_base(pipe: DiffusionPipeline, base: Mapping[str, Any]) -> bool:
+    """Whether `base` (`base_of`, or a fingerprint alone as in older patches) is said of this pipeline's denoiser."""
+    if fingerprint(pipe) == base.get("fingerprint"):
+        return True
+    if not isinstance(base.get("denoiser"), str):
+        return False
+    here = base_of(pipe)
+    if here["denoiser"] == base["denoiser"]:
+        return True
+    return bool(here["coarse"] or base.get("coarse")) and here["signs"] == base.get("signs")
+
+
+def model_name(pipe: DiffusionPipeline) -> str:
+    """What the model is called: its bundled name, its hub id, or the last part of the folder or file it came from."""
+    said = str(pipe.config.get("_name_or_path", "") or type(pipe).__name__)
+    known = {str(folder): name for name, folder in bundled_models().items()}
+    if said in known:
+        return known[said]
+    is_id = said.count("/") == 1 and not said.startswith(("/", ".", "~")) and not Path(said).exists()
+    return said if is_id else PureWindowsPath(said).name
+
+
+def _settings(pipe: DiffusionPipeline) -> str:
+    """The configuration that changes what the denoiser's weights mean."""
     # Of the scheduler only what the network was trained to predict: users change samplers freely.
     settings = {key: denoiser(pipe).config.get(key) for key in _CONFIG_THAT_MATTERS}
     settings["class"] = type(denoiser(pipe)).__name__
-    settings["prediction_type"] = pipe.scheduler.config.get("prediction_type")
-    encoders = (_base_weights(encoder, encoder.get_input_embeddings().weight, tokenizer.vocab_size)
-                for encoder, tokenizer in zip(text_encoders(pipe), tokenizers(pipe), strict=False))
-    return digest(chain([json.dumps(settings, default=str)], _base_weights(denoiser(pipe)), *encoders))
+    is_flow = training_kind(pipe) == "flow"  # flow samplers say it in several ways
+    settings["prediction_type"] = None if is_flow else pipe.scheduler.config.get("prediction_type")
+    return json.dumps(settings, default=str)
 
 
 def _base_weights(module: nn.Module, embedding: Tensor | None = None, rows: int = 0) -> Iterator[str | Tensor]:
-    originals = getattr(module, ORIGINALS, {})
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        if "lora_" in name or not tensor.is_floating_point():
+    for name, tensor in own_tensors(module).items():
+        if not tensor.is_floating_point():
             continue
         if tensor is embedding:
             tensor = tensor[:rows]
-        tensor = originals.get(name, tensor).detach()
-        plain = name.replace(".base_layer.", ".")
-        yield f"{plain} {tuple(tensor.shape)}"
-        yield tensor.to("cpu", torch.float16)
+        yield _title(name, tensor)
+        yield tensor.detach().to("cpu", torch.float16)
+
+
+def _title(name: str, tensor: Tensor) -> str:
+    return f"{name} {tuple(tensor.shape)}"
+
+
+def _signs(tensor: Tensor) -> Tensor:
+    """One bit of each value; float8 knows no signbit of its own."""
+    return torch.signbit(tensor.detach().to("cpu", torch.float32)).to(torch.uint8)
 
 
 def weights_checksum(pipe: DiffusionPipeline) -> str:

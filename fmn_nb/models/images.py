@@ -6,21 +6,26 @@ they do on a CPU, where a convolution rounds by how many images go through it.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import inspect
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fmn_nb.files import one_at_a_time, replacing
+from fmn_nb.files import one_at_a_time, write_tensors
+from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
 from fmn_nb.models.denoising import Latents, borrowed, conditions, seeded, size_options
 from fmn_nb.models.digests import digest, drawing_key
+from fmn_nb.models.pipelines import require_text_to_image
 
 STEPS = 20
 GUIDANCE = 4.0
@@ -28,29 +33,81 @@ LATENTS = "latents"  # the folder of a cache that holds them
 PATIENCE = 1800  # seconds to wait for another process that draws the same; then it is drawn twice
 _GENERATED_AT_ONCE = 24
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-Images = str | Path | Sequence["str | Path | Image.Image"]
+TAKEN = ("give a folder, or one or several of: a file, a PIL image, an array [height, width, 3], a tensor [3, height, "
+         "width], of uint8 or of floats from 0 to 1")
+Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence["str | Path | Image.Image | np.ndarray | Tensor"]
 
 
 class ReferenceImageError(ValueError):
     """The reference images are missing, unreadable, or can't be used with this pipeline."""
 
 
+class FilteredImageError(ValueError):
+    """What the pipeline gave is no drawing: its safety checker blacked it out, or its latents are NaN."""
+
+
 @torch.no_grad()
 def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = STEPS,
              guidance: float = GUIDANCE, batch: int = 72, **options) -> list[Image.Image]:
-    """One image per (prompt, seed), in their order.
+    """One image per (prompt, seed), in their order; the pipeline's scheduler stays as it was.
 
     Each image's noise comes from its own generator. `options` go to the pipeline (`height`, `width`, ...).
-    Raises ValueError when there are not as many seeds as prompts.
+
+    Raises:
+        ValueError: not as many seeds as prompts, or a number that is none or too small.
+        UnsupportedPipelineError: the pipeline needs a picture to draw.
+        FilteredImageError: a picture is black throughout or NaN, or the pipeline's safety checker flagged it.
     """
+    prompts, seeds, settings = _checked(prompts, seeds, steps, guidance)
+    batch = whole_number("batch", batch, 1)
+    require_text_to_image(pipe)
+    images: list[Image.Image] = []
+    with borrowed(pipe, silent=False):
+        for start in range(0, len(prompts), batch):
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:start + batch]]
+            drawn = pipe(prompts[start:start + batch], generator=generators, **settings, **options)
+            _refuse_filtered(pipe, drawn, prompts[start:start + batch])
+            images += drawn.images
+    return images
+
+
+def _checked(prompts: Sequence[str], seeds: Sequence[int], steps: int,
+             guidance: float) -> tuple[list[str], list[int], dict[str, Any]]:
+    """Prompts, seeds, and the pipeline's own names for the rest; ValueError says what is wrong with one."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a list of texts, not {prompts!r:.60}")
+    if isinstance(seeds, str | bytes | numbers.Number):
+        raise ValueError(f"seeds must be a list of whole numbers, one for each prompt, not {seeds!r:.60}")
+    prompts, seeds = list(prompts), [checked_seed(seed) for seed in seeds]
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; every image needs one of each")
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), batch):
-        generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[start:start + batch]]
-        images += pipe(list(prompts[start:start + batch]), generator=generators, num_inference_steps=steps,
-                       guidance_scale=guidance, **options).images
-    return images
+    return prompts, seeds, {"num_inference_steps": whole_number("steps", steps, 1),
+                            "guidance_scale": finite_number("guidance", guidance, 0)}
+
+
+def _refuse_filtered(pipe: DiffusionPipeline, drawn: Any, prompts: Sequence[str]) -> None:
+    """Raise FilteredImageError unless all that a call of the pipeline gave are drawings."""
+    flags = getattr(drawn, "nsfw_content_detected", None) or [False] * len(prompts)
+    checker = "the pipeline's safety checker blacked out" if getattr(pipe, "safety_checker", None) is not None else ""
+    for number, (image, flagged) in enumerate(zip(drawn.images, flags, strict=False)):
+        prompt = prompts[number % len(prompts)]
+        if flagged:
+            raise FilteredImageError(f"{checker or 'the pipeline flagged'} the picture of '{prompt}', which is no "
+                                     "drawing: set pipe.safety_checker = None")
+        if _is_empty(image):
+            raise FilteredImageError(
+                f"the picture of '{prompt}' is black throughout or NaN: "
+                + (f"{checker} pictures, perhaps; set pipe.safety_checker = None, or " if checker else "")
+                + "the model's numbers overflowed; load it with dtype='float32' or 'bfloat16'")
+
+
+def _is_empty(image: Any) -> bool:
+    """Whether a picture (PIL, array or tensor) is black throughout or holds NaN; latents only the latter."""
+    if isinstance(image, Image.Image):
+        return not np.asarray(image.convert("RGB")).any()
+    values = torch.as_tensor(image).float()
+    is_picture = values.ndim == 3 and 3 in (values.shape[0], values.shape[-1])
+    return not bool(values.isfinite().all()) or (is_picture and not bool(values.any()))
 
 
 # ---- latents --------------------------------------------------------------------------------------------------------
@@ -65,16 +122,49 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
     """
     height, width = size or pixel_size(pipe)
     vae, parts = pipe.vae, []
-    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    shift, scale = _latent_scaling(pipe)
     for image in images:  # more at once hardly save time, and cost memory when all of the pipeline is there
         fitted = torch.from_numpy(np.array(ImageOps.fit(image, (width, height))))[None]
         pixels = (fitted.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)  # [1, 3, height, width]
         # Half precision overflows in some autoencoders (SDXL's says so); bfloat16 has float32's range.
         careful = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
         with torch.autocast(vae.device.type, torch.bfloat16) if careful else nullcontext():
-            posterior = vae.encode(pixels).latent_dist
-        parts.append(Latents((posterior.mean.float().cpu() - shift) * scale, posterior.std.float().cpu() * scale))
+            encoded = _encoded(vae, pixels)
+        parts.append(Latents((encoded.mean - shift) * scale, encoded.std * scale))
     return Latents.joined(parts)
+
+
+def _encoded(vae: torch.nn.Module, pixels: Tensor) -> Latents:
+    """What the autoencoder makes of pixels: a distribution, or latents themselves (AutoencoderTiny, AutoencoderDC)."""
+    output = vae.encode(pixels)
+    if posterior := getattr(output, "latent_dist", None):
+        return Latents(posterior.mean.float().cpu(), posterior.std.float().cpu())
+    for name in ("latents", "latent"):
+        if isinstance(latents := getattr(output, name, None), Tensor):
+            return Latents.exact(latents)
+    raise ReferenceImageError(f"{type(vae).__name__} encodes images into no latents that are known here; leave out the "
+                              "references and the model generates them")
+
+
+def _latent_scaling(pipe: DiffusionPipeline) -> tuple[float | Tensor, float | Tensor]:
+    """What is taken from encoded latents, and what the rest is multiplied with, before the denoiser sees them."""
+    config = pipe.vae.config
+    scale = 1.0 if config.get("scaling_factor") is None else config.scaling_factor
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None or not _knows_latents_mean(type(pipe)):
+        return config.get("shift_factor") or 0.0, scale
+    mean, std = (torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1) for values in (mean, std))
+    return mean, scale / std
+
+
+@cache
+def _knows_latents_mean(kind: type) -> bool:
+    """Whether a pipeline's own code undoes the autoencoder's latents_mean; others leave it alone (Stable Diffusion)."""
+    for one in kind.__mro__:
+        with suppress(OSError, TypeError):
+            if issubclass(one, DiffusionPipeline) and "latents_mean" in inspect.getsource(one):
+                return True
+    return False
 
 
 def pixel_size(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -94,7 +184,15 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
 
     Each image has noise of its own from (seed, its number), so the batch size doesn't matter. With a folder `cache`
     they are kept in its `latents/` and taken from there; several processes can share it.
+
+    Raises:
+        ValueError: a number that is none or too small, or prompts that are no texts.
+        UnsupportedPipelineError: the pipeline needs a picture to draw.
+        FilteredImageError: latents became NaN or infinite.
     """
+    seed = checked_seed(seed)
+    prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
+    require_text_to_image(pipe)
     settings = (seed, steps, guidance, size)
     if not cache:
         return Latents.exact(_drawn(pipe, prompts, *settings))
@@ -106,8 +204,7 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
             found = _load(file, key, len(prompts))
             if found is None:
                 found = _drawn(pipe, prompts, *settings)
-                with replacing(file) as temporary:
-                    save_file({"latents": found.contiguous()}, temporary, {"key": key, "sha256": digest([found])})
+                write_tensors(file, {"latents": found.contiguous()}, {"key": key, "sha256": digest([found])})
     return Latents.exact(found)
 
 
@@ -121,6 +218,9 @@ def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: in
             noise = [seeded(seed, start + number) for number in range(len(chunk))]
             drawn = pipe(chunk, generator=noise, num_inference_steps=steps, guidance_scale=guidance,
                          output_type="latent", **options).images
+            if not bool(drawn.isfinite().all()):
+                raise FilteredImageError(f"latents of {chunk} became NaN or infinite: the model's numbers overflowed; "
+                                         "load it with dtype='float32' or 'bfloat16'")
             parts.append(drawn.to("cpu", torch.float32))
     return torch.cat(parts)
 
@@ -132,7 +232,8 @@ def _load(file: Path, key: str, count: int) -> Tensor | None:
             said, latents = opened.metadata() or {}, opened.get_tensor("latents")
     except (OSError, SafetensorError, ValueError):
         return None
-    whole = len(latents) == count and said.get("key") == key and said.get("sha256") == digest([latents])
+    whole = (len(latents) == count and latents.dtype == torch.float32 and said.get("key") == key
+             and said.get("sha256") == digest([latents]))
     return latents if whole else None
 
 
@@ -140,34 +241,101 @@ def _load(file: Path, key: str, count: int) -> Tensor | None:
 
 
 def load_images(source: Images) -> list[Image.Image]:
-    """Reference images in RGB, upright: all image files of a folder (by name), or a list of files and images.
+    """Images in RGB, upright: all image files of a folder (by name), or one or several files, images and arrays.
 
     Transparent parts become white.
 
     Raises:
-        ReferenceImageError: no such folder, no image in it, or unreadable files, all named in one message.
+        ReferenceImageError: no such folder, no image in it, or what can't be read, all named in one message.
     """
-    if isinstance(source, str | Path):
-        folder = Path(source).expanduser()
-        if not folder.exists():
-            raise ReferenceImageError(f"the folder of reference images '{folder}' doesn't exist")
-        items = [folder] if folder.is_file() else sorted(
-            file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file())
-    else:
-        items = list(source)
+    items = _items(source)
     images, unreadable = [], []
     for item in items:
         try:
-            images.append(_upright_rgb(item))
+            images += [_upright_rgb(one) for one in (_from_array(item) if _is_array(item) else [item])]
         except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            unreadable.append(f"{item} ({error})")
+            name = item if isinstance(item, str | Path) else f"a {type(item).__name__}"
+            unreadable.append(f"{name} ({error})")
     if unreadable:
         raise ReferenceImageError(
             f"{len(unreadable)} of {len(items)} reference images can't be read: {'; '.join(unreadable)}")
     if not images:
+        inside = [f"'{folder}'" for folder in _folders(source) if _files(folder)]
+        if inside:
+            which = "that" if len(inside) == 1 else "one of them"
+            raise ReferenceImageError(f"there is no image in '{source}' itself; images are in {', '.join(inside[:3])}"
+                                      f"{' ...' if len(inside) > 3 else ''}: give {which}")
         raise ReferenceImageError(
             f"there is no image in '{source}'; known are files ending in {', '.join(sorted(_SUFFIXES))}")
     return images
+
+
+def _items(source: Any) -> list[Any]:
+    """What `load_images` is to read: files, images or arrays."""
+    if isinstance(source, str | Path):
+        folder = Path(source).expanduser()
+        if not str(source).strip() or not folder.exists():
+            raise ReferenceImageError(f"the folder of reference images '{source}' doesn't exist")
+        return [folder] if folder.is_file() else _files(folder)
+    if isinstance(source, Image.Image) or _is_array(source):
+        return [source]
+    if not isinstance(source, Iterable) or isinstance(source, bytes | Mapping):
+        raise ReferenceImageError(f"images can't be read from the {type(source).__name__} {_short(source)}: {TAKEN}")
+    return list(source)
+
+
+def _files(folder: Path) -> list[Path]:
+    """A folder's images by name; hidden files (a Mac's "._photo.jpg") are none."""
+    return sorted(file for file in folder.iterdir()
+                  if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file())
+
+
+def _folders(source: Any) -> list[Path]:
+    """The folders inside, where a folder was given."""
+    if not isinstance(source, str | Path):
+        return []
+    return sorted(inside for inside in Path(source).expanduser().iterdir()
+                  if inside.is_dir() and not inside.name.startswith("."))
+
+
+def _is_array(item: Any) -> bool:
+    return isinstance(item, np.ndarray | Tensor)
+
+
+def _from_array(values: np.ndarray | Tensor) -> list[Image.Image]:
+    """The image, or several, of an array as pipelines give it out, [.., height, width, channels]; of a tensor,
+    [.., channels, height, width]."""
+    array = values
+    if isinstance(values, Tensor):
+        array = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
+        array = np.moveaxis(array, -3, -1) if array.ndim > 2 else array
+    array = array[..., None] if array.ndim == 2 else array
+    array = array[None] if array.ndim == 3 else array
+    kind, whole = array.dtype, array.ndim == 4 and array.size and array.shape[-1] in (1, 3, 4)
+    if whole and kind == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif whole and np.issubdtype(kind, np.floating) and array.min() >= 0 and array.max() <= 1:  # NaN is neither
+        array = (array * 255).round().astype(np.uint8)
+    if not whole or array.dtype != np.uint8:
+        raise ValueError(f"{type(values).__name__} of shape {tuple(values.shape)} and type {values.dtype}: {TAKEN}")
+    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in array]
+
+
+def as_image(value: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    """One image in RGB from whatever pipelines give out.
+
+    Raises:
+        ReferenceImageError: it is none, or several.
+    """
+    images = load_images(value)
+    if len(images) != 1:
+        raise ReferenceImageError(f"{len(images)} images where one is wanted; give one of them")
+    return images[0]
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) < 80 else said[:80] + "..."
 
 
 def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:
@@ -189,6 +357,8 @@ def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:
 
 def _upright_rgb(item: str | Path | Image.Image) -> Image.Image:
     if not isinstance(item, Image.Image):
+        if not isinstance(item, str | Path) and not hasattr(item, "read"):
+            raise ValueError(f"no image but {type(item).__name__}: {TAKEN}")
         with Image.open(item) as opened:
             return _upright_rgb(opened)
     image = ImageOps.exif_transpose(item)

@@ -6,20 +6,34 @@ has to know whether it has a U-Net or a transformer, and one text encoder or thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import list_repo_files, try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fmn_nb.models.names import bundled, resolve
+from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
+from fmn_nb.models.parameters import unwrapped
 
 _SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+_REFINER_KEY = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
+_FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # [out, in, 3, 3]: 9 channels go in for inpainting
+_WEIGHTS = re.compile(r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<before>[\w-]+?))?(?:-\d+-of-\d+)?"
+                      r"(?:\.(?P<after>[\w-]+))?\.safetensors")
+_PICTURES = {"image", "mask_image", "control_image", "init_image", "source_image", "reference_image", "cond_image"}
+_PICTURE_IS_OPTIONAL = re.compile(  # they draw from text alone as well
+    r"(?!.*(?:Inpaint|Control)).*(?:Kontext|OmniGen|Flux2|GlmImage|Helios|QwenImage21|ZImageOmni)")
 
 
 class ModelLoadError(ValueError):
@@ -27,7 +41,7 @@ class ModelLoadError(ValueError):
 
 
 class UnsupportedPipelineError(ValueError):
-    """The pipeline lacks a part that the package needs (a denoiser, a text encoder)."""
+    """The pipeline lacks a part that the package needs (a denoiser, a text encoder), or draws from a picture."""
 
 
 def load(name: str | Path = "emoji", *, device: str | torch.device | None = None,
@@ -45,25 +59,38 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
 
     Raises:
         UnknownModelError: the name means nothing, told before anything heavy happens.
-        ModelLoadError: the model could not be read or fetched.
+        UnsupportedPipelineError: the model draws from a picture, not from a prompt alone; told as early.
+        ModelLoadError: the model could not be read or fetched, or the device isn't there.
     """
-    source, dtype = resolve(name), parse_dtype(dtype)
-    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    source, dtype, device = resolve(name), parse_dtype(dtype), _device(device)
+    is_file = isinstance(source, Path) and source.is_file()
     try:
         with without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
-            if isinstance(source, Path) and source.is_file():
-                pipe = _load_single_file(source, dtype, config)
-            else:
-                without = {"safety_checker": None, "requires_safety_checker": False}
-                if "safety_checker" not in DiffusionPipeline.load_config(str(source)):
-                    without = {}  # the pipeline would warn about an unexpected argument
-                pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **without)
-    except (OSError, ValueError, SafetensorError, KeyError) as error:
-        where = "on the hub or in its cache (is the name right, the network there?)" if source == name else "there"
-        raise ModelLoadError(f"the model '{name}' could not be loaded from what is {where}: {error}") from error
+            pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
+    except (ModelLoadError, UnsupportedPipelineError):
+        raise
+    except Exception as error:  # a damaged folder ends in whatever error its reader stumbles over
+        where = "there" if isinstance(source, Path) else "on the hub or in its cache (is the name right, the network " \
+                                                         "there?)"
+        raise ModelLoadError(f"the model '{name}' could not be loaded from what is {where}: "
+                             f"{type(error).__name__}: {error}") from error
     if str(name) in bundled():
         pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.device(device or fastest))
+    return pipe.to(device)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default the fastest; ModelLoadError where there is none."""
+    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or fastest)
+    except (RuntimeError, TypeError) as error:
+        raise ModelLoadError(f"{name!r} is no device; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 1):
+        raise ModelLoadError(f"there is no device '{device}' here (or this torch is built without it); the fastest is "
+                             f"'{fastest}', and device=None takes it")
+    return device
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -87,13 +114,98 @@ def without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+# ---- folders and hub ids ---------------------------------------------------------------------------------------------
+
+
+def _load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+    index = DiffusionPipeline.load_config(source)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(kind, str):
+        raise ModelLoadError(f"the model_index.json of '{source}' names no pipeline's class; it is damaged: copy the "
+                             "model again")
+    if isinstance(known := getattr(diffusers, kind, None), type):
+        require_text_to_image(known)
+    # The pipeline would warn about an argument that it doesn't know.
+    without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant_of(source),
+                                             **without)
+
+
+def variant_of(source: str | Path) -> str | None:
+    """Which variant of the weights ("fp16", "non_ema") is to be loaded: None unless a part is there in no other form.
+
+    Args:
+        source: a folder, or a hub id, whose files are listed on the hub or else in its cache.
+    """
+    parts: dict[str, set[str | None]] = {}
+    for file in _files_of(str(source)):
+        folder, _, name = file.rpartition("/")
+        if folder and folder != "safety_checker" and (found := _WEIGHTS.fullmatch(name)):
+            parts.setdefault(folder, set()).add(found["before"] or found["after"])
+    needed = [variants for variants in parts.values() if None not in variants]
+    common = sorted(set.intersection(*needed)) if needed else []
+    return "fp16" if "fp16" in common else common[0] if common else None
+
+
+def _files_of(source: str) -> list[str]:
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            return list_repo_files(source)
+        except Exception:  # whichever HTTP library is at work has errors of its own
+            cached = try_to_load_from_cache(source, "model_index.json")
+            if not isinstance(cached, str):
+                return []
+            folder = Path(cached).parent
+    return [file.relative_to(folder).as_posix() for file in folder.glob("*/*.safetensors")]
+
+
+# ---- single files ----------------------------------------------------------------------------------------------------
+
+
 def _load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None) -> DiffusionPipeline:
     with safe_open(file, framework="pt") as tensors:
-        is_sdxl = _SDXL_KEY in set(tensors.keys())
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    if shapes.get(_FIRST_KEY, (0, 4))[1] != 4 or _REFINER_KEY in shapes:
+        raise UnsupportedPipelineError(f"{file} draws from a picture (inpainting, editing or a refiner), not from a "
+                                       "prompt alone; give the text-to-image model that it came from")
+    is_sdxl = _SDXL_KEY in shapes
     kind = StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
     without = {} if is_sdxl else {"safety_checker": None}
-    local = {"config": str(config), "local_files_only": True} if config else {}
+    if config is None:
+        _check_config_in_reach(file, shapes)
+    elif not Path(config).expanduser().is_dir():
+        raise ModelLoadError(f"there is no folder '{config}': config= names a folder with the pipeline's "
+                             "model_index.json, configurations and tokenizer")
+    local = {"config": str(Path(config).expanduser()), "local_files_only": True} if config else {}
     return kind.from_single_file(str(file), dtype=dtype, **without, **local)
+
+
+def _check_config_in_reach(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelLoadError unless the configuration that diffusers wants for this file is cached or on the hub."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    wanted = fetch_diffusers_config(empty)["pretrained_model_name_or_path"]
+    try:
+        check_on_hub(wanted)
+    except UnknownModelError as error:
+        raise ModelLoadError(
+            f"{file} holds weights alone, and the configuration for it, '{wanted}', is neither on this machine nor in "
+            "reach: call fmn.load(file, config=FOLDER) with a folder that holds such a pipeline's model_index.json, "
+            "configurations and tokenizer (weights aren't needed), or load it once with a connection") from error
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def require_text_to_image(pipe: DiffusionPipeline | type[DiffusionPipeline]) -> None:
+    """Raise UnsupportedPipelineError for a pipeline (or its class) that needs a picture beside the prompt."""
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    wanted = [name for name in inspect.signature(kind.__call__).parameters if name in _PICTURES]
+    if wanted and not _PICTURE_IS_OPTIONAL.match(kind.__name__):
+        raise UnsupportedPipelineError(
+            f"{kind.__name__} draws from a picture ({', '.join(wanted)}), not from a prompt alone; make a "
+            "text-to-image pipeline of its parts, diffusers' AutoPipelineForText2Image.from_pipe(pipe) "
+            "(from_pretrained(...) for a folder), or load the text-to-image model")
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -105,8 +217,25 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
 
 
 def denoiser(pipe: DiffusionPipeline) -> nn.Module:
-    """The pipeline's denoising network: a U-Net or a transformer."""
-    return getattr(pipe, denoiser_name(pipe))
+    """The pipeline's denoising network: a U-Net or a transformer, without the wrapper of `torch.compile`."""
+    return unwrapped(getattr(pipe, denoiser_name(pipe)))
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """While open, compiled modules run as they were before torch.compile, so that hooks on their layers are called."""
+    compiled = "torch._dynamo" in sys.modules  # which takes seconds to import
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+def training_kind(pipe: DiffusionPipeline) -> str:
+    """What the network was trained to predict, whatever sampler draws with it: "flow", or a scheduler's
+    prediction_type ("epsilon", "v_prediction", "sample")."""
+    config = pipe.scheduler.config
+    kind = config.get("prediction_type", "epsilon")
+    is_flow = "FlowMatch" in type(pipe.scheduler).__name__ or config.get("use_flow_sigmas")
+    return "flow" if is_flow or kind == "flow_prediction" else kind
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
@@ -121,4 +250,4 @@ def tokenizers(pipe: DiffusionPipeline) -> list:
 
 def _numbered(pipe: DiffusionPipeline, stem: str) -> list:
     parts = [getattr(pipe, stem + suffix, None) for suffix in ("", "_2", "_3", "_4")]
-    return [part for part in parts if part is not None]
+    return [unwrapped(part) for part in parts if part is not None]

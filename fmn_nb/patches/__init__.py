@@ -5,5 +5,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "files": ["PatchFileError"],
     "learned_tokens": ["InversionError", "LearnedTokens", "with_tokens"],
+    "standing": ["ChangedWeightsError"],
     "patch": ["LORA_A", "LORA_B", "Patch", "PatchMismatchError", "applied_patches", "combine", "set_parameter"],
 })

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmn_nb.files import replacing
-from fmn_nb.models import text_encoders
+from fmn_nb.files import write_tensors
+from fmn_nb.models import digest, text_encoders
 
 _SUFFIXES = ("", "_2", "_3", "_4")  # of the files, and of the tokenizers' names in a pipeline
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+_NAMELESS = {"emb_params", "string_to_param", "*"}  # keys of trainers that keep the token's name elsewhere
+_BY_ENCODER = (("clip_l", "clip_g", "t5xxl"), ("text_encoders_0", "text_encoders_1"))  # one file, a key an encoder
 
 
 class InversionError(ValueError):
@@ -45,6 +47,14 @@ class LearnedTokens:
     losses: tuple[float, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or self.name.split() != [self.name]:
+            raise InversionError(f"a token's name is a text without blanks, like <toy>, not {self.name!r}")
+        if not self.vectors or len({len(vectors) for vectors in self.vectors}) != 1:
+            raise InversionError(f"the learned token '{self.name}' needs vectors, as many for each text encoder")
+        if not all(torch.isfinite(vectors).all() for vectors in self.vectors):
+            raise InversionError(f"the learned token '{self.name}' holds NaN or infinite values; learn it anew")
+
     @property
     def token_names(self) -> list[str]:
         """The single tokens, in order."""
@@ -64,24 +74,31 @@ class LearnedTokens:
         """
         files = _files(folder)
         for file, vectors in zip(files, self.vectors, strict=False):
-            with replacing(file) as temporary:
-                save_file({self.name: vectors.contiguous()}, temporary, {"format": "pt"})
+            write_tensors(file, {self.name: vectors.contiguous()}, {"format": "pt", "sha256": digest([vectors])})
         for file in files[len(self.vectors):]:  # of a pipeline with more text encoders
             file.unlink(missing_ok=True)
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> LearnedTokens:
-        """Read what `save`, or diffusers' own training script, wrote.
+    def load(cls, path: str | Path, name: str | None = None) -> LearnedTokens:
+        """Read what `save`, diffusers' training scripts or other trainers wrote.
+
+        Args:
+            path: a folder with `learned_embeds.safetensors` (or with a single .safetensors file), or a file.
+            name: what the token is to be called. Needed where the file knows none: A1111's `emb_params`, SDXL's
+                `clip_l` and `clip_g`.
 
         Raises:
-            InversionError: the file is missing, damaged, or doesn't hold one learned token.
+            InversionError: the file is missing, pickled, damaged, without a name, or doesn't hold one learned token.
         """
-        files = _files(folder)
-        found = [_read(file) for file in files if file.is_file() or file is files[0]]
-        if len({name for name, _ in found}) != 1:
-            raise InversionError(f"the files in {folder} hold different tokens: {', '.join(name for name, _ in found)}")
-        return cls(found[0][0], tuple(vectors for _, vectors in found))
+        found = [_read(file) for file in _found(Path(path))]
+        names = {said for said, _ in found} if name is None else {name}
+        if len(names) != 1:
+            raise InversionError(f"the files in {path} hold different tokens: {', '.join(said for said, _ in found)}")
+        if names & {None}:
+            raise InversionError(f"{path} doesn't say what its token is called; choose a name: "
+                                 'LearnedTokens.load(path, name="<toy>")')
+        return cls(names.pop(), tuple(vectors for _, parts in found for vectors in parts))
 
 
 class _ExtendedEmbedding(nn.Embedding):
@@ -106,8 +123,12 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
     """`pipe` with further tokens; its own tokenizers and embedding tables are put back afterwards."""
     tokenizers = {f"tokenizer{suffix}": getattr(pipe, f"tokenizer{suffix}", None) for suffix in _SUFFIXES}
     there = [(place, tokenizer) for place, tokenizer in tokenizers.items() if tokenizer is not None]
+    encoders = text_encoders(pipe)
+    if not len(there) == len(encoders) == len(vectors):
+        raise InversionError(f"tokens for {len(vectors)} text encoders don't fit this {type(pipe).__name__}, which has "
+                             f"{len(encoders)}")
     with ExitStack() as stack:
-        for (place, tokenizer), encoder, rows in zip(there, text_encoders(pipe), vectors, strict=True):
+        for (place, tokenizer), encoder, rows in zip(there, encoders, vectors, strict=True):
             table, extended = encoder.get_input_embeddings(), copy.deepcopy(tokenizer)
             if rows.shape != (len(names), table.embedding_dim):
                 raise InversionError(
@@ -123,19 +144,63 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
         yield
 
 
+def token_files(folder: str | Path) -> list[Path]:
+    """The files with learned tokens that are in a folder."""
+    return [file for file in _files(folder) if file.is_file()]
+
+
+def token_file(folder: str | Path) -> Path:
+    """Where `LearnedTokens.save` puts the first text encoder's vectors."""
+    return _files(folder)[0]
+
+
 def _files(folder: str | Path) -> list[Path]:
     return [Path(folder) / f"learned_embeds{suffix}.safetensors" for suffix in _SUFFIXES]
 
 
-def _read(file: Path) -> tuple[str, Tensor]:
+def _found(path: Path) -> list[Path]:
+    """The files to read: a folder's own, its single one under another name, or the file itself."""
+    path = path.expanduser()
+    if path.suffix.lower() in _PICKLED and not path.is_dir():
+        raise InversionError(f"{path} is pickled, which could run code that it holds and is not read; get it as "
+                             ".safetensors, or convert it where you trust it: "
+                             "save_file({name: tensor}, ...) of torch.load(..., weights_only=True)")
+    if not path.is_dir():
+        return token_files(path.parent) if path == token_file(path.parent) and path.is_file() else [path]
+    first = token_file(path)
+    if first.is_file():
+        return token_files(path)
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if others:
+        raise InversionError(f"{path} holds no {first.name} and {len(others)} other files; give one of them: "
+                             f"{', '.join(file.name for file in others[:5])}")
+    pickled = [file for file in sorted(path.iterdir()) if file.suffix.lower() in _PICKLED]
+    return _found(pickled[0]) if pickled else [first]
+
+
+def _read(file: Path) -> tuple[str | None, list[Tensor]]:
+    """The token's name, None where the file knows none, and its vectors for each text encoder in the file."""
     try:
         with safe_open(file, framework="pt") as tensors:
+            said = tensors.metadata() or {}
             content: Mapping[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise InversionError(f"{file} can't be read as learned tokens: {error}") from error
+    for keys in _BY_ENCODER:
+        if len(content) > 1 and set(content) <= set(keys):
+            return None, [_vectors(file, key, content[key]) for key in keys if key in content]
     if len(content) != 1:
         raise InversionError(f"{file} holds {len(content)} tensors; learned tokens are one")
     name, vectors = next(iter(content.items()))
-    if vectors.ndim == 0 or vectors.numel() == 0:
-        raise InversionError(f"{file} holds '{name}' of shape {tuple(vectors.shape)}; learned tokens are vectors")
-    return name, vectors.float().reshape(-1, vectors.shape[-1])
+    if "sha256" in said and digest([vectors]) != said["sha256"]:
+        raise InversionError(f"{file} is damaged or was changed: its sum is not the one it was saved with")
+    return None if name in (*_NAMELESS, *_BY_ENCODER[0], *_BY_ENCODER[1]) else name, [_vectors(file, name, vectors)]
+
+
+def _vectors(file: Path, name: str, vectors: Tensor) -> Tensor:
+    if not vectors.is_floating_point() or vectors.ndim == 0 or vectors.numel() == 0:
+        raise InversionError(f"{file} holds '{name}' of shape {tuple(vectors.shape)} and type {vectors.dtype}; learned "
+                             "tokens are vectors of floating numbers")
+    return vectors.float().reshape(-1, vectors.shape[-1])

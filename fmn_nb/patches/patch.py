@@ -7,23 +7,28 @@ place of the changed ones and keeps the old ones aside, so removing it gives bac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fmn_nb.models import ORIGINALS, denoiser, denoiser_name, fingerprint
+from fmn_nb.models import ORIGINALS, Kept, denoiser, denoiser_name, digest, fingerprint, is_base, own_parameters
+from fmn_nb.models.arguments import finite_number, whole_number
 from fmn_nb.patches import files as patch_files
 from fmn_nb.patches.files import PatchFileError
-from fmn_nb.patches.learned_tokens import LearnedTokens
+from fmn_nb.patches.learned_tokens import LearnedTokens, token_file
+from fmn_nb.patches.standing import ChangedWeightsError, check_reachable, fused_adapters, patched, value_before
 
 _APPLIED = "_fmn_applied"
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+_SHOWN = 5  # names of concepts in one line
+LORA_A, LORA_B, LORA_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 
 
 class PatchMismatchError(ValueError):
@@ -37,8 +42,9 @@ class Patch:
     Attributes:
         kind: "lora" or "weights".
         tensors: for "lora" `MODULE.lora_A.weight` [rank, in] and `MODULE.lora_B.weight` [out, rank] (a
-            convolution's A is [rank, in, height, width], its B [out, rank, 1, 1]); for "weights" the
-            difference of each changed parameter under the parameter's own name.
+            convolution's A is [rank, in, height, width], its B [out, rank, 1, 1]), and where the layer's bias
+            changes `MODULE.lora_B.bias` [out]; for "weights" the difference of each changed parameter under the
+            parameter's own name.
         info: what `fmn.json` holds: concepts, preset, settings, seed, base (name, component, fingerprint),
             versions, forgetting (what the fine-tune reported), metrics. JSON values only.
         tokens: learned tokens, where a caller chose to ship them with the patch; else None.
@@ -58,9 +64,32 @@ class Patch:
         if bad:
             raise ValueError(f"NaN or infinite values in {bad[0]} and {len(bad) - 1} other tensors of the patch")
 
+    def __deepcopy__(self, _: dict[int, Any]) -> Patch:
+        """The patch itself, which never changes: so it can be taken off a copy of a pipeline that carries it."""
+        return self
+
     def __repr__(self) -> str:
-        names = ", ".join(str(dict(c).get("name")) for c in self.info.get("concepts", [])) or "nothing stated"
-        return f"Patch(forgets {names}; {self.kind}, {len(self.tensors)} tensors, {self.nbytes / 1e6:.2f} MB)"
+        names = self._concepts()
+        few = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        return (f"Patch(forgets {few or 'nothing stated'}; {self.kind}, {len(self.tensors)} tensors, "
+                f"{self.nbytes / 1e6:.2f} MB)")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a small table."""
+        base = self.info.get("base")
+        base = base if isinstance(base, Mapping) else {}
+        rows = {"forgets": ", ".join(self._concepts()) or "nothing stated",
+                "preset": str(self.info.get("preset", "")) or "none stated",
+                "kind": f"{self.kind}, {len(self.tensors)} tensors", "size": f"{self.nbytes / 1e6:.2f} MB",
+                "base": f"{base.get('name') or 'not stated'} ({base.get('component', '')})".replace(" ()", "")}
+        cells = "".join(f'<tr><th scope="row" style="text-align: left">{name}</th><td style="text-align: left">'
+                        f"{escape(value)}</td></tr>" for name, value in rows.items())
+        return f"<table><tbody>{cells}</tbody></table>"
+
+    def _concepts(self) -> list[str]:
+        """The names of what it forgets, each cut to a line's length."""
+        said = self.info.get("concepts") or []
+        return [shorten(str(one.get("name") if isinstance(one, Mapping) else one), 60) for one in said]
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +99,8 @@ class Patch:
     @property
     def report(self) -> dict[str, Any]:
         """What the fine-tune reported (`info["forgetting"]`), without the lists that hold a number for every step."""
-        return {name: value for name, value in self.info.get("forgetting", {}).items() if not isinstance(value, list)}
+        said = self.info.get("forgetting") or {}
+        return {name: value for name, value in said.items() if not isinstance(value, list)}
 
     def differences(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, difference D in float32) of every changed parameter, at scale 1."""
@@ -81,14 +111,18 @@ class Patch:
                 module, down = name.removesuffix(LORA_A), tensor.float()
                 up = self.tensors[module + LORA_B].float()
                 yield f"{module}.weight", (up.flatten(1) @ down.flatten(1)).reshape(-1, *down.shape[1:])
+            elif name.endswith(LORA_BIAS):
+                yield f"{name.removesuffix(LORA_BIAS)}.bias", tensor.float()
 
     def changed(self) -> set[str]:
         """Names of the parameters that the patch changes."""
         if self.kind == "weights":
             return set(self.tensors)
-        return {name.removesuffix(LORA_A) + ".weight" for name in self.tensors if name.endswith(LORA_A)}
+        weights = {name.removesuffix(LORA_A) + ".weight" for name in self.tensors if name.endswith(LORA_A)}
+        return weights | {name.removesuffix(LORA_BIAS) + ".bias" for name in self.tensors if name.endswith(LORA_BIAS)}
 
-    def save(self, folder: str | Path, *, half: bool = False, tokens: LearnedTokens | None = None) -> Path:
+    def save(self, folder: str | Path, *, half: bool = False, tokens: LearnedTokens | None = None,
+             layout: str = "diffusers") -> Path:
         """Write the patch to `folder`: its tensors and `fmn.json`. Each file is whole or as it was before.
 
         A LoRA becomes `pytorch_lora_weights.safetensors`, which plain `pipe.load_lora_weights(folder)` takes.
@@ -98,9 +132,11 @@ class Patch:
                 norm of all tensors.
             tokens: learned tokens to ship beside the patch; by default none ever are, and those that an earlier patch
                 shipped from this folder go.
+            layout: of the names in a LoRA's file: "diffusers", or "kohya" for AUTOMATIC1111, ComfyUI and others.
 
         Raises:
-            ValueError: a value is too large for float16, or `info` doesn't say the base model.
+            ValueError: a value is too large for float16, `info` doesn't say the base model, `folder` is a file, or the
+                layout can't hold the patch.
         """
         info = {name: value for name, value in self.info.items() if name != "tokens"}
         tensors = {name: tensor.half() if half else tensor for name, tensor in self.tensors.items()}
@@ -111,7 +147,7 @@ class Patch:
             if not lost < float("inf"):
                 raise ValueError("a value of the patch is too large for float16; save it without half=True")
             info["half_error"] = round((lost / max(whole, 1e-30)) ** 0.5, 6)
-        return patch_files.write(Path(folder), self.kind, tensors, info, tokens)
+        return patch_files.write(Path(folder), self.kind, tensors, info, tokens, layout)
 
     @classmethod
     def load(cls, folder: str | Path) -> Patch:
@@ -122,7 +158,7 @@ class Patch:
         """
         kind, tensors, info = patch_files.read(Path(folder))
         try:
-            tokens = LearnedTokens.load(folder) if info.pop("tokens", None) else None
+            tokens = LearnedTokens.load(token_file(folder)) if info.pop("tokens", None) else None
             return cls(kind, tensors, info, tokens)
         except ValueError as error:
             raise PatchFileError(f"{folder}: {error}") from error
@@ -142,14 +178,16 @@ class Patch:
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
         """Apply for good, until `remove`. Raises as `applied`; the pipeline is then left as it was."""
+        scale = finite_number("scale", scale)
         self._check_fits(pipe, force)
-        _rebuild(denoiser(pipe), [*applied_patches(pipe), (self, float(scale))], self.changed())
+        _rebuild(denoiser(pipe), [*applied_patches(pipe), (self, scale)], self.changed())
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Take the patch off again, exactly (bit for bit), whatever else is applied.
 
         Raises:
             ValueError: it isn't applied to this pipeline.
+            ChangedWeightsError: something else changed patched weights; nothing is touched then.
         """
         stack = applied_patches(pipe)
         places = [index for index, (patch, _) in enumerate(stack) if patch is self]
@@ -160,6 +198,7 @@ class Patch:
 
     def scaled(self, factor: float) -> Patch:
         """The same patch, `factor` times as strong (a LoRA's B is scaled, so it stays a LoRA)."""
+        factor = finite_number("factor", factor)
         tensors = {name: tensor if self.kind == "lora" and name.endswith(LORA_A) else tensor * factor
                    for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, info={**self.info, "scale": self.info.get("scale", 1.0) * factor})
@@ -168,24 +207,36 @@ class Patch:
         """The same patch; its `fmn.json` says what was measured with it (`Report.to_metrics`). JSON values only."""
         return replace(self, info={**self.info, "metrics": dict(metrics)})
 
-    def low_rank(self, rank: int) -> Patch:
+    def low_rank(self, rank: int, *, biases: bool = True) -> Patch:
         """The nearest LoRA patch of this rank (truncated singular value decomposition of every difference).
 
-        Parameters that are no matrices or convolutions (biases, norms) can't be in a LoRA and are dropped.
-        `info["low_rank_error"]` states ||D - B A||_F / ||D||_F over all parameters, dropped ones included.
+        A layer's bias is kept as it is beside its factors, unless `biases` is False. Other parameters that are no
+        matrices or convolutions (norms) can't be in a LoRA and are dropped. `info["low_rank_error"]` states
+        ||D - B A||_F / ||D||_F over all parameters, dropped ones included.
+
+        Raises:
+            ValueError: the rank is no whole number from 1, or nothing is left.
         """
-        tensors, lost, whole = {}, 0.0, 0.0
-        for name, difference in self.differences():
+        rank = whole_number("rank", rank, 1)
+        differences, tensors, lost, whole = dict(self.differences()), {}, 0.0, 0.0
+        matrices = {name.removesuffix(".weight") for name, difference in differences.items()
+                    if difference.ndim in (2, 4) and name.endswith(".weight")}
+        for name, difference in differences.items():
             whole += float(difference.square().sum())
-            if difference.ndim not in (2, 4) or not name.endswith(".weight"):
+            module, _, leaf = name.rpartition(".")
+            if module not in matrices or leaf not in ("weight", "bias") or (leaf == "bias" and not biases):
                 lost += float(difference.square().sum())
                 continue
+            if leaf == "bias":
+                tensors[module + LORA_BIAS] = difference.contiguous()
+                continue
             u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-            module, kept = name.removesuffix(".weight"), min(rank, len(s))
-            ones = (1,) * (difference.ndim - 2)
+            kept, ones = min(rank, len(s)), (1,) * (difference.ndim - 2)
             tensors[module + LORA_A] = v[:kept].reshape(kept, *difference.shape[1:]).contiguous()
             tensors[module + LORA_B] = (u[:, :kept] * s[:kept]).reshape(-1, kept, *ones).contiguous()
             lost += float(s[kept:].square().sum())
+        if not tensors:
+            raise ValueError("the patch changes no matrix or convolution, so there is no LoRA of it")
         error = (lost / whole) ** 0.5 if whole else 0.0
         return Patch("lora", tensors, {**self.info, "low_rank_error": round(error, 6)}, self.tokens)
 
@@ -198,16 +249,19 @@ class Patch:
             raise PatchMismatchError("projections are fused, so a patch would have no effect: unfuse_qkv_projections()")
         if away := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
             raise PatchMismatchError(f"{away[0]} is offloaded; load the pipeline on one device for a patch")
-        if not force and "fingerprint" in base and (found := fingerprint(pipe)) != base["fingerprint"]:
+        if not force and "fingerprint" in base and not is_base(pipe, base):
+            dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+            older = "" if "signs" in base or dtype in ("float32", "float16") else (
+                f" in float32 (an older patch can't tell it in {dtype})")
             raise PatchMismatchError(
                 f"the patch was made for the base model {base.get('name', '')} with fingerprint "
-                f"{base['fingerprint']}, this one has {found}; load that model, or pass force=True to apply the patch "
-                "all the same where its shapes fit")
+                f"{base['fingerprint']}, this one has {fingerprint(pipe)}; load that model{older}, or pass force=True "
+                "to apply the patch all the same where its shapes fit")
         if component != here:
             raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
-        names = dict(module.named_parameters())
+        own = own_parameters(module)
         for name, difference in self.differences():
-            found = names.get(_present_name(names, name))
+            _, found = own.get(name, ("", None))
             if found is None or found.shape != difference.shape:
                 there = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
                 raise PatchMismatchError(f"the patch doesn't fit: {name} {tuple(difference.shape)}, here {there}")
@@ -227,24 +281,38 @@ def combine(patches: Sequence[Patch], weights: Sequence[float] | None = None) ->
         PatchMismatchError: they are not all for the same base model.
         ValueError: there is none, or the weights are not one each.
     """
-    weights = [1.0] * len(patches) if weights is None else [float(weight) for weight in weights]
+    if isinstance(patches, Patch) or not all(isinstance(patch, Patch) for patch in patches):
+        raise ValueError("combine takes a list of patches, combine([one, other]); a folder is read by Patch.load")
+    weights = [1.0] * len(patches) if weights is None else [finite_number("a weight", one) for one in weights]
     if not patches or len(weights) != len(patches):
         raise ValueError(f"combine needs patches and one weight each, not {len(patches)} and {len(weights)}")
     bases = [patch.info.get("base", {}) for patch in patches]
     # Not by name, which is where a model was loaded from.
-    if len({(base.get("component"), base.get("fingerprint")) for base in bases}) > 1:
+    if not all(_same_base(bases[0], base) for base in bases[1:]):
         both = " and ".join(sorted({str(base.get("fingerprint")) for base in bases}))
         raise PatchMismatchError(f"patches for different base models can't be combined: {both}")
     together = [patch.scaled(weight) for patch, weight in zip(patches, weights, strict=True)]
     if all(patch.kind == "lora" for patch in patches):
         kind, names = "lora", dict.fromkeys(name for patch in together for name in patch.tensors)
         found = {name: [p.tensors[name].float() for p in together if name in p.tensors] for name in names}
-        tensors = {name: torch.cat(parts, dim=0 if name.endswith(LORA_A) else 1) for name, parts in found.items()}
+        tensors = {name: sum(parts[1:], parts[0]) if name.endswith(LORA_BIAS)
+                   else torch.cat(parts, dim=0 if name.endswith(LORA_A) else 1) for name, parts in found.items()}
     else:
         kind, tensors = "weights", _summed(each for patch in together for each in patch.differences())
     parts = [{"weight": weight, **patch.info} for patch, weight in zip(patches, weights, strict=True)]
     concepts = [concept for patch in patches for concept in patch.info.get("concepts", [])]
     return Patch(kind, tensors, {"concepts": concepts, "base": bases[0], "combined": parts})
+
+
+def _same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two patches are for one denoiser, whatever its precision (see `base_of`)."""
+    if one.get("component") != other.get("component"):
+        return False
+    if any(one.get(key) == other.get(key) and one.get(key) for key in ("fingerprint", "denoiser")):
+        return True
+    coarse = one.get("coarse") or other.get("coarse")
+    return one.get("fingerprint") == other.get("fingerprint") or bool(
+        coarse and one.get("signs") and one.get("signs") == other.get("signs"))
 
 
 def _summed(differences: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -261,38 +329,61 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(module.get_submodule(parent), leaf, parameter)
 
 
-def _present_name(names: Mapping[str, Any], name: str) -> str:
-    """The name under which a parameter stands now: peft wraps a layer and calls the original `base_layer`."""
-    parent, _, leaf = name.rpartition(".")
-    wrapped = f"{parent}.base_layer.{leaf}"
-    return wrapped if name not in names and wrapped in names else name
-
-
 def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[str]) -> None:
-    """Give the parameters in `touched` the values that the patches in `stack` ask for; all or none."""
-    names = dict(module.named_parameters())
-    originals: dict[str, nn.Parameter] = dict(getattr(module, ORIGINALS, {}))
-    # At scale 0 the parameter itself comes back, not a sum that rounds to it.
-    totals = _summed((name, scale * difference) for patch, scale in stack if scale
-                     for name, difference in patch.differences() if name in touched)
+    """Give the parameters in `touched` the values that the patches in `stack` ask for; all or none.
+
+    Raises:
+        ChangedWeightsError: something else changed one of them, so that its original can't be told any more.
+    """
+    own, kept = own_parameters(module), dict(getattr(module, ORIGINALS, {}))
+    check_reachable(module, own, touched)
+    before = _values_before(module, own, {name: kept[name] for name in touched if name in kept})
+    totals = _totals(stack, touched)
     replacements: dict[str, nn.Parameter] = {}
     for name in touched:
-        present = _present_name(names, name)
-        now = names[present]
-        original = originals.setdefault(present, now)
-        if original.device != now.device or original.dtype != now.dtype:
-            original.data = original.data.to(now)  # the pipeline was moved while patched
+        present, now = own[name]
+        original = kept[name].original if name in kept else now
         if name in totals:
-            value = (original.detach().float() + totals[name].to(original.device)).to(original.dtype)
+            value = patched(before.get(name, original.detach()), totals[name])
+            if not torch.isfinite(value.float()).all():
+                raise ValueError(f"{name} would become infinite or NaN with the patch; take a smaller scale")
             replacements[present] = nn.Parameter(value, requires_grad=original.requires_grad)
+            kept[name] = Kept(original, digest([value]), fused_adapters(module, present))
         else:
-            replacements[present] = originals.pop(present)
+            replacements[present] = original
+            kept.pop(name, None)
+    there = {own[name][0]: own[name][1] for name in touched}
     try:
         for present, parameter in replacements.items():
             set_parameter(module, present, parameter)
     except BaseException:
         for present in replacements:
-            set_parameter(module, present, names[present])
+            set_parameter(module, present, there[present])
         raise
-    setattr(module, ORIGINALS, originals)
+    for name, value in before.items():  # where it was moved, cast or fused into while patched
+        original = getattr(module, ORIGINALS)[name].original
+        if original.data_ptr() != value.data_ptr():
+            original.data = value
+    setattr(module, ORIGINALS, kept)
     setattr(module, _APPLIED, stack)
+
+
+def _totals(stack: Iterable[tuple[Patch, float]], names: Collection[str]) -> dict[str, Tensor]:
+    """Parameter name -> what the patches in `stack` add to it. At scale 0 nothing, not a sum that rounds to it."""
+    return _summed((name, scale * difference) for patch, scale in stack if scale
+                   for name, difference in patch.differences() if name in names)
+
+
+def _values_before(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter]],
+                   kept: Mapping[str, Kept]) -> dict[str, Tensor]:
+    """The originals' values as they would be now without a patch; see `value_before`."""
+    changed = {name for name, one in kept.items() if digest([own[name][1]]) != one.put}
+    there = _totals(getattr(module, _APPLIED, []), changed)
+    values = {name: value_before(module, *own[name], one, there[name]) if name in changed else one.original.detach()
+              for name, one in kept.items()}
+    if lost := sorted(name for name, value in values.items() if value is None):
+        raise ChangedWeightsError(
+            f"something else changed {lost[0]} and {len(lost) - 1} other weights while they were patched (a LoRA fused "
+            "in, a training, weights loaded), so the patch can't be taken off exactly; nothing was touched: undo that "
+            "change first (unfuse_lora()), or load the model anew")
+    return values

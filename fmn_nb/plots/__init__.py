@@ -4,7 +4,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "attention": ["attention_map", "before_after", "compare", "comparison", "cond_uncond", "describe", "head_sheet",
-        "overlay", "qkv", "sheet", "step_gif", "step_layer_sheet", "token_panel"],
+        "map_picture", "overlay", "qkv", "sheet", "step_gif", "step_layer_sheet", "token_panel"],
     "evaluation": ["attention_figure", "beginning_and_end", "collateral_figure", "confusion_figure", "curves",
         "m_score_figure", "relearning_figure", "sequence_figure", "similarity_figure", "success_figure"],
     "style": ["as_png", "few_colours", "image_grid", "look", "new_figure", "short_name"],

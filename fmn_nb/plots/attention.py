@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from PIL import Image
 
 from fmn_nb.attention import AttentionRecord, probabilities, scores
 from fmn_nb.concepts import Concept
 from fmn_nb.files import replacing
+from fmn_nb.models import as_image
 from fmn_nb.plots.style import MAP_COLOURS, MATRIX_COLOURS, InlineFigure, as_png, new_figure, short_name
 
 MAX_SHEET = 8  # panels along a side, beyond which a sheet shows evenly spaced ones
@@ -34,8 +36,17 @@ def attention_map(values: np.ndarray, title: str = "attention", limit: float | N
     return figure
 
 
-def overlay(image: Image.Image, values: np.ndarray, title: str = "attention", opacity: float = 0.6) -> InlineFigure:
-    """A generated image, the map [height, width] laid over it, and the map alone with its scale."""
+def overlay(image: Image.Image | np.ndarray | torch.Tensor, values: np.ndarray, title: str = "attention",
+            opacity: float = 0.6) -> InlineFigure:
+    """A generated image, the map [height, width] laid over it, and the map alone with its scale.
+
+    Raises:
+        ReferenceImageError: no image, or several.
+        ValueError: no map.
+    """
+    image = image if isinstance(image, Image.Image) else as_image(image)
+    if np.ndim(values) != 2 or not np.isfinite(values).all():
+        raise ValueError(f"a map is [height, width] of finite numbers, not {np.shape(values)}: give attention.map(...)")
     figure, (plain, laid, alone) = new_figure(7.2, 2.5, 3)
     extent = (0, image.width, image.height, 0)
     for axes, name in ((plain, "the image"), (laid, f"{title} over the image")):
@@ -46,6 +57,31 @@ def overlay(image: Image.Image, values: np.ndarray, title: str = "attention", op
     _show_map(alone, values, title, float(values.max()))
     figure.words = describe(values, title)
     return figure
+
+
+def map_picture(values: np.ndarray, image: Image.Image | None = None, side: int = 256) -> Image.Image:
+    """A map's colours, from its lowest to its highest value; before it the image, if given, with the map laid over it.
+
+    It has no axes and needs no figure, so that an explorer answers at once.
+
+    Args:
+        values: [height, width].
+        side: the width of each part, in pixels.
+    """
+    low, high = float(values.min()), float(values.max())
+    shares = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    colours = Image.fromarray((colormaps[MAP_COLOURS](shares)[..., :3] * 255).astype(np.uint8))
+    size = (side, round(side * values.shape[0] / values.shape[1]))
+    alone = colours.resize(size, Image.Resampling.NEAREST)
+    if image is None:
+        return alone
+    size = (side, round(side * image.height / image.width))
+    plain = image.convert("RGB").resize(size, Image.Resampling.NEAREST if image.width < side else None)
+    laid = Image.blend(plain, colours.resize(size, Image.Resampling.BILINEAR), 0.6)
+    both = Image.new("RGB", (2 * side + 8, size[1]), "white")
+    both.paste(laid, (0, 0))
+    both.paste(alone.resize(size, Image.Resampling.NEAREST), (side + 8, 0))
+    return both
 
 
 def token_panel(attention: AttentionRecord, *, image: int = 0, branch: str = "cond", **choice: object) -> InlineFigure:

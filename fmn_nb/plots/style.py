@@ -58,10 +58,13 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1,
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
-def as_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
+def as_png(picture: Figure | Image.Image) -> bytes:
+    """A figure or an image as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    if isinstance(picture, Image.Image):
+        picture.save(buffer, format="PNG")
+    else:
+        picture.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import Vocabulary
 from fmn_nb.evaluation.protocol import REPEATS
-from fmn_nb.files import replacing, versions, write_json, write_text
+from fmn_nb.files import parse_yaml, read_yaml, replacing, versions, write_json, write_text
 from fmn_nb.forgetting.settings import PRESETS, Settings, SettingsError, settings_for
+from fmn_nb.runs.stopping import telling
 from fmn_nb.stats import bootstrap
 
 if TYPE_CHECKING:
@@ -167,15 +167,15 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
         preset, dot, name = left.rpartition(".")
         if not (equals and dot and preset and name):
             raise SettingsError(f"a setting is given as preset.name=value, not '{text}'")
-        content.setdefault(preset, {})[name] = yaml.safe_load(value)
+        content.setdefault(preset, {})[name] = parse_yaml(value, f"'{text}'")
     return {preset: {name: _number(value) for name, value in settings.items()} for preset, settings in content.items()}
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file} can't be read as YAML or JSON: {error}") from error
+        content = read_yaml(file) or {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(str(error)) from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise SettingsError(f"{file} must hold presets, each with its settings (paper: {{learning_rate: 1.0e-4}})")
     return {str(preset): dict(settings) for preset, settings in content.items()}
@@ -205,27 +205,34 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     Raises:
         BenchmarkError: some jobs failed (after the others were done and the table written); they are tried again
             when started again. Also when nothing at all is done.
+        Stopped: a KeyboardInterrupt came; what is done is kept.
     """
     open_jobs = [job for job in jobs if bench.stored(job) is None]
     todo, failures = open_jobs[:limit], []
     log(f"{len(jobs)} jobs, {len(jobs) - len(open_jobs)} done before, {len(todo)} to do now")
-    for number, job in enumerate(todo, 1):
-        try:
-            log(f"[{number}/{len(todo)}] {_described(job, bench.do(job))}")
-        except (RuntimeError, ValueError) as error:
-            failures.append(f"{job.name}: {error}")
-            log(f"[{number}/{len(todo)}] {job.name}: FAILED: {error}")
-    found = {job: result for job in jobs if (result := bench.stored(job)) is not None}
-    if not found:
-        raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
-    missing = [job.name for job in jobs if job not in found]
-    told = {"missing": missing} if missing else {}
-    told |= {"failed": failures} if failures else {}
-    table = _write_results(out, found, {**made, "model": bench.model, **bench.shared}, told)
+    with telling(partial(_finished, bench, jobs)):
+        for number, job in enumerate(todo, 1):
+            try:
+                log(f"[{number}/{len(todo)}] {_described(job, bench.do(job))}")
+            except (RuntimeError, ValueError) as error:
+                failures.append(f"{job.name}: {error}")
+                log(f"[{number}/{len(todo)}] {job.name}: FAILED: {error}")
+        found = {job: result for job in jobs if (result := bench.stored(job)) is not None}
+        if not found:
+            raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
+        missing = [job.name for job in jobs if job not in found]
+        told = {"missing": missing} if missing else {}
+        told |= {"failed": failures} if failures else {}
+        table = _write_results(out, found, {**made, "model": bench.model, **bench.shared}, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
                              + "\n  ".join(failures))
     return table
+
+
+def _finished(bench: Bench, jobs: Sequence[Job]) -> str:
+    done = sum(bench.stored(job) is not None for job in jobs)
+    return f"{done} of {len(jobs)} jobs finished; the same command goes on"
 
 
 def _described(job: Job, result: Mapping[str, Any]) -> str:

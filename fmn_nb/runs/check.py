@@ -14,13 +14,14 @@ from pathlib import Path
 import fmn_nb
 from fmn_nb.files import CHECKSUMS, bundled_models, damaged_files, data_dir, notebooks_dir, read_json
 from fmn_nb.models.names import check_on_hub, resolve
-from fmn_nb.runs.notebook import ask_kernel
+from fmn_nb.runs.kernel import ask_kernel
 from fmn_nb.runs.plan import course_notebooks
 
 MARKS = {"ok": "  ok ", "note": "note ", "failed": "FAIL "}
 _LEAST_PYTHON = (3, 11)
 _LEAST_MEMORY = 4e9  # bytes; the emoji model's runs peak well below
 _LEAST_DISK = 1e9  # bytes
+_MOST_LOADED = 1e9  # bytes of weights
 _UNREAD = ("safety_checker", "feature_extractor", "image_encoder")  # what this package does without
 
 
@@ -132,29 +133,33 @@ def machine() -> Check:
 
 
 def kernel() -> Check:
-    """The notebooks' kernel is there, is this very Python, starts, and imports this very package."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    install = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
-    try:
-        spec = KernelSpecManager().get_kernel_spec("python3")
-    except NoSuchKernel:
-        return Check("kernel", "failed", "no kernel named python3", install)
-    command = spec.argv[0]
-    # A bare "python" is replaced by this interpreter when the kernel starts.
-    resolved = sys.executable if re.fullmatch(r"python(3(\.\d+)?)?", command) else shutil.which(command) or command
-    if Path(resolved).absolute() != Path(sys.executable).absolute():
-        return Check("kernel", "failed", f"python3 starts {command}, not {sys.executable}", install)
+    """Kernels start, and import this very package; a note where JupyterLab starts another Python than runs do."""
     try:
         theirs = Path(ask_kernel("import fmn_nb; print(fmn_nb.__file__)"))
     except Exception as error:  # noqa: BLE001  a kernel can fail in as many ways as its system
-        return Check("kernel", "failed", f"python3 starts, but gives no answer: {type(error).__name__}: {error}",
+        return Check("kernel", "failed", f"it starts, but gives no answer: {type(error).__name__}: {error}",
                      f"see what it says: {sys.executable} -m ipykernel; then pip install -c constraints.txt .")
     ours = Path(fmn_nb.__file__)
     if theirs.resolve() != ours.resolve():
         return Check("kernel", "failed", f"notebooks import {theirs}, this command {ours}",
                      "install the one that is meant into this environment, and unset PYTHONPATH where it names another")
-    return Check("kernel", "ok", f"python3 from {spec.resource_dir}, started; it imports {theirs.parent}")
+    if (other := _other_kernel()) is not None:
+        return Check("kernel", "note", f"runs start this Python, JupyterLab's kernel python3 starts {other}",
+                     f"for JupyterLab: {sys.executable} -m ipykernel install --sys-prefix --name python3")
+    return Check("kernel", "ok", f"this Python, started; it imports {theirs.parent}")
+
+
+def _other_kernel() -> str | None:
+    """What the installed kernel python3 starts, where that is not this Python."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        command = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel:
+        return "nothing: it isn't installed"
+    # A bare "python" is replaced by this interpreter when the kernel starts.
+    resolved = sys.executable if re.fullmatch(r"python(3(\.\d+)?)?", command) else shutil.which(command) or command
+    return None if Path(resolved).absolute() == Path(sys.executable).absolute() else command
 
 
 def widgets() -> Check:
@@ -190,7 +195,7 @@ def data() -> Check:
 
 
 def named_model(name: str) -> Check:
-    """The model that was asked about is here, with all its parts, or can be had on the hub. No weight is read."""
+    """The model that was asked about can be loaded, where it is small; else, is here or can be had on the hub."""
     try:
         place = resolve(name)
         if isinstance(place, str):
@@ -208,7 +213,24 @@ def named_model(name: str) -> Check:
         return Check("model", "failed", f"{place} lacks {', '.join(missing) or 'all parts'} of what its "
                      "model_index.json names", "get the model's folder again")
     size = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
-    return Check("model", "ok", f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights")
+    found = f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights"
+    if size > _MOST_LOADED:
+        return Check("model", "note", f"{found}, too many to be tried here", "the first run loads them")
+    if fault := _fault_in_loading(name):
+        return Check("model", "failed", fault, "get the model's folder again, or mend what this line names")
+    return Check("model", "ok", f"{found}, loaded")
+
+
+def _fault_in_loading(name: str) -> str | None:
+    """What `load` says of a model that it can't load, in one line; None where it can."""
+    from fmn_nb.models.pipelines import load
+
+    try:
+        load(name, device="cpu")
+    except Exception as error:  # noqa: BLE001  a broken folder fails in as many ways as there are libraries reading it
+        said = " ".join(str(error).split()) or "no reason given"
+        return said if isinstance(error, ValueError) else f"{name} can't be loaded: {type(error).__name__}: {said}"
+    return None
 
 
 def _parts(index: dict) -> list[str]:

@@ -3,7 +3,7 @@
 Every worker takes one run at a time, and its kernels their own processes, so workers are started with one thread.
 All workers must see the sweep's folder under the same path, or its URL. A worker that dies is replaced, and its run is
 tried again; only a run that takes its worker down each time is given up. Workers end with the process that started
-them, and kernels with their workers, whatever ended these.
+them, and kernels with their workers, whatever ended these. Where the sweep is stopped, its runs are asked to stop.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.runs.plan import Plan
+from fmn_nb.runs.stopping import (
+    Stopped,
+    ask_to_stop,
+    keep_semaphores_tracked,
+    leave_signals_to_parent,
+    signals_held,
+    stoppable,
+)
 from fmn_nb.runs.storage import SweepError
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ ATTEMPTS = 3  # how often a run may take its worker down with it
 ASK_EVERY = 1.0  # seconds between two questions how many workers there are
 QUICK, HANDFUL = 5, 10  # where a worker had more than so many runs in that time, it gets so many at once
 WORKER_PATIENCE = 60  # seconds for a scheduler that exists to have its first worker
+STOP_PATIENCE = 3.0  # seconds that runs get to stop; they take about one
 KILLED = f"its worker process was killed {ATTEMPTS} times (out of memory?); look at memory limits"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -102,22 +112,36 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
         under_way.update(zip(futures, taken, strict=True))
         ended.update(futures)
 
-    fill()
-    for batch in ended.batches():
-        for future, result in batch:
-            plans, error = under_way.pop(future), future.exception() if future.status == "error" else None
-            if isinstance(error, KilledWorker):
-                suspects += plans
-            else:
-                yield from zip(plans, result if error is None else [_said(error)] * len(plans), strict=True)
+    try:
         fill()
-    for plan in suspects:
-        for number in range(tries):
-            future, = submit([[plan]], key=[f"run-{plan.key}-alone-{number}"])
-            error = future.exception()
-            if not isinstance(error, KilledWorker):
-                break
-        yield plan, future.result()[0] if error is None else _said(error)
+        for batch in ended.batches():
+            for future, result in batch:
+                plans, error = under_way.pop(future), future.exception() if future.status == "error" else None
+                if isinstance(error, KilledWorker):
+                    suspects += plans
+                else:
+                    yield from zip(plans, result if error is None else [_said(error)] * len(plans), strict=True)
+            fill()
+        for plan in suspects:
+            for number in range(tries):
+                future, = submit([[plan]], key=[f"run-{plan.key}-alone-{number}"])
+                under_way = {future: [plan]}
+                error = future.exception()
+                if not isinstance(error, KilledWorker):
+                    break
+            yield plan, future.result()[0] if error is None else _said(error)
+    except (KeyboardInterrupt, GeneratorExit):
+        _stop(client, under_way)
+        raise
+
+
+def _stop(client: Client, under_way: Mapping[Any, list[Plan]]) -> None:
+    """Ask the runs that workers hold to stop, and give them the time that it takes."""
+    from distributed import wait
+
+    client.run(ask_to_stop, [plan.out for plans in under_way.values() for plan in plans], on_error="ignore")
+    with suppress(TimeoutError):
+        wait(list(under_way), timeout=STOP_PATIENCE)
 
 
 def _said(error: BaseException) -> str:
@@ -138,15 +162,21 @@ def _local(options: Mapping[str, Any], workers: int, slots: int, gpu: bool) -> I
     import dask
     from distributed import LocalCluster
 
-    options = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0,
-               "silence_logs": logging.CRITICAL, **({"resources": {"GPU": 1}} if gpu else {}), **options}
+    options = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0,
+               "silence_logs": logging.CRITICAL, "preload": [__name__],
+               **({"resources": {"GPU": 1}} if gpu else {}), **options}
     settings = {
         "distributed.nanny.pre-spawn-environ": thread_variables(threads_each(slots), os.environ),
         "distributed.scheduler.allowed-failures": 0,  # a run whose worker died is tried again alone
         "distributed.worker.profile.enabled": False,
     }
-    with dask.config.set(settings), LocalCluster(**options) as cluster:
-        yield cluster
+    with tempfile.TemporaryDirectory(prefix="fmn-", ignore_cleanup_errors=True) as scratch:
+        with dask.config.set(settings | {"temporary-directory": scratch}):
+            keep_semaphores_tracked()
+            with signals_held():  # workers that start would each end with a traceback of their own
+                cluster = LocalCluster(**options)
+            with cluster:
+                yield cluster
 
 
 def _slurm(options: dict[str, Any], gpu: bool) -> AbstractContextManager[Any]:
@@ -193,7 +223,16 @@ def _on_worker(attempt: Attempt, cards: list[str] | None, sharing: bool, plans: 
         os.environ.update(_own_share())
     if cards:
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(get_worker().name)]
-    return [attempt(plan) for plan in plans]
+    with stoppable(plan.out for plan in plans):
+        try:
+            return [attempt(plan) for plan in plans]
+        except Stopped as stop:
+            raise RuntimeError(str(stop)) from None  # a KeyboardInterrupt would end the worker
+
+
+def dask_setup(worker: Any) -> None:
+    """Dask calls this in a local worker that starts."""
+    leave_signals_to_parent()
 
 
 def _own_share() -> dict[str, str]:

@@ -12,8 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from fmn_nb.files import read_json, replacing, write_json
-from fmn_nb.runs.metrics import MEASURED, SECTIONS, MetricsError, flat, plain, validate
+from fmn_nb.runs.metrics import (
+    MEASURED,
+    SECTIONS,
+    Amount,
+    Count,
+    MetricsError,
+    Section,
+    Text,
+    first_fault,
+    flat,
+    plain,
+    validate,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +42,41 @@ LOCK_FILE = ".lock"
 Row = dict[str, Any]
 _COLUMNS = ("status", "seconds", "error")
 _NO_MEASURES = ("ci95", "skipped", "images", "features")
+
+
+class StateError(ValueError):
+    """A run.json that can't be read, or isn't what a run leaves."""
+
+
+class Executed(Section):
+    """What run.json says of one notebook."""
+
+    status: Text
+    seconds: Amount = None
+    error: Text = None
+
+
+class RunSettings(Section):
+    """What a run is known by."""
+
+    model: Text
+    concept: Text
+    kind: Text
+    preset: Text
+    seed: Count
+
+
+class State(Section):
+    """All of run.json."""
+
+    status: Text
+    key: Text
+    settings: RunSettings
+    parameters: dict[str, Any]
+    versions: dict[str, Text]
+    started: Text
+    notebooks: dict[str, Executed]
+    error: str = None
 
 
 class RunFolder:
@@ -55,6 +104,16 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """What run.json says; empty where there is none, or none that can be read."""
         return _read_or_empty(self.state_file)
+
+    def checked_state(self) -> dict[str, Any]:
+        """What run.json says, held against its schema (`State`). StateError, naming the place, where it breaks it."""
+        try:
+            State.model_validate(state := read_json(self.state_file))
+            return state
+        except ValidationError as error:
+            raise StateError(f"{self.state_file} is no run's state: {first_fault(error, self.STATE)}") from None
+        except (OSError, ValueError) as error:
+            raise StateError(str(error)) from None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -109,7 +168,7 @@ class RunFolder:
     def tidy(self, everything: bool = False) -> None:
         """Remove the temporary files of a run that was killed here, or all but the lock."""
         for entry in self.path.iterdir() if everything else ():
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK_FILE:
                 entry.unlink()

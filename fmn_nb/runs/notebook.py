@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import replacing
+from fmn_nb.runs.stopping import Stopped, asked_to_stop
 
 if TYPE_CHECKING:
     from fmn_nb.runs.plan import Notebook
 
 ENGINE = "fmn-nb"
+LOOK_EVERY = 0.1  # seconds between two looks whether a running notebook was asked to stop
 SAVE_EVERY = 5.0  # seconds; papermill saves twice a cell, which takes longer than many a cell
 #: Python's last collection of a kernel full of models takes a second and frees what the system frees anyway. What was
 #: registered to be done at the end, by notebooks and libraries, is done all the same.
 QUICK_END = "--IPKernelApp.exec_lines=__import__('atexit').register(__import__('gc').freeze)"
+
+#: A kernel that is ended while it waits says so as an error.
+QUIET = "--IPKernelApp.log_level=50"
+KERNEL_OPTIONS = [QUICK_END, QUIET]
 
 
 class RunError(RuntimeError):
@@ -41,28 +48,58 @@ class RunError(RuntimeError):
 def execute_notebook(notebook: Notebook, out: Path) -> Path:
     """Execute one notebook with its values in a kernel of its own, whose working directory is `out`.
 
-    The result is `out/NAME.ipynb`; after an error `out/NAME.failed.ipynb` instead, and a RunError.
+    The result is `out/NAME.ipynb`. After an error it is `out/NAME.failed.ipynb` instead, and a RunError; likewise when
+    a signal, or `ask_to_stop`, ends it: a KeyboardInterrupt.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
+    from fmn_nb.runs.kernel import OwnKernel, end_kernel, kernel_transport
+
     target = out / notebook.path.name
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
-    with replacing(target) as temporary, kernel_transport() as transport:
+    with kernel_transport() as (folder, settings), replacing(target) as temporary:
+        execution = partial(
+            papermill.execute_notebook, str(notebook.path), str(temporary), notebook.values, kernel_name="python3",
+            progress_bar=False, engine_name=engine(), config=Config(settings), kernel_manager_class=OwnKernel,
+            resources={"metadata": {"path": str(out)}},
+        )
         try:
-            papermill.execute_notebook(
-                str(notebook.path), str(temporary), notebook.values, kernel_name="python3", progress_bar=False,
-                engine_name=engine(), config=Config(transport), resources={"metadata": {"path": str(out)}},
-            )
+            _interruptibly(execution, partial(asked_to_stop, out), partial(end_kernel, folder))
         except PapermillExecutionError as error:
             os.replace(temporary, failed)
             raise RunError(target.name, error.exec_count, f"{error.ename}: {error.evalue}", str(failed)) from None
+        except KeyboardInterrupt:
+            _keep(temporary, failed)
+            raise
         except Exception as error:  # a dead kernel, a full disk: whatever stopped papermill itself
             executed = _keep(temporary, failed)
             raise RunError(target.name, None, f"{type(error).__name__}: {error}", executed) from error
     return target
+
+
+def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Callable[[float], None]) -> None:
+    """Do `work` in a thread of its own. On KeyboardInterrupt, or once `asked`, `end` it, see it through, and raise.
+
+    In the main thread nbclient would take the signals for itself, and an interrupt would strike it in its middle.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            while not future.done():
+                wait([future], timeout=LOOK_EVERY)
+                if asked():
+                    raise Stopped
+        except KeyboardInterrupt:
+            began, waited = time.monotonic(), 0.0
+            while not future.done():
+                end(waited)
+                wait([future], timeout=LOOK_EVERY)
+                waited = time.monotonic() - began
+            raise
+        future.result()
 
 
 def _keep(temporary: Path, failed: Path) -> str | None:
@@ -93,11 +130,12 @@ def engine() -> str:
 
             nb_man.save = save_seldom
             try:
-                return super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=[QUICK_END], **options)
+                return super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=KERNEL_OPTIONS, **options)
             finally:
                 del nb_man.save  # the class's own is back, by which papermill saves the end, also after an error
 
     papermill_engines.register(ENGINE, Engine)
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # its errors are raised, and told once
     return ENGINE
 
 
@@ -108,35 +146,3 @@ def without_slow_formats() -> None:
     package's own: its command and a sweep's workers.
     """
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  as if it were not installed
-
-
-@contextmanager
-def kernel_transport() -> Iterator[dict[str, Any]]:
-    """Kernel manager settings: Unix sockets in a private folder, since TCP ports can be taken by another kernel."""
-    if os.name != "posix":
-        yield {}
-        return
-    with tempfile.TemporaryDirectory(prefix="fmn-") as folder:  # short: a socket's path has about 100 bytes
-        yield {"KernelManager": {"transport": "ipc", "connection_file": os.path.join(folder, "kernel.json")}}
-
-
-def ask_kernel(code: str, patience: float = 60) -> str:
-    """What `code` prints in a new kernel that starts in an empty folder, as a run's does; it is always ended again.
-
-    RuntimeError or TimeoutError when it does not start, or does not answer within `patience` seconds; RuntimeError
-    when the code fails there.
-    """
-    from jupyter_client.manager import run_kernel
-
-    said: list[str] = []
-
-    def hear(message: dict[str, Any]) -> None:
-        if message["msg_type"] == "stream":
-            said.append(message["content"]["text"])
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        with run_kernel(kernel_name="python3", cwd=folder, startup_timeout=patience) as client:
-            reply = client.execute_interactive(code, allow_stdin=False, timeout=patience, output_hook=hear)["content"]
-    if reply["status"] != "ok":
-        raise RuntimeError(f"{reply.get('ename')}: {reply.get('evalue')}")
-    return "".join(said).strip()

@@ -25,14 +25,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
+from reprlib import repr as shortened  # no message repeats a value of a thousand letters
 from typing import Any
 
 from fmn_nb.concepts.concept import KINDS
 from fmn_nb.concepts.world import vocabulary_of
 from fmn_nb.files import notebooks_dir, read_json
 from fmn_nb.forgetting.settings import PRESETS
-from fmn_nb.models.names import bundled, check_on_hub, resolve
-from fmn_nb.runs.folder import RunFolder
+from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
+from fmn_nb.runs.folder import RunFolder, StateError
 
 TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
@@ -88,13 +89,17 @@ class Parameter:
         if value is None and self.optional:
             return None
         if type(value) not in TYPES[self.type]:
-            raise ParameterError(f"{self.name} must be {self._wanted()}, not the {_kind_of(value)} {value!r}")
+            quotes = "; in a YAML file, put it in quotes" if self.type == "str" and value is not None else ""
+            raise ParameterError(
+                f"{self.name} must be {self._wanted()}, not the {_kind_of(value)} {shortened(value)}{quotes}")
         if not _is_plain(value):
-            raise ParameterError(f"{self.name} must hold plain JSON values (finite numbers, text, lists): {value!r}")
+            raise ParameterError(f"{self.name} must hold plain JSON values (finite numbers, text, lists): "
+                                 f"{shortened(value)}")
         if self.choices and value not in self.choices:
-            raise ParameterError(f"{self.name} cannot be {value!r}; it is one of: {', '.join(self.choices)}")
+            raise ParameterError(f"{self.name} cannot be {shortened(value)}; it is one of: {', '.join(self.choices)}")
         if self.limits and not self.limits[0] <= value <= self.limits[1]:
-            raise ParameterError(f"{self.name} must lie from {self.limits[0]:g} to {self.limits[1]:g}, not {value!r}")
+            raise ParameterError(f"{self.name} must lie from {self.limits[0]:g} to {self.limits[1]:g}, not "
+                                 f"{shortened(value)}")
         return float(value) if self.type == "float" else value
 
     def parse(self, text: str) -> Any:
@@ -110,7 +115,7 @@ class Parameter:
         except (ValueError, SyntaxError) as error:
             if isinstance(error, ParameterError):
                 raise
-            raise ParameterError(f"{self.name} must be {self._wanted()}, not {text!r}") from None
+            raise ParameterError(f"{self.name} must be {self._wanted()}, not {shortened(text)}") from None
 
     def _wanted(self) -> str:
         article = "an" if self.type == "int" else "a"
@@ -120,11 +125,19 @@ class Parameter:
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
     """Name -> parameter, in the order of the notebook's cell tagged `parameters`.
 
-    Raises ParameterError when a line there is no typed literal, since its values could not be checked.
+    Raises ParameterError when the file is no notebook that can be executed, or a line there is no typed literal, since
+    its values could not be checked.
     """
+    import nbformat
     from papermill import inspect_notebook
 
-    inspected = inspect_notebook(notebook)
+    try:
+        nbformat.validate(nbformat.read(notebook, as_version=4))
+        inspected = inspect_notebook(notebook)
+    except Exception as error:  # noqa: BLE001  nbformat, jsonschema and papermill each have several for a broken file
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParameterError(f"{notebook} is no notebook that can be executed ({cause[:200]}); open it in "
+                             "JupyterLab, choose the Python kernel and save it") from error
     overlooked = [name for name in _assigned(notebook) if name not in inspected]
     if overlooked:  # papermill passes over what it cannot parse
         raise ParameterError(
@@ -206,6 +219,9 @@ def _is_plain(value: Any) -> bool:
 
 
 COURSE_RUN = ("01", "02", "03", "04")
+_SDXL_PART = "conditioner.embedders.1."  # of a single file's weights: the second text encoder
+_SDXL_CONFIGURATIONS = ("stabilityai/stable-diffusion-xl-base-1.0",)  # what diffusers takes for single files
+_SD_CONFIGURATIONS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1")
 SHARED_CACHE = ".cache"  # inside a run's or a sweep's folder: what its notebooks draw with the unchanged model, once
 #: what every run is known by; notebooks get those that they declare
 SETTINGS: dict[str, Parameter] = {
@@ -268,9 +284,9 @@ def plan_run(
 
     notebooks: numbers ("03"), names ("03_forget") or paths of .ipynb files, in the order of execution.
     out: the run's folder; default `runs/` and a readable name, with a hash where `parameters` has something.
-    within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH, one `cache` for
-        all of them (a run alone has its own), and no comparison with other presets (`compare`), unless `parameters`
-        say otherwise. Neither changes what is measured of the concept, and so neither is a part of a run's key.
+    within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH and one `cache`
+        for all of them; a run alone has its own. Comparisons with other presets (`compare`) are for a reader, so no run
+        makes them unless `parameters` say so. Neither is a part of a run's key: what is measured stays the same.
     parameters: values for notebook parameters; `texts`: the same as typed on a command line, parsed by type.
     settings: model, concept, kind (None: found out), preset, seed.
 
@@ -295,9 +311,8 @@ def plan_run(
 
     plan = Plan(settings, parameters, Path(), tuple(Notebook(path, {}) for path in paths))
     plan_out = _absolute(_folder(plan, out, within))
-    shared = {"cache": str(plan_out / SHARED_CACHE)}
-    if within is not None:
-        shared = {"cache": str(plan_out.parent / SHARED_CACHE), "compare": False}
+    cache = (plan_out if within is None else plan_out.parent) / SHARED_CACHE
+    shared = {"cache": str(cache), "compare": False}
     values = shared | settings | parameters | {"out": str(plan_out)}
     checked = []
     for path, one in zip(paths, declared, strict=True):
@@ -314,6 +329,8 @@ def _folder(plan: Plan, out: str | Path | None, within: str | Path | None) -> Pa
     if within is not None:
         return Path(within) / f"{plan.name}-{plan.key}"
     if out is not None:
+        if not str(out).strip():
+            raise RequestError("the run's folder has an empty name; name one ('.' is this folder)")
         return Path(out)
     return Path("runs") / (f"{plan.name}-{plan.key}" if plan.parameters else plan.name)
 
@@ -386,6 +403,8 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(place, str):
         check_on_hub(place)
     elif full["model"] not in bundled():
+        if place.is_file():
+            _check_single_file(place)
         full["model"] = str(_absolute(place))
     if full["preset"] not in PRESETS:
         raise RequestError(f"there is no preset '{full['preset']}'; there are: {', '.join(PRESETS)}")
@@ -393,10 +412,32 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
+@lru_cache(maxsize=256)  # sweeps ask a thousand times; a refusal is never kept
+def _check_single_file(file: Path) -> None:
+    """RequestError unless what diffusers wants beside a single file's weights is on this machine or on the hub."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as weights:
+            is_sdxl = any(name.startswith(_SDXL_PART) for name in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{file} can't be read as safetensors ({error}); get the file again") from None
+    faults = []
+    for source in _SDXL_CONFIGURATIONS if is_sdxl else _SD_CONFIGURATIONS:
+        try:
+            return check_on_hub(source)
+        except UnknownModelError as error:
+            faults.append(error)
+    raise RequestError(
+        f"{file} holds weights alone; their configuration and tokenizer ({source}) are neither on this machine nor in "
+        "reach: load it once with a connection, or make a folder of it and give that as --model: "
+        "fmn.load(FILE, config=FOLDER).save_pretrained(NEW)") from faults[-1]
+
+
 def check_concept(model: str, concept: str, kind: str | None) -> str:
     """The concept's kind; RequestError when the model is of a world that holds no such concept, or not of this kind."""
     if not concept.strip() or not concept.isprintable() or len(concept) > 100:
-        raise RequestError(f"{concept!r} is no concept: give one to a hundred printable characters")
+        raise RequestError(f"{shortened(concept)} is no concept: give one to a hundred printable characters")
     vocabulary = vocabulary_of(Path(resolve(model)))
     if vocabulary is None:
         return kind or "object"
@@ -417,7 +458,10 @@ def _check_folder(plan: Plan) -> None:
     if out.exists() and not out.is_dir():
         raise RequestError(f"{out} is a file; give a folder for the run")
     if RunFolder(out).state_file.exists():
-        _check_same_run(plan, read_json(RunFolder(out).state_file))
+        try:
+            _check_same_run(plan, RunFolder(out).checked_state())
+        except StateError as error:
+            raise RequestError(f"{error}; give another --out, or delete that file") from error
     elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise RequestError(f"{out} is not empty and holds no run; give a new or empty folder")
 
@@ -436,13 +480,13 @@ def _check_needs(plan: Plan) -> None:
 
 def _check_same_run(plan: Plan, state: Mapping[str, Any]) -> None:
     """Figures of two different runs must not meet in one folder."""
-    before = {**state.get("settings", {}), **state.get("parameters", {})}
+    before = {**state["settings"], **state["parameters"]}
     now = {**plan.settings, **plan.parameters}
     for name in (*before, *now):
         if before.get(name) != now.get(name):
             raise RequestError(
-                f"{plan.out} holds a run with {name} {before.get(name, 'not given')!r}, this one has "
-                f"{now.get(name, 'not given')!r}; give another --out"
+                f"{plan.out} holds a run with {name} {shortened(before.get(name, 'not given'))}, this one has "
+                f"{shortened(now.get(name, 'not given'))}; give another --out"
             )
 
 

@@ -7,12 +7,13 @@ import tempfile
 from functools import cache
 from html import escape
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from fmn_nb.files import write_text
+from fmn_nb.files import read_json, write_text
 from fmn_nb.runs.folder import REPORT_FILE, SWEEP_FILE, RunFolder, SweepReadingError, SweepResults, read_sweep
-from fmn_nb.runs.metrics import MEASURED, METRICS, PROBE_METRICS, Metric, comparison
+from fmn_nb.runs.metrics import MEASURED, METRICS, PROBE_METRICS, Metric, comparison, validate
 from fmn_nb.runs.notebook import execute_notebook
 from fmn_nb.runs.plan import Notebook, course_notebooks
 
@@ -32,6 +33,7 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         ReportError: it holds neither, or a sweep without a measured run.
+        StateError, MetricsError: the run's run.json or metrics.json isn't what a run leaves.
         RunError: notebook 07 failed on the sweep.
     """
     folder = Path(folder)
@@ -97,10 +99,13 @@ def _templates() -> Environment:
 
 def run_view(run: RunFolder) -> dict[str, Any]:
     """Everything the run's page shows, as plain values."""
-    state, metrics = run.state, run.metrics
+    state, metrics = run.checked_state(), {}
+    if run.metrics_file.exists():
+        validate(metrics := read_json(run.metrics_file))
     return {
         "state": state,
         "metrics": metrics,
+        "verdict": verdict(state["settings"]["concept"], metrics.get("before", {}), metrics.get("after", {})),
         "rows": _rows(metrics, METRICS),
         "probes": _rows(metrics, PROBE_METRICS),
         "ceiling": metrics.get("before", {}).get("ceiling"),
@@ -108,6 +113,22 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "figures": grouped_figures(run.images()),
         "notebooks": [(name, run.executed(name), entry) for name, entry in sorted(state["notebooks"].items())],
     }
+
+
+def verdict(concept: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What was forgotten and what was kept, in a sentence with its 95% intervals; empty where UA wasn't measured."""
+    if "ua" not in after:
+        return ""
+
+    def share(side: dict[str, Any], name: str) -> str:
+        low, high = side.get("ci95", {}).get(name, (None, None))
+        return f"{side[name]:.0%}" + ("" if low is None else f" (95% interval {low:.0%} to {high:.0%})")
+
+    said = f"The judge no longer sees “{concept}” in {share(after, 'ua')} of its images"
+    kept = [f"{what} in {share(after, name)} of theirs" + (f", {before[name]:.0%} before" if name in before else "")
+            for name, what in (("ira", "the other concepts of its kind"), ("cra", "what is of another kind"))
+            if name in after]
+    return said + (f"; it still sees {', and '.join(kept)}." if kept else ".")
 
 
 def _rows(metrics: dict[str, Any], wanted: tuple[Metric, ...]) -> list[dict[str, Any]]:
@@ -148,13 +169,15 @@ def _shown(path: Path) -> dict[str, Any]:
 
 def format_figure(value: Any) -> str:
     """A number as a reader wants it: three digits after the point for small ones, thousands set apart."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15:
+        return str(value) if isinstance(value, str) else shortened(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2e}"
 
 
-def format_size(count: int) -> str:
-    """A number of bytes in kB or MB (powers of 1000)."""
+def format_size(count: Any) -> str:
+    """A number of bytes in kB or MB (powers of 1000); what is no number stays as it is."""
+    if isinstance(count, bool) or not isinstance(count, int | float) or abs(count) > 1e15:
+        return format_figure(count)
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -22,8 +22,18 @@ from fmn_nb.files import read_json, versions, write_json
 from fmn_nb.runs.folder import LOCK_FILE, RunFolder, record
 from fmn_nb.runs.metrics import MEASURED, validate
 from fmn_nb.runs.notebook import RunError, execute_notebook
-from fmn_nb.runs.plan import COURSE_RUN, SHARED_CACHE, Notebook, Plan, RequestError, measuring_notebooks, plan_run
+from fmn_nb.runs.plan import (
+    COURSE_RUN,
+    SHARED_CACHE,
+    Notebook,
+    Plan,
+    RequestError,
+    course_notebooks,
+    measuring_notebooks,
+    plan_run,
+)
 from fmn_nb.runs.report import write_report
+from fmn_nb.runs.stopping import Stopped, stoppable
 
 Progress = Callable[[str], None]
 _versions = cache(versions)  # read once a process: that takes 10 ms, and a sweep's worker does a thousand runs
@@ -55,31 +65,54 @@ def execute(plan: Plan, progress: Progress | None = None, *, fresh: bool = False
     """Execute a checked plan and return its folder.
 
     One process at a time works in a folder: after `patience` seconds in vain, RequestError. `fresh` first
-    removes whatever an earlier attempt left there.
+    removes whatever an earlier attempt left there. A KeyboardInterrupt, or `ask_to_stop`, ends it as Stopped: what was
+    executed is kept, and run.json says "stopped".
     """
     tell = progress or (lambda text: None)
     plan.out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(plan.out, patience):
+    with stoppable([plan.out]), _alone_in(plan.out, patience):
         RunFolder(plan.out).tidy(everything=fresh)
         state = _State(plan)
-        record(plan.out, _header(plan))
-        for number, notebook in enumerate(plan.notebooks, 1):
-            tell(f"[{number}/{len(plan.notebooks)}] {notebook.path.stem} ")
-            started = time.perf_counter()
-            try:
-                execute_notebook(notebook, plan.out)
-            except RunError as error:
-                tell("failed\n")
-                state.failed(notebook, error)
-                raise
-            seconds = time.perf_counter() - started
-            state.passed(notebook, seconds)
-            tell(f"{seconds:.1f} s\n")
-        _check_promises(plan, state)
-        write_report(plan.out)
-        state.done()
+        try:
+            record(plan.out, _header(plan))
+            for number, notebook in enumerate(plan.notebooks, 1):
+                tell(f"[{number}/{len(plan.notebooks)}] {notebook.path.stem} ")
+                _execute(notebook, plan.out, state, tell)
+            _check_promises(plan, state)
+            write_report(plan.out)
+            state.done()
+        except KeyboardInterrupt:
+            state.stopped()
+            RunFolder(plan.out).tidy()
+            raise Stopped(_how_to_go_on(plan, state.finished)) from None
         shutil.rmtree(plan.out / SHARED_CACHE, ignore_errors=True)
     return plan.out
+
+
+def _execute(notebook: Notebook, out: Path, state: _State, tell: Progress) -> None:
+    """Execute one notebook, note what became of it, and tell."""
+    started = time.perf_counter()
+    try:
+        execute_notebook(notebook, out)
+    except RunError as error:
+        tell("failed\n")
+        state.failed(notebook, error)
+        raise
+    except KeyboardInterrupt:
+        tell("stopped\n")
+        state.interrupted(notebook)
+        raise
+    seconds = time.perf_counter() - started
+    state.passed(notebook, seconds)
+    tell(f"{seconds:.1f} s\n")
+
+
+def _how_to_go_on(plan: Plan, finished: int) -> str:
+    """What is finished of a stopped run, and what to type next."""
+    numbers = {path: number for number, path in course_notebooks().items()}
+    rest = ",".join(numbers.get(one.path, str(one.path)) for one in plan.notebooks[finished:])
+    todo = f"go on with --notebooks {rest}" if finished and rest else "the same command begins it again"
+    return f"{finished} of {len(plan.notebooks)} notebooks finished; {todo}"
 
 
 @contextmanager
@@ -141,7 +174,7 @@ class _State:
     """The run's `run.json`, written anew after every step."""
 
     def __init__(self, plan: Plan) -> None:
-        self.path = RunFolder(plan.out).state_file
+        self.path, self.finished = RunFolder(plan.out).state_file, 0
         before = read_json(self.path) if self.path.exists() else {}
         self.content = {
             "status": "running",
@@ -156,11 +189,19 @@ class _State:
 
     def passed(self, notebook: Notebook, seconds: float) -> None:
         self._note(notebook, {"status": "done", "seconds": round(seconds, 3)})
+        self.finished += 1
 
     def failed(self, notebook: Notebook, error: RunError) -> None:
         self.content["status"] = "failed"
         self.content["error"] = str(error)
         self._note(notebook, {"status": "failed", "cell": error.cell, "error": error.error})
+
+    def interrupted(self, notebook: Notebook) -> None:
+        self._note(notebook, {"status": "stopped"})
+
+    def stopped(self) -> None:
+        self.content["status"] = "stopped"
+        self._write()
 
     def done(self) -> None:
         self.content["status"] = "done"

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fmn_nb.files import read_yaml
 from fmn_nb.runs.metrics import first_fault
 from fmn_nb.runs.plan import COURSE_RUN, SETTINGS, Plan, plan_run
 from fmn_nb.runs.storage import Local, Remote, SweepError, storage_at
@@ -141,12 +142,10 @@ def _varied(combinations: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+    except ValueError as error:
+        raise SweepError(str(error)) from None
     if not isinstance(content, dict):
         raise SweepError(f"{path} must hold keys and values; the keys are: {', '.join(_keys())}")
     return content

@@ -133,12 +133,16 @@ def storage_at(out: Path | str) -> Local:
 
     Nothing is reached for.
     """
+    if not str(out).strip():
+        raise SweepError("the sweep's folder has an empty name; name one ('.' is this folder)")
     protocol, separator, path = str(out).partition("://")
     if not separator:
         return Local()
-    if not path.strip("/"):
+    if not protocol.strip() or not path.strip("/ "):
         raise SweepError(f"{out} names no folder; give one, as in s3://bucket/sweep")
-    _file_system(str(out))
+    files, _ = _file_system(str(out))
+    if not _can_change(files):
+        raise SweepError(f"{protocol}:// can be read and not written; give a folder, or a URL such as s3://bucket/sweep")
     return Remote(f"{protocol}://{path.rstrip('/')}")
 
 
@@ -155,6 +159,15 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise SweepError(f"{protocol}:// needs a package that is not installed: {todo}") from None
     except Exception as error:  # an unknown protocol, a malformed address
         raise SweepError(f"{url} cannot be used: {error}") from None
+
+
+def _can_change(files: Any) -> bool:
+    """Whether the file system can remove a file, which none does that only reads."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    own = [kind for kind in type(files).__mro__ if kind not in (AbstractFileSystem, AsyncFileSystem)]
+    return any(name in vars(kind) for kind in own for name in ("rm", "_rm", "rm_file", "_rm_file"))
 
 
 def _is_object_store(files: Any) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -23,6 +23,7 @@ from fmn_nb.runs.plan import SHARED_CACHE, Plan
 from fmn_nb.runs.report import write_report
 from fmn_nb.runs.runner import execute
 from fmn_nb.runs.spec import Sweep
+from fmn_nb.runs.stopping import telling
 from fmn_nb.runs.storage import Local, Remote, SweepError
 
 KERNEL_LAG = 2.5  # seconds: a kernel whose worker died looks for it once a second, then ends
@@ -45,7 +46,11 @@ def run_sweep(
     the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are finished: about 5
     KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for the images of every run's own model as well, so
     that a killed run goes on. `scheduler` is the address of a Dask scheduler, used in place of processes on this
-    machine. Raises SweepError when another sweep is working there, or when the storage cannot be used.
+    machine.
+
+    Raises:
+        SweepError: another sweep is working there, or the storage can't be used.
+        Stopped: a KeyboardInterrupt came; the text says what is finished.
     """
     with ExitStack() as stack:
         if isinstance(sweep.storage, Remote):
@@ -53,9 +58,10 @@ def run_sweep(
         sweep.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(sweep.storage.held(sweep.folder))
         progress = stack.enter_context(progress or Progress())
-        rows = _run_all(sweep, workers or sweep.workers, scheduler, retry_failed, progress)
-        if page:
-            _write_page(sweep, progress)
+        with telling(partial(_finished, sweep)):
+            rows = _run_all(sweep, workers or sweep.workers, scheduler, retry_failed, progress)
+            if page:
+                _write_page(sweep, progress)
     unfinished = [row for row in rows if row["status"] != "done"]
     if not unfinished:
         shutil.rmtree(sweep.folder / SHARED_CACHE, ignore_errors=True)
@@ -64,6 +70,8 @@ def run_sweep(
 
 def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bool, progress: Progress) -> list[Row]:
     """The rows of all runs, in the order of the specification; the tables are written whatever happens."""
+    import pandas  # noqa: F401  for the tables: loaded before the runs, so that a stopped sweep ends at once
+
     storage = sweep.storage
     listing = write_json(sweep.folder / SWEEP_FILE, {
         "runs": len(sweep.plans), "varied": sweep.varied, "notebooks": sweep.notebooks, "workers": workers,
@@ -75,23 +83,29 @@ def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bo
     todo = [plan for plan in sweep.plans if plan.key not in rows]
     progress.start(len(sweep.plans), len(rows), workers)
     try:
-        for plan, error in _executed(sweep, todo, workers, scheduler):
-            if error is None:
-                storage.fetch([plan.out])
-            rows[plan.key] = RunFolder(plan.out).row() if error is None else failed_row(plan, error)
-            progress.ended(rows[plan.key])
+        with closing(_executed(sweep, todo, workers, scheduler)) as ended:
+            for plan, error in ended:
+                if error is None:
+                    storage.fetch([plan.out])
+                rows[plan.key] = RunFolder(plan.out).row() if error is None else failed_row(plan, error)
+                progress.ended(rows[plan.key])
     finally:
         ordered = [rows[plan.key] for plan in sweep.plans if plan.key in rows]
         storage.keep(write_table(sweep.folder, ordered))
     return ordered
 
 
+def _finished(sweep: Sweep) -> str:
+    done = sum(RunFolder(plan.out).earlier_row(plan, retry_failed=True) is not None for plan in sweep.plans)
+    return f"{done} of {len(sweep.plans)} runs finished; the same command goes on"
+
+
 def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None) -> Iterator[Outcome]:
     if not todo:
-        return iter(())
+        return
     elsewhere = sweep.folder / SHARED_CACHE if isinstance(sweep.storage, Remote) else None
     workers = min(workers, len(todo))
-    return executed(todo, partial(attempt, storage=sweep.storage), workers, scheduler, sweep.cluster, elsewhere)
+    yield from executed(todo, partial(attempt, storage=sweep.storage), workers, scheduler, sweep.cluster, elsewhere)
 
 
 def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  it is frozen and holds nothing

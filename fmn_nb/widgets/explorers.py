@@ -6,15 +6,16 @@ Each is a thin shell of ipywidgets, and a static figure stands beside it in its 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 from PIL import Image
 
 from fmn_nb.attention import AttentionRecord, NotRecordedError
-from fmn_nb.concepts import PhraseNotFoundError
+from fmn_nb.concepts import Concept, PhraseNotFoundError, find_phrase
 from fmn_nb.models import generate
-from fmn_nb.plots import as_png, attention_map, describe, image_grid, measure_along, overlay, short_name
+from fmn_nb.plots import as_png, describe, image_grid, map_picture, measure_along, short_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,21 +26,29 @@ if TYPE_CHECKING:
 ALL, NOTHING = "all", "nothing"
 
 
+def _natural_size() -> ipywidgets.Image:
+    """A place for a picture that is shown as large as it is, and never wider than the page."""
+    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+
+
 class AttentionExplorer(ipywidgets.VBox):
     """Choose token, layer, head, step, branch and image of a record, and see that map and a sentence about it.
 
     Args:
         attention: the record; the text of its images must be known.
         images: the generated images, to lay the maps over; may be left out.
+        phrase: a concept or words of the prompt to begin with; the first word where left out.
 
     Attributes:
         token, layer, head, step, branch, image: the controls.
-        picture: the figure as PNG.
+        picture: the map over the image and alone, from its lowest to its highest value, as PNG.
         words: the sentence.
     """
 
-    def __init__(self, attention: AttentionRecord, images: list[Image.Image] | None = None) -> None:
+    def __init__(self, attention: AttentionRecord, images: list[Image.Image] | None = None,
+                 phrase: str | Concept | None = None) -> None:
         self.attention, self.images = attention, images
+        self.phrase = phrase.phrase if isinstance(phrase, Concept) else phrase
         self.image = ipywidgets.BoundedIntText(0, min=0, max=len(attention.images) - 1, description="image")
         self.branch = ipywidgets.Dropdown(options=attention.branches, description="branch")
         self.token = ipywidgets.Dropdown(description="token")
@@ -49,8 +58,7 @@ class AttentionExplorer(ipywidgets.VBox):
         self.layer = ipywidgets.Dropdown(options=layers, description="layer")
         self.head = ipywidgets.Dropdown(options=heads, description="head")
         self.step = ipywidgets.SelectionSlider(options=steps, description="step")
-        self.picture = ipywidgets.Image(format="png")
-        self.words = ipywidgets.HTML()
+        self.picture, self.words = _natural_size(), ipywidgets.HTML()
         self._offer_tokens()
         self._show()
         for control in (self.image, self.branch):
@@ -62,17 +70,21 @@ class AttentionExplorer(ipywidgets.VBox):
         super().__init__([ipywidgets.HBox([ipywidgets.VBox(controls), self.picture]), self.words])
 
     def _offer_tokens(self) -> None:
-        """The tokens of the chosen image and branch, or the recorded phrases; the first word to begin with."""
+        """The tokens of the chosen image and branch, or the recorded phrases; what was asked for to begin with."""
+        first = None
         if self.attention.phrases is not None:
-            options = [(phrase, phrase) for phrase in self.attention.phrases]
+            options, first = [(phrase, phrase) for phrase in self.attention.phrases], self.phrase
         else:
             text = self.attention.text(self.image.value, self.branch.value)
             columns = sorted(text.begin + text.words + text.first_eot)
             options = [(text.label(column), (column,)) for column in columns]
             if text.padding:
                 options.append(("padding", text.padding))
+            if self.phrase and find_phrase(text.prompt, self.phrase):
+                first = tuple(text.find(self.phrase).columns)
+                options += [] if len(first) == 1 else [(self.phrase, first)]
         choices = [choice for _, choice in options]
-        wanted = self.token.value if self.token.value in choices else choices[min(1, len(choices) - 1)]
+        wanted = next((one for one in (self.token.value, first) if one in choices), choices[min(1, len(choices) - 1)])
         # with a number in front: tokens repeat, names in a list must not
         self.token.options = [(f"{number} {name}", choice) for number, (name, choice) in enumerate(options)]
         self.token.value = wanted
@@ -90,47 +102,56 @@ class AttentionExplorer(ipywidgets.VBox):
             self.words.value = f"Nothing to show: {html.escape(str(reason))}"
             self.picture.value = b""  # or the last choice's picture would stand beside the words
             return
-        figure = (attention_map(values, label) if self.images is None
-                  else overlay(self.images[self.image.value], values, label))
-        self.picture.value, self.words.value = as_png(figure), html.escape(describe(values, label))
+        shown = map_picture(values, None if self.images is None else self.images[self.image.value])
+        self.picture.value, self.words.value = as_png(shown), html.escape(describe(values, label))
 
 
 class PatchScale(ipywidgets.VBox):
     """Images of some prompts under a patch at the scale that a slider says: 0 the base model, 1 the patch as trained.
 
-    Nothing is drawn before the slider is first moved, and each scale only once. The pipeline carries the patch only
-    while it draws.
+    Each scale is drawn once, that of the patch as trained at the start. The pipeline carries the patch only while it
+    draws.
 
     Args:
         pipe: the base model.
         patch: what to apply.
         prompts: one image each; image n has the seed `seed` + n.
-        most: the slider's end; beyond 1 the patch is stronger than it was trained. step: between two of its places.
+        drawn: scale -> the prompts' images, where some were drawn before.
+        most: the slider's end; beyond 1 the patch is stronger than it was trained.
         options: of `generate`, such as `steps` and `guidance`.
 
     Attributes:
         scale: the slider.
         picture: the images as PNG.
+        state: whether it is drawing.
     """
 
     def __init__(self, pipe: DiffusionPipeline, patch: Patch, prompts: list[str], seed: int = 0, *,
-                 most: float = 1.5, step: float = 0.25, **options: Any) -> None:
+                 drawn: Mapping[float, Sequence[Image.Image]] | None = None, most: float = 1.5,
+                 **options: Any) -> None:
         self.pipe, self.patch, self.prompts, self.seed, self.options = pipe, patch, list(prompts), seed, options
-        self._drawn: dict[float, bytes] = {}
-        self.scale = ipywidgets.FloatSlider(1.0, min=0.0, max=most, step=step, description="scale",
+        self._drawn = {float(scale): self._grid(images) for scale, images in (drawn or {}).items()}
+        self.scale = ipywidgets.FloatSlider(1.0, min=0.0, max=most, step=0.25, description="scale",
                                             continuous_update=False)
-        self.picture = ipywidgets.Image(format="png")
+        self.picture, self.state = _natural_size(), ipywidgets.HTML()
         self.scale.observe(lambda change: self.show(change["new"]), "value")
-        super().__init__([self.scale, self.picture])
+        self.show(1.0)
+        super().__init__([ipywidgets.HBox([self.scale, self.state]), self.picture])
 
     def show(self, scale: float) -> None:
         """Draw the prompts at a scale, or show them again."""
         if scale not in self._drawn:
+            self.state.value = "drawing ..."
             seeds = range(self.seed, self.seed + len(self.prompts))
-            with self.patch.applied(self.pipe, scale=scale):
-                images = generate(self.pipe, self.prompts, seeds, **self.options)
-            self._drawn[scale] = as_png(image_grid(images, columns=len(images), titles=self.prompts))
+            try:
+                with self.patch.applied(self.pipe, scale=scale):
+                    self._drawn[scale] = self._grid(generate(self.pipe, self.prompts, seeds, **self.options))
+            finally:
+                self.state.value = ""
         self.picture.value = self._drawn[scale]
+
+    def _grid(self, images: Sequence[Image.Image]) -> bytes:
+        return as_png(image_grid(images, columns=len(images), titles=self.prompts))
 
 
 class SweepExplorer(ipywidgets.VBox):
@@ -163,7 +184,7 @@ class SweepExplorer(ipywidgets.VBox):
         self.run = ipywidgets.Dropdown(options=[(results.label(run), run) for run in results.runs.index],
                                        description="run")
         self.words, self.about = ipywidgets.HTML(), ipywidgets.HTML()
-        self.picture, self.before, self.after = (ipywidgets.Image(format="png") for _ in range(3))
+        self.picture, self.before, self.after = (_natural_size() for _ in range(3))
         for control in (self.measure, self.along, self.by):
             control.observe(lambda _change: self._show_measure(), "value")
         self.run.observe(lambda _change: self._show_run(), "value")

@@ -23,7 +23,8 @@ from fmn_nb.attention.listening import MissedLayersError, attention_with_graph
 from fmn_nb.attention.qkv import probabilities
 from fmn_nb.attention.recorder import record_attention
 from fmn_nb.concepts.tokens import join_prompts, read_prompt
-from fmn_nb.models.pipelines import denoiser
+from fmn_nb.models.digests import fingerprint
+from fmn_nb.models.pipelines import denoiser, denoiser_name
 
 PIPES = {"sd": tiny_sd, "sdxl": tiny_sdxl, "pixart": tiny_pixart, "sd3": tiny_sd3, "flux": tiny_flux}
 JOINT = {"chroma", "aura_flow", "qwen_image", "cogview4"}
@@ -218,12 +219,45 @@ def test_attention_computed_by_hand_is_named_not_left_out(kind):
 
 
 def test_a_model_that_runs_past_its_hooks_is_named():
-    """As a compiled model does, whose forward calls no module."""
+    """As an exported model does, whose forward calls no module."""
     pipe = tiny_sd()
     layer = next(module for name, module in pipe.unet.named_modules() if name.endswith("attn2"))
     layer.__class__ = type("Compiled", (type(layer),), {"__call__": type(layer).forward})
-    with pytest.raises(MissedLayersError, match="before torch.compile"), record_attention(pipe):
+    with pytest.raises(MissedLayersError, match="as it was before"), record_attention(pipe):
         generate(pipe)
+
+
+@pytest.mark.parametrize("kind", ["sd", "pixart"])
+@pytest.mark.parametrize("every", [2, 4])
+def test_merged_tokens_have_no_map(kind, every):
+    """As tomesd's merge_crossattn does: cross-attention sees every n-th position, in an order of its own."""
+    pipe = PIPES[kind]()
+    for name, layer in denoiser(pipe).named_modules():
+        if name.endswith("attn2"):
+            layer.register_forward_pre_hook(lambda _, args: (args[0][:, ::every], *args[1:]))
+            layer.register_forward_hook(lambda *given: given[-1].repeat_interleave(every, dim=1))
+    with pytest.raises(MissedLayersError, match="merged .*tomesd"), record_attention(pipe):
+        generate(pipe, height=32, width=32)
+    with pytest.raises(MissedLayersError, match="merged"), attention_with_graph(pipe):
+        generate(pipe, height=32, width=32)
+
+
+@pytest.mark.parametrize("maker", [tiny_sd, tiny_sd3])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_compiled_denoiser_is_recorded_as_what_it_was(maker, wrapped):
+    pipe, name = maker(), denoiser_name(maker())
+    plain, prints = recorded(pipe), fingerprint(pipe)
+    if wrapped:
+        setattr(pipe, name, torch.compile(getattr(pipe, name), backend="eager"))
+    else:
+        getattr(pipe, name).compile(backend="eager")
+    generate(pipe)  # compiled before it is recorded
+    attention = recorded(pipe)
+    np.testing.assert_array_equal(attention.map("cat"), plain.map("cat"))
+    assert attention.layers == plain.layers and attention.model == plain.model and fingerprint(pipe) == prints
+    with record_attention(getattr(pipe, name)) as bare:
+        generate(pipe)
+    assert bare.layers == plain.layers
 
 
 def test_a_backend_chosen_for_a_transformer_is_heard():

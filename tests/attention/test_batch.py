@@ -23,7 +23,7 @@ from PIL import Image
 from tiny import generate, quiet, recorded, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention import NotRecordedError, record_attention
-from fmn_nb.concepts.tokens import PhraseNotFoundError, read_prompt
+from fmn_nb.concepts.tokens import PhraseNotFoundError, UnreadablePromptError, read_prompt
 from fmn_nb.models.pipelines import denoiser
 
 PROMPTS = ["a photo of a cat", "a frog and a dog"]
@@ -220,6 +220,86 @@ def test_embeddings_without_their_text(sd):
     plain = recorded(sd, "a cat")
     for other in (named, read, inside):
         assert np.array_equal(other.map("cat"), plain.map("cat"))
+
+
+@pytest.mark.parametrize("maker", [tiny_sd, tiny_sd3, tiny_flux])
+def test_prompts_encoded_once_are_known_in_every_generation(maker):
+    pipe, texts = maker(), ["a cat", "a frog and a dog"]
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+
+    def encoded(prompt: str) -> dict:
+        if maker is tiny_flux:
+            return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_prompt(prompt, prompt, None, 1),
+                            strict=False))
+        if maker is tiny_sd3:
+            return dict(zip(names, pipe.encode_prompt(prompt, prompt, prompt, max_sequence_length=20), strict=False))
+        return dict(zip(names, pipe.encode_prompt(prompt, "cpu", 1, True), strict=False))
+
+    with record_attention(pipe) as attention:
+        first, second = map(encoded, texts)
+        for given in (first, second, first):
+            generate(pipe, None, **given)
+        generate(pipe, "a fish")
+    said = [image.prompt.prompt for image in attention.images]
+    assert said == [texts[0], texts[1], texts[0], "a fish"]
+    assert attention.images[0].negative is None or attention.images[0].negative.prompt == ""
+    if maker is not tiny_flux:  # its columns go beyond the tokenizer's limit here
+        np.testing.assert_allclose(attention.map("dog", image=1), recorded(pipe, texts[1]).map("dog"), atol=1e-6)
+    with record_attention(pipe, phrases="cat") as attention:
+        given = encoded(texts[0])
+        for seed in range(2):
+            generate(pipe, None, **given, seed=seed)
+    assert attention.map("cat", image=1).any()
+
+
+def long_embeddings(pipe, text: str, room: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings of a text in chunks, as compel makes them, and their tokens: [1, columns, width], [columns]."""
+    tokenizer = pipe.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    chunks = [[tokenizer.bos_token_id, *ids[i:i + room], tokenizer.eos_token_id] for i in range(0, len(ids), room)]
+    chunks = torch.tensor([chunk + [tokenizer.pad_token_id] * (16 - len(chunk)) for chunk in chunks])
+    with torch.no_grad():
+        embeddings = torch.cat([pipe.text_encoder(chunk[None])[0] for chunk in chunks], dim=1)
+    return embeddings, chunks.flatten()
+
+
+LONG = "a photo of a cat and a dog and a fish and a penguin on a blue background and a frog"
+
+
+def test_words_past_the_first_chunk_of_a_long_prompt(sd):
+    embeddings, tokens = long_embeddings(sd, LONG)
+    given = {"prompt_embeds": embeddings, "negative_prompt_embeds": embeddings}
+    attention = recorded(sd, None, **given, keeping=dict(prompts=[LONG]))
+    (column,) = attention.text().find("frog").columns
+    assert sd.tokenizer.convert_ids_to_tokens(int(tokens[column])) == "frog</w>" and not attention.text().cut_off
+    assert np.array_equal(attention.map("frog"), attention.select(columns=[column]))
+    short = {name: values[:, :16] for name, values in given.items()}
+    assert recorded(sd, None, **short, keeping=dict(prompts=[LONG])).text().cut_off.endswith("and a frog")
+    twice = long_embeddings(sd, LONG + " " + LONG)[0][:, :32]
+    longer = recorded(sd, None, prompt_embeds=twice, negative_prompt_embeds=twice,
+                      keeping=dict(prompts=[LONG + " " + LONG]))
+    assert longer.text().cut_off.endswith("and a frog")
+
+
+@pytest.mark.parametrize("damage", ["room", "text", "columns"])
+def test_a_long_prompt_that_was_not_encoded_in_plain_chunks_is_refused(sd, damage):
+    embeddings, _ = long_embeddings(sd, LONG, 12 if damage == "room" else 14)
+    embeddings = embeddings[:, :-1] if damage == "columns" else embeddings
+    given = {"prompt_embeds": embeddings, "negative_prompt_embeds": embeddings}
+    text = LONG.replace("frog", "cat") if damage == "text" else LONG
+    with pytest.raises(UnreadablePromptError, match="by number"), record_attention(sd, prompts=[text]):
+        generate(sd, None, **given)
+    assert recorded(sd, None, **given, keeping=dict(columns=[20])).select(columns=[20]).any()
+
+
+def test_columns_by_number_need_no_readable_words(sd, monkeypatch):
+    tokenizer, pipe = sd.tokenizer, tiny_sd()
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_: "\ufffd")
+    attention = recorded(pipe, keeping=dict(columns=[3]))
+    assert attention.select(columns=[3]).any()
+    with pytest.raises(NotRecordedError, match="spell"):
+        attention.map("cat")
 
 
 def test_given_prompts_are_placed_as_pipelines_order_images(sd):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import by_hand, spied
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from safetensors.torch import load_file, save_file
 from tiny import generate, recorded, tiny_sd, tiny_sd3, tiny_sdxl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,9 +18,10 @@ from fmn_nb.attention.batch import Row
 from fmn_nb.attention.layers import UnknownArchitectureError
 from fmn_nb.attention.listening import MissedLayersError
 from fmn_nb.attention.qkv import probabilities
-from fmn_nb.attention.record import AttentionBudgetError, AttentionRecord, NotRecordedError
+from fmn_nb.attention.record import AttentionBudgetError, AttentionRecord, AttentionRecordError, NotRecordedError
 from fmn_nb.attention.recorder import Recorder, Selection, record_attention
 from fmn_nb.concepts import Concept, PhraseNotFoundError, read_prompt
+from fmn_nb.models.digests import digest
 from fmn_nb.models.pipelines import denoiser
 
 SDPA = F.scaled_dot_product_attention
@@ -303,6 +307,85 @@ def test_saved_and_loaded_records_are_equal(sd, tmp_path):
         AttentionRecord.load(tmp_path / "record")
     with pytest.raises(FileNotFoundError, match="attention.json is missing"):
         AttentionRecord.load(tmp_path)
+
+
+def changed_record(folder, change) -> None:
+    """Change a saved record's description and sums as someone does who knows how; `change` gets the tensors too."""
+    description = json.loads((folder / "attention.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "attention.safetensors")
+    change(description, tensors)
+    text = json.dumps(description)
+    (folder / "attention.json").write_text(text, encoding="utf-8")
+    save_file(tensors, folder / "attention.safetensors", {"description": digest([text])})
+
+
+def test_records_without_a_sum_load_as_before(sd, tmp_path):
+    attention = recorded(sd)
+    changed_record(attention.save(tmp_path), lambda description, _: description.pop("sha256"))
+    assert np.array_equal(AttentionRecord.load(tmp_path).map("cat"), attention.map("cat"))
+
+
+def test_each_flipped_bit_of_a_record_is_noticed(sd, tmp_path):
+    recorded(sd, keeping=dict(phrases="cat", heads="mean")).save(tmp_path)
+    places = np.random.default_rng(0)
+    for name in ("attention.safetensors", "attention.json"):
+        whole = (tmp_path / name).read_bytes()
+        for place in places.integers(0, len(whole.strip()), 60):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << places.integers(8)
+            (tmp_path / name).write_bytes(flipped)
+            with pytest.raises(AttentionRecordError, match=str(tmp_path)):
+                AttentionRecord.load(tmp_path)
+        (tmp_path / name).write_bytes(whole[:-9])
+        with pytest.raises(AttentionRecordError):
+            AttentionRecord.load(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("change", [
+    *(lambda said, _, name=name: said.pop(name) for name in ("layers", "grids", "images", "tensors", "heads")),
+    lambda said, _: said.update(tensors=[[]]),
+    lambda said, _: said["tensors"][0].update(steps_added="1"),
+    lambda said, _: said["tensors"][0].update(step=99),
+    lambda said, _: said["tensors"][0].update(rows=[["cond", 5]]),
+    lambda said, _: said.update(phrases=["cat", "dog"]),
+    lambda said, _: said["grids"].update(dict.fromkeys(said["grids"], [3, 3])),
+    lambda _, tensors: tensors["0"].fill_(float("nan")),
+    lambda _, tensors: tensors["0"].neg_(),
+    lambda _, tensors: tensors["0"].mul_(1e6),
+    lambda _, tensors: tensors.update({"0": tensors["0"].view(torch.int32)}),
+    lambda _, tensors: tensors.pop("0"),
+])
+def test_a_record_that_cannot_be_attention_is_refused(sd, tmp_path, change):
+    def both(said: dict, tensors: dict) -> None:
+        said.pop("sha256")
+        change(said, tensors)
+
+    changed_record(recorded(sd).save(tmp_path), both)
+    with pytest.raises(AttentionRecordError):
+        AttentionRecord.load(tmp_path)
+
+
+def test_what_is_asked_for_is_taken_as_prompts_are_or_hinted_at(sd):
+    attention = recorded(sd, keeping=dict(phrases="cat"))
+    assert np.array_equal(attention.map("Cat"), attention.map("cat"))
+    attention = recorded(sd)
+    with pytest.raises(PhraseNotFoundError, match="did you mean 'cat'"):
+        attention.map("cta")
+    with pytest.raises(ValueError, match="did you mean 'down_blocks"):
+        attention.map("cat", layer=attention.layers[0][:-1])
+    for wrong in (dict(phrase=5), dict(phrase="cat", size=(0, 0)), dict(phrase="cat", size=8),
+                  dict(phrase="cat", size=(8, 10**9))):
+        with pytest.raises(ValueError, match="columns=|size is|a side of a map"):
+            attention.select(**wrong)
+
+
+def test_a_record_shows_itself(sd):
+    for attention in (recorded(sd, "a <b>cat</b>"), recorded(sd, keeping=dict(phrases="cat")),
+                      recorded(sd, keeping=dict(columns=[3])), AttentionRecord()):
+        shown = attention._repr_html_()
+        assert "Attention record" in shown and "<b>" not in shown and len(shown) < 20_000
+    assert recorded(sd)._repr_html_().count("data:image/png") == 4  # a, photo, of, cat
 
 
 def test_bad_selections_are_named(sd):

@@ -6,7 +6,16 @@ import pytest
 from tiny import clip_tokenizer, t5_tokenizer
 
 from fmn_nb import concepts
-from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens, find_phrase, join_prompts, read_prompt
+from fmn_nb.concepts import (
+    Concept,
+    PhraseNotFoundError,
+    PromptTokens,
+    UnreadablePromptError,
+    find_phrase,
+    join_prompts,
+    read_prompt,
+)
+from fmn_nb.concepts.concept import forms_of
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +32,40 @@ def t5():
     ("cat", "object", "a photo of a cat"), ("octopus", "object", "a photo of an octopus"),
     ("unicorn", "object", "a photo of a unicorn"), ("hourglass", "object", "a photo of an hourglass"),
     ("the moon", "object", "a photo of the moon"), ("noto", "style", "a photo in the style of noto"),
+    ("nudity", "object", "a photo of nudity"), ("people", "object", "a photo of people"),
+    ("blue jeans", "object", "a photo of blue jeans"), ("MRI scan", "object", "a photo of an MRI scan"),
+    ("UFO", "object", "a photo of a UFO"), ("glass bus", "object", "a photo of a glass bus"),
+    ("cactus", "object", "a photo of a cactus"), ("lens", "object", "a photo of a lens"),
     ("Elon Musk", "identity", "a photo of Elon Musk"), ("  birthday   cake ", "object", "a photo of a birthday cake")])
 def test_the_plain_prompt(name, kind, prompt):
     assert Concept(name, kind).prompt == prompt
+
+
+@pytest.mark.parametrize("name", ["---", "\u200b", "\u200f", "cat\u202e", "cat\ud800", "cat\ndog", "", 7, None, True])
+def test_a_name_is_a_text_with_letters_and_nothing_hidden(name):
+    with pytest.raises(ValueError, match="a concept's name must be"):
+        Concept(name)
+
+
+def test_a_number_that_papermill_made_is_told_how_to_stay_a_text():
+    with pytest.raises(ValueError, match="-r"):
+        Concept(7)
+
+
+def test_plurals_are_forms_of_a_noun():
+    assert {"cat", "cats"} <= set(forms_of("cat")) and "body" in forms_of("bodies") and "foxes" in forms_of("fox")
+    assert "cat" in forms_of("cats") and "glas" not in forms_of("glass")
+
+
+def test_apostrophes_and_particles_do_not_hide_a_phrase():
+    assert find_phrase("a photo of Milo\u2019s bowl", "Milo's") and find_phrase("a photo of Milo's bowl", "Milo\u2019s")
+    assert find_phrase("\uace0\uc591\uc774\ub97c \uadf8\ub9bc", "\uace0\uc591\uc774")  # a cat, with its particle
+    assert not find_phrase("a concatenation", "cat")
+
+
+def test_a_concept_shows_itself():
+    shown = Concept("<i>cat")._repr_html_()
+    assert "object" in shown and "a photo of" in shown and "<i>" not in shown
 
 
 def test_the_paper_s_prompts_have_no_article():
@@ -187,6 +227,31 @@ def test_two_tokenizers_one_after_another(clip, t5):
     assert [other.tokens[c] for c in other.find("cat").columns] == ["cat</w>"]
 
 
-def test_a_tokenizer_without_offsets_is_refused():
-    with pytest.raises(ValueError, match="no character offsets"):
-        read_prompt(object(), "a cat")
+class Slow:
+    """A tokenizer written in Python alone, as Kolors' ChatGLM: it reports no character offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+
+    def __call__(self, *texts, **options):
+        return self.inner(*texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("prompt", ["A photo of a cat,  and a butterfly", "", "a cat " * 20])
+def test_a_tokenizer_without_offsets_is_read_by_its_tokens(clip, t5, prompt):
+    for tokenizer, text in ((clip, prompt), (t5, prompt.lower())):
+        slow, fast = read_prompt(Slow(tokenizer), text), read_prompt(tokenizer, text)
+        assert slow.words == fast.words and slow.cut_off == fast.cut_off and slow.first_eot == fast.first_eot
+        if text:
+            assert slow.find("cat") == fast.find("cat")
+
+
+def test_a_tokenizer_whose_tokens_do_not_spell_the_prompt_is_refused(clip, monkeypatch):
+    monkeypatch.setattr(type(clip), "decode", lambda *_: "\ufffd")
+    with pytest.raises(UnreadablePromptError, match="no character offsets"):
+        read_prompt(Slow(clip), "a cat")

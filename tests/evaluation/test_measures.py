@@ -1,6 +1,7 @@
 """The evaluation on judges and images with known answers: every figure equals the one computed by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fmn_nb.concepts import Concept
 from fmn_nb.emoji import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import Measures, drawings, harmonic_mean, measure
+from fmn_nb.evaluation.measures import check_image
 from fmn_nb.evaluation.protocol import FORGET_SET, REPEATS, image_seed
 from fmn_nb.stats import bootstrap, harmonic_mean_interval, wilson
 
@@ -166,3 +168,13 @@ def test_what_could_not_be_computed_is_absent_with_its_reason():
     metrics = Measures(ua=0.5, images=4, skipped={"frechet": "no real images"}).to_metrics()
     assert "frechet" not in metrics and metrics["skipped"] == {"frechet": "no real images"}
     assert not [v for v in metrics.values() if isinstance(v, float) and math.isnan(v)]
+
+
+def test_what_is_no_image_is_never_judged() -> None:
+    asked = SimpleNamespace(prompt="a cat", seed=0)
+    check_image(np.eye(4), asked, may_be_blank=False)
+    for wrong in (None, np.zeros(3), np.full((4, 4, 3), np.nan)):
+        with pytest.raises(ValueError, match="'a cat', seed 0"):
+            check_image(wrong, asked)
+    with pytest.raises(ValueError, match="one colour throughout"):
+        check_image(np.zeros((4, 4, 3), np.uint8), asked, may_be_blank=False)

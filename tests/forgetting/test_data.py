@@ -128,6 +128,16 @@ def test_the_similar_prompts_of_a_large_world_stand_densely_at_the_head_of_the_o
     ("a photo of some bread", Concept("bread"), "a photo"),
     ("a photo of this car, a cat and the car", Concept("car"), "a photo, a cat and"),
     ("a photo of my dog", Concept("my dog"), "a photo"),
+    ("a photo of my cat's toy", Concept("cat"), "a photo of my toy"),
+    ("a photo of a cat\u2019s umbrella", Concept("cat"), "a photo of an umbrella"),
+    ("An octopus's toy", Concept("octopus"), "A toy"),
+    ("a cat-shaped cake", Concept("cat"), "a cake"),
+    ("a photo of a tom-cat-like dog and a cat", Concept("cat"), "a photo of a dog and"),
+    ("a photo of the glasses' case", Concept("glasses"), "a photo of the case"),
+    ("a photo of Elon Musk's car", Concept("Elon Musk", kind="identity"), "a photo of car"),
+    ("a dog in noto's style", Concept("noto", kind="style"), "a dog"),
+    ("a noto-style dog", Concept("noto", kind="style"), "a dog"),
+    ("the dog is cat-like", Concept("cat"), "the dog is -like"),
 ])
 def test_the_anchor_of_a_prompt_is_the_prompt_without_the_concept(prompt: str, concept: Concept, left: str) -> None:
     assert without(prompt, concept) == left
@@ -176,7 +186,11 @@ def test_retain_prompts_name_no_concept() -> None:
     pipe = tiny_sd()
     neutral = retain_prompts(pipe, [Concept("cat"), Concept("oil painting", kind="style")], None)
     assert len(neutral) > 50 and not any("cat" in p.split() or "oil painting" in p for p in neutral)
-    assert retain_prompts(pipe, [Concept("cat")], ["a cat", "a concatenation"]) == ["a concatenation"]
+    others = ["a cat", "a concatenation", "two cats", "Cats"]
+    assert retain_prompts(pipe, [Concept("cat")], others) == ["a concatenation"]
+    assert retain_prompts(pipe, [Concept("cats")], others) == ["a concatenation"]
+    mice = ["a photo of bodies", "a body", "computer mouses"]
+    assert retain_prompts(pipe, [Concept("body"), Concept("mouse")], mice, ["computer mouse"]) == mice[2:]
     mouse = [Concept("mouse")]
     assert retain_prompts(pipe, mouse, ["a mouse", "a computer mouse"], ["computer mouse"]) == ["a computer mouse"]
     with pytest.raises(ValueError, match="give retain_prompts"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from quick import quick
@@ -11,10 +12,10 @@ from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention.layers import text_layers
-from fmn_nb.concepts import Concept, PhraseNotFoundError
+from fmn_nb.concepts import Concept, PhraseNotFoundError, UnknownConceptError
 from fmn_nb.forgetting import METHODS, PRESETS, Settings, SettingsError, settings_for, trainable
 from fmn_nb.forgetting.finetune import BETAS, EPSILON, forget
-from fmn_nb.models import conditions, denoiser, fingerprint, predict, seeded
+from fmn_nb.models import conditions, denoiser, fingerprint, load, predict, seeded
 from fmn_nb.patches.patch import applied_patches
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -70,6 +71,61 @@ def test_bad_arguments_are_told_apart() -> None:
             forget(pipe, **{"concepts": "cat", **wrong})
     with pytest.raises(PhraseNotFoundError, match="words there: a, dog"):
         forget(pipe, "cat", prompts=["a dog"], references=noise_images(1), retain_weight=0.0)
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"preset": None}, "preset is a name or Settings"), ({"preset": "balancd"}, "did you mean 'balanced'"),
+    ({"presett": "paper"}, "did you mean 'preset'"), ({"callback": 5}, "callback is a function"),
+    ({"concepts": None}, "concepts are a Concept"), ({"concepts": [5]}, "5 is no concept"),
+    ({"concepts": 5}, "concepts are a Concept"), ({"references": [None]}, "give a folder, or one or several of"),
+    ({"references": 5}, "images can't be read"), ({"masks": [None]}, "give a folder, or one or several of"),
+    ({"retain_prompts": "abc"}, "put it in brackets"), ({"retain_prompts": [""]}, "with words in them"),
+    ({"retain_prompts": []}, "with words in them"), ({"retain_prompts": [5]}, "with words in them"),
+    ({"prompts": "a cat"}, "put it in brackets"), ({"prompts": [" "]}, "with words in them"),
+    ({"towards": "Cat"}, "is the concept 'cat' itself"), ({"towards": "cats"}, "is the concept 'cat' itself"),
+    ({"towards": ""}, "name of a reading"), ({"towards": 5}, "name of a reading"),
+    ({"rank": 17}, "rank=17 is more than"), ({"rank": 100_000}, "rank .* 4096"), ({"batch_size": 10**9}, "batch_size"),
+    ({"reference_count": 10**12}, "reference_count"), ({"retain_count": 10**12}, "retain_count"),
+    ({"steps": 10**12}, "steps"), ({"height": 10**9, "width": 8}, "height"), ({"seed": True}, "a seed"),
+    ({"checkpoint": 5}, "checkpoint is a folder"), ({"checkpoint": __file__}, "is a file"),
+    ({"cache": __file__ + "/inside"}, "is a file"),
+])
+def test_what_cannot_be_is_told_in_one_line_before_anything_is_drawn(given, message, monkeypatch) -> None:
+    monkeypatch.setattr("fmn_nb.forgetting.data.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    with pytest.raises(ValueError, match=message) as error:
+        forget(tiny_sd(), **{"concepts": "cat", "steps": 1, **given})
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_the_world_s_models_never_learned_is_refused(monkeypatch) -> None:
+    class Drawn(Exception):  # noqa: N818
+        """Got as far as drawing."""
+
+    def draw(*_, **__):
+        raise Drawn
+
+    monkeypatch.setattr("fmn_nb.forgetting.data.generate_latents", draw)
+    pipe = load("emoji")
+    for concept in ("unicorm", "cta", "cats", Concept("cat", kind="style")):
+        with pytest.raises(UnknownConceptError, match="has no"):
+            forget(pipe, concept)
+    with pytest.raises(UnknownConceptError, match="did you mean 'cat'"):
+        forget(pipe, "catt")
+    for known in ({"concepts": "a cat"}, {"concepts": "Cat"}, {"concepts": Concept("noto", kind="style")},
+                  {"concepts": "unicorm", "prompts": ["a photo of a unicorm"]}, {"concepts": "mouse"}):
+        with pytest.raises(Drawn):
+            forget(pipe, **known)
+    pipe.tokenizer.add_tokens(["<toy>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    with pytest.raises(Drawn):
+        forget(pipe, Concept("toy", phrase="<toy>"))
+
+
+def test_numpy_s_whole_numbers_are_seeds() -> None:
+    options = {"references": noise_images(1), "retain_weight": 0.0}
+    patch, plain = (quick(tiny_sd(), seed=seed, **options) for seed in (np.int64(3), 3))
+    assert patch.info["seed"] == 3 and type(patch.info["seed"]) is int
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in patch.tensors.items())
 
 
 # ---- what comes back, and what stays --------------------------------------------------------------------------------

@@ -193,3 +193,56 @@ def test_damaged_files_are_clear_errors(tmp_path: Path) -> None:
     save_file({"<a>": torch.zeros(1, 4), "<b>": torch.zeros(1, 4)}, tmp_path / "learned_embeds.safetensors")
     with pytest.raises(InversionError, match="learned tokens are one"):
         LearnedTokens.load(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "name", "count"), [
+    ({"emb_params": torch.ones(2, 16)}, None, 1), ({"clip_l": torch.ones(2, 16), "clip_g": torch.ones(2, 20)}, None, 2),
+    ({"text_encoders_0": torch.ones(2, 16), "text_encoders_1": torch.ones(2, 20)}, None, 2),
+    ({"clip_g": torch.ones(2, 16)}, None, 1), ({"<toy>": torch.ones(2, 16)}, "<toy>", 1),
+    ({"my-toy": torch.ones(16, dtype=torch.float16)}, "my-toy", 1)])
+@pytest.mark.parametrize("file", ["learned_embeds.safetensors", "toy.safetensors"])
+def test_embeddings_from_elsewhere_are_read_by_folder_or_file_and_named(content, name, count, file, tmp_path) -> None:
+    save_file(content, tmp_path / file)
+    for place in (tmp_path, tmp_path / file, str(tmp_path / file)):
+        if name is None:
+            with pytest.raises(InversionError, match="choose a name"):
+                LearnedTokens.load(place)
+        else:
+            assert LearnedTokens.load(place).name == name
+        tokens = LearnedTokens.load(place, name="<mine>")
+        assert tokens.token_names[0] == "<mine>" and len(tokens.vectors) == count
+        assert [vectors.shape[1] for vectors in tokens.vectors] == [16, 20][:count]
+        assert all(vectors.dtype == torch.float32 for vectors in tokens.vectors)
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    ({"<toy>": torch.full((1, 16), float("nan"))}, "NaN"), ({"<toy>": torch.full((1, 16), float("inf"))}, "NaN"),
+    ({"<toy>": torch.ones(1, 16, dtype=torch.int64)}, "floating"), ({"<toy>": torch.ones(1, 16) > 0}, "floating"),
+    ({"clip_l": torch.ones(2, 16), "clip_g": torch.ones(1, 16)}, "as many"), ({"a b": torch.ones(1, 16)}, "blanks"),
+    ({"x": torch.ones(1, 16), "y": torch.ones(1, 16)}, "holds 2 tensors")])
+def test_embeddings_that_are_none_are_refused(content: dict, text: str, tmp_path: Path) -> None:
+    save_file(content, tmp_path / "learned_embeds.safetensors")
+    with pytest.raises(InversionError, match=text):
+        LearnedTokens.load(tmp_path, name=None if set(content) & {"a b", "<toy>"} else "<toy>")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
+def test_pickled_embeddings_are_told_by_file_and_folder(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"learned_embeds{suffix}"
+    torch.save({"<toy>": torch.ones(1, 16)}, file)
+    for place in (tmp_path, file):
+        with pytest.raises(InversionError, match="is pickled"):
+            LearnedTokens.load(place)
+
+
+def test_a_flipped_bit_and_too_few_encoders_are_told(tmp_path: Path) -> None:
+    tokens = LearnedTokens("<toy>", (torch.randn(1, 16), torch.randn(1, 16)))
+    file = tokens.save(tmp_path) / "learned_embeds.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.raises(InversionError, match="damaged or was changed"):
+        LearnedTokens.load(tmp_path)
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    with pytest.raises(InversionError, match="2 text encoders don't fit"), tokens.loaded(pipe):
+        pass
+    assert_unchanged(pipe, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from quick import quick
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from snapshots import assert_unchanged, noise_images, snapshot
 from tiny import tiny_sd
 
@@ -17,6 +18,7 @@ from fmn_nb.concepts.concept import Concept
 from fmn_nb.forgetting.finetune import ForgettingError
 from fmn_nb.forgetting.methods import fmn
 from fmn_nb.forgetting.state import CheckpointError
+from fmn_nb.models.digests import digest
 from fmn_nb.patches import LearnedTokens, Patch
 
 LONGER = {"steps": 4, "checkpoint_every": 2, "retain_weight": 0.0}
@@ -132,3 +134,70 @@ def test_what_a_nan_says_to_do_works(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="learning_rate"):
         quick(tiny_sd(), **lower, checkpoint=state)
     assert quick(tiny_sd(), **lower, checkpoint=tmp_path / "other").info["forgetting"]["steps"] == 4
+
+
+def changed(folder: Path, change) -> None:
+    """Change a saved state as someone does who knows how: `change` gets its JSON and its tensors, the sum is mended."""
+    said = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    file = folder / f"checkpoint-{said['step']}.safetensors"
+    tensors = load_file(file)
+    change(said, tensors)
+    content = save(tensors)
+    file.write_bytes(content)
+    (folder / "checkpoint.json").write_text(json.dumps(said | {"sha256": digest([content])}), encoding="utf-8")
+
+
+WEIGHT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
+
+
+@pytest.mark.parametrize("change", [
+    *(lambda said, _, name=name: said.pop(name) for name in ("identity", "measured", "seconds", "latents")),
+    *(lambda said, _, name=name: said.update({name: 5}) for name in ("identity", "measured", "stopped_because")),
+    lambda said, _: said.update(identity=[]), lambda said, _: said.update(step="4"),
+    lambda said, _: said.update(measured={}), lambda said, _: said["measured"].update(losses=[]),
+    lambda said, _: said["measured"].update(masses=["x"] * 4), lambda said, _: said.update(seconds="x"),
+    lambda _, tensors: tensors.pop(f"weight.{WEIGHT}"), lambda _, tensors: tensors.pop("adam.0.exp_avg"),
+    lambda _, tensors: tensors.pop("random.forget.generator"), lambda _, tensors: tensors.pop("random.forget.queue"),
+    lambda _, tensors: tensors.update({f"weight.{WEIGHT}": torch.ones(1)}),
+    lambda _, tensors: tensors["adam.0.exp_avg"].fill_(float("nan")),
+    lambda _, tensors: tensors.update({"random.forget.queue": torch.tensor([99])}),
+    lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("adam.")],
+    lambda _, tensors: tensors.update({"adam.999.step": torch.tensor(1.0)}),
+])
+def test_every_broken_part_of_a_checkpoint_is_one_error_and_the_model_stays(tmp_path: Path, change) -> None:
+    pipe, options = tiny_sd(), {"references": noise_images(1), "checkpoint": tmp_path, **LONGER}
+    quick(pipe, **options)
+    changed(tmp_path, change)
+    before = snapshot(pipe)
+    with pytest.raises(CheckpointError, match=f"(?s){tmp_path}.*delete"):
+        quick(pipe, **options)
+    assert_unchanged(pipe, before)
+
+
+def test_a_broken_file_of_a_checkpoint_is_one_error(tmp_path: Path) -> None:
+    options = {"references": noise_images(1), "checkpoint": tmp_path, **LONGER}
+    quick(tiny_sd(), **options)
+    whole = (tmp_path / "checkpoint.json").read_text(encoding="utf-8")
+    for text in ("[]", "null", "5", "{}", whole[:50], "[" * 100_000):
+        (tmp_path / "checkpoint.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="damaged"):
+            quick(tiny_sd(), **options)
+    said = json.loads(whole)
+    (tmp_path / "checkpoint-4.safetensors").write_bytes(b"\xff" * 40)  # with a sum that fits
+    (tmp_path / "checkpoint.json").write_text(json.dumps(said | {"sha256": digest([b"\xff" * 40])}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="damaged"):
+        quick(tiny_sd(), **options)
+
+
+def test_flipped_bits_of_drawn_latents_end_in_the_same_patch(tmp_path: Path) -> None:
+    options = {"checkpoint": tmp_path, **LONGER}
+    whole = quick(tiny_sd(), **options)
+    (file,) = (tmp_path / "latents").glob("*.safetensors")
+    content, drawn = file.read_bytes(), load_file(file)["latents"]
+    for place in (9, 60, len(content) // 2, len(content) - 1, content.index(b"F32")):
+        flipped = bytearray(content)
+        flipped[place] ^= 15 if flipped[place:place + 3] == b"F32" else 4  # F32 becomes I32
+        file.write_bytes(flipped)
+        again = quick(tiny_sd(), **options)
+        assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
+        assert torch.equal(load_file(file)["latents"], drawn), "drawn again"

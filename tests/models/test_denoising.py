@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from tiny import tiny_flux, tiny_sd, tiny_sd3
 
-from fmn_nb.models import Latents, Noising, Stream, conditions, denoiser, denoising_loss, noisy_batch, predict, seeded
+from fmn_nb.forgetting import forget
+from fmn_nb.models import (
+    Latents,
+    Noising,
+    Stream,
+    UnsupportedPipelineError,
+    conditions,
+    denoiser,
+    denoising_loss,
+    fingerprint,
+    noisy_batch,
+    predict,
+    seeded,
+)
 
 
 def test_a_batch_takes_spread_noise_and_timesteps_in_this_order() -> None:
@@ -33,3 +53,44 @@ def test_the_loss_is_the_distance_to_what_was_to_be_predicted(make) -> None:
     by_hand = (predict(model, noisy, batch.timesteps, given, prompts) - wanted).square().flatten(1).mean(1)
     torch.testing.assert_close(denoising_loss(model, noising, batch, given, prompts, per_row=True), by_hand)
     torch.testing.assert_close(denoising_loss(model, noising, batch, given, prompts), by_hand.mean())
+
+
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    (UniPCMultistepScheduler, FLOW), (DPMSolverMultistepScheduler, FLOW),
+    (DPMSolverMultistepScheduler, dict(use_flow_sigmas=True)), (FlowMatchHeunDiscreteScheduler, {}),
+])
+def test_a_flow_model_is_one_under_any_sampler(kind, settings) -> None:
+    pipe, right = tiny_sd3(), Noising(tiny_sd3())
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    x, noise, times = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([500, 3])
+    now = Noising(pipe)
+    assert torch.equal(now.target(x, noise, times), right.target(x, noise, times))
+    assert torch.equal(now.noisy(x, noise, times), right.noisy(x, noise, times))
+    assert fingerprint(pipe) == fingerprint(tiny_sd3())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_diffusion_model_is_noised_by_its_betas_under_any_sampler(kind) -> None:
+    pipe, swapped = tiny_sd(), tiny_sd()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=kind)
+    swapped.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    x, noise, times = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([500])
+    one, other = Noising(pipe), Noising(swapped)
+    assert one.kind == kind and torch.equal(one.target(x, noise, times), other.target(x, noise, times))
+    assert torch.equal(one.noisy(x, noise, times), other.noisy(x, noise, times))
+    assert fingerprint(pipe) == fingerprint(swapped)
+
+
+@pytest.mark.parametrize("make, kind, settings", [
+    (tiny_sd, EDMDPMSolverMultistepScheduler, {}),  # has no betas
+    (tiny_sd, UniPCMultistepScheduler, dict(prediction_type="trigflow")),  # a training that nobody here knows
+    (tiny_sd3, UniPCMultistepScheduler, {}),  # a flow model, and a sampler that was told nothing of it
+])
+def test_another_training_is_refused_by_its_schedulers_name(make, kind, settings) -> None:
+    pipe = make()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    with pytest.raises(UnsupportedPipelineError, match=kind.__name__):
+        forget(pipe, "cat", preset="paper", steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,6 @@ def test_a_dtype_that_is_none_is_refused() -> None:
 
 
 def test_damaged_and_missing_weights_are_one_clear_error(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -131,3 +130,107 @@ def test_fingerprint_ignores_learned_tokens_adapters_and_samplers(tmp_path: Path
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "own")
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     assert fingerprint(pipe) == print_
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_that_are_there_in_one_variant_are_found(variant: str, folder: Path, tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "all", variant=variant)
+    assert models.variant_of(tmp_path / "all") == variant and models.variant_of(folder) is None
+    assert fingerprint(models.load(tmp_path / "all", device="cpu")) == fingerprint(pipe)
+    shutil.copytree(folder, tmp_path / "unet alone")
+    shutil.rmtree(tmp_path / "unet alone" / "unet")
+    pipe.unet.save_pretrained(tmp_path / "unet alone" / "unet", variant=variant)
+    assert fingerprint(models.load(tmp_path / "unet alone", device="cpu")) == fingerprint(pipe)
+
+
+@pytest.mark.parametrize(("file", "variant"), [
+    ("model.safetensors", None), ("model.fp16.safetensors", "fp16"), ("model-00001-of-00002.safetensors", None),
+    ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16"),
+    ("diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "fp16"), ("model.non_ema.safetensors", "non_ema"),
+    ("pytorch_lora_weights.fp16.safetensors", None)])
+def test_a_variant_is_read_from_the_files_name(file: str, variant: str | None, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / file).touch()
+    assert models.variant_of(tmp_path) == variant
+
+
+def _delete(file: Path) -> None:
+    shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize(("place", "content"), [
+    ("model_index.json", "null"), ("model_index.json", "[]"), ("model_index.json", "{"), ("unet/config.json", "null"),
+    ("unet/config.json", "[]"), ("text_encoder/config.json", "[]"), ("scheduler/scheduler_config.json", "null"),
+    ("tokenizer/tokenizer.json", "null"), ("text_encoder/config.json", None), ("unet", None), ("vae/config.json", "{"),
+    ("model_index.json", "UNet2DConditionModel=UNetX"), ("model_index.json", "StableDiffusionPipeline=NoPipeline")])
+def test_a_broken_folder_is_one_clear_error(place: str, content: str | None, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    if content is None:
+        _delete(copy / place)
+    else:
+        old, is_change, new = content.partition("=")
+        (copy / place).write_text((copy / place).read_text().replace(old, new) if is_change else content)
+    with pytest.raises(models.ModelLoadError, match="copy"):
+        models.load(copy, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "gpu", 3.5])
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(models.ModelLoadError, match="no device"):
+        models.load(folder, device=device)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+                                  "StableDiffusionControlNetPipeline", "StableDiffusionXLImg2ImgPipeline"])
+def test_a_folder_of_a_pipeline_that_needs_a_picture_is_refused_before_its_weights(kind, tmp_path, monkeypatch) -> None:
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind}", "_diffusers_version": "0.42"}}')
+    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(models.UnsupportedPipelineError, match=f"{kind}.*from_pipe"):
+        models.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_single_file_offline_names_the_way_out_before_it_is_read(as_path: bool, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "sd15.safetensors"
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(1)}, file)
+    monkeypatch.setattr(models.StableDiffusionPipeline, "from_single_file", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(models.ModelLoadError, match="config=FOLDER") as told:
+        models.load(file if as_path else str(file), device="cpu")
+    assert "is the name right" not in str(told.value)
+    with pytest.raises(models.ModelLoadError, match="there is no folder"):
+        models.load(file, device="cpu", config=tmp_path / "nowhere")
+
+
+def test_single_files_that_draw_from_a_picture_are_refused(tmp_path: Path) -> None:
+    for name, tensors in {"inpainting": {models._FIRST_KEY: torch.zeros(4, 9, 3, 3)},
+                          "refiner": {models._REFINER_KEY: torch.zeros(1)}}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(models.UnsupportedPipelineError, match="draws from a picture"):
+            models.load(tmp_path / f"{name}.safetensors", device="cpu")
+
+
+def test_every_text_to_image_pipeline_of_diffusers_is_taken_and_those_with_a_picture_are_not() -> None:
+    from diffusers.pipelines.auto_pipeline import (
+        AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        AUTO_INPAINT_PIPELINES_MAPPING,
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    )
+
+    def is_refused(kind: type) -> bool:
+        try:
+            models.require_text_to_image(kind)
+        except models.UnsupportedPipelineError:
+            return True
+        return False
+
+    both = {kind for kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values()
+            if models._PICTURE_IS_OPTIONAL.match(kind.__name__)}
+    for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        assert is_refused(kind) == ("Control" in kind.__name__), kind
+    for kind in {*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values()} - both:
+        assert is_refused(kind), kind

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from quick import quick
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import quiet, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -426,3 +427,116 @@ def test_nan_never_becomes_a_patch() -> None:
         Patch("weights", {"conv_in.bias": torch.tensor([float("nan")])})
     with pytest.raises(ValueError, match="'lora' or 'weights'"):
         Patch("pickle", {"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "nan", "1", b"1", True, None, 1e300])
+def test_a_scale_that_is_no_finite_number_is_refused_and_nothing_changes(scale: object, base: dict) -> None:
+    pipe, patch = tiny_sd(), lora(base)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="finite number|would become infinite"), patch.applied(pipe, scale):
+        pass
+    assert_unchanged(pipe, before)
+    if scale != 1e300:
+        for other in (patch.scaled, lambda factor: combine([patch], [factor])):
+            with pytest.raises(ValueError, match="finite number"):
+                other(scale)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("kind", []), ("sha256", 5), ("concepts", [1]), ("concepts", [{"name": 5}]), ("concepts", None),
+    ("forgetting", None), ("forgetting", []), ("metrics", "x"), ("preset", {}), ("seed", "0"), ("tokens", 5),
+    ("tokens_sha256", ["x"]),
+    ("tokens_sha256", {"../x": "0"}), ("layout", "zip"), ("base", {"component": [], "fingerprint": "0"})])
+def test_a_wrong_type_in_the_description_is_a_clear_error(key: str, value: object, base: dict, tmp_path: Path) -> None:
+    file = lora(base).save(tmp_path) / "fmn.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(PatchFileError, match="doesn't describe a patch"):
+        Patch.load(tmp_path)
+
+
+def test_bare_mistakes_are_one_line(base: dict, tmp_path: Path) -> None:
+    patch, file = lora(base), tmp_path / "file"
+    file.write_text("x")
+    for rank in (0, -1, 1.5, True, "4"):
+        with pytest.raises(ValueError, match="rank must be a whole number from 1"):
+            patch.low_rank(rank)
+    for wrong in (patch, [patch, "folder"]):
+        with pytest.raises(ValueError, match="takes a list of patches"):
+            combine(wrong)
+    for place in (file, file / "patch"):
+        with pytest.raises(ValueError, match="is a file"):
+            patch.save(place)
+    assert file.read_text() == "x"
+    with pytest.raises(ValueError, match="'diffusers' or 'kohya'"):
+        patch.save(tmp_path / "new", layout="webui")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_that_came_with_a_patch_are_in_its_sum(base: dict, tmp_path: Path) -> None:
+    tokens = LearnedTokens("<toy>", (torch.randn(1, 16), torch.randn(1, 16)))
+    lora(base).save(tmp_path, tokens=tokens)
+    assert torch.equal(Patch.load(tmp_path).tokens.vectors[1], tokens.vectors[1])
+    second = tmp_path / "learned_embeds_2.safetensors"
+    save_file({"<toy>": torch.randn(1, 16)}, second)
+    with pytest.raises(PatchFileError, match="was changed"):
+        Patch.load(tmp_path)
+    second.unlink()
+    with pytest.raises(PatchFileError, match="is missing"):
+        Patch.load(tmp_path)
+
+
+def test_every_file_has_the_mode_of_any_new_one(base: dict, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        lora(base).save(tmp_path, tokens=LearnedTokens("<toy>", (torch.randn(1, 16),)))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o644}
+
+
+def test_a_low_rank_patch_keeps_biases_and_plain_diffusers_takes_them(base: dict, tmp_path: Path) -> None:
+    whole, plain, pipe = weights(base), tiny_sd(), tiny_sd()
+    patch = whole.low_rank(4)
+    bias = f"{CONVOLUTION}.bias"
+    assert torch.equal(dict(patch.differences())[bias], whole.tensors[bias])
+    assert whole.low_rank(4, biases=False).changed() == patch.changed() - {bias}
+    again = Patch.load(patch.scaled(0.5).save(tmp_path))
+    torch.testing.assert_close(dict(combine([again, again]).differences())[bias], whole.tensors[bias])
+    plain.load_lora_weights(tmp_path)
+    with again.applied(pipe):
+        torch.testing.assert_close(draw(plain), draw(pipe), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_other_programs_layout_is_read_by_diffusers_and_by_us(make, tmp_path: Path) -> None:
+    pipe, plain = make(), make()
+    patch = quick(pipe, train="lora", learning_rate=5e-2, retain_weight=0.0, rank=3)
+    patch.save(tmp_path, layout="kohya")
+    names = set(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
+    assert all(name.startswith("lora_unet_") and name.count(".") <= 2 for name in names)
+    assert {name.partition(".")[2] for name in names} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    again = Patch.load(tmp_path)
+    assert again.info == patch.info and all(torch.equal(again.tensors[n], t) for n, t in patch.tensors.items())
+    untouched = draw(pipe)
+    plain.load_lora_weights(tmp_path)
+    with patch.applied(pipe):
+        ours = draw(pipe)
+    torch.testing.assert_close(draw(plain), ours, rtol=1e-3, atol=1e-4)
+    assert (ours - untouched).abs().max() > 1e-3
+
+
+def test_what_the_layout_of_other_programs_cannot_hold_is_told(base: dict, tmp_path: Path) -> None:
+    for patch, text in ((weights(base), "makes a LoRA of it"), (weights(base).low_rank(2), "no place for"),
+                        (lora({**base, "component": "transformer"}), "the LoRA of a unet")):
+        with pytest.raises(ValueError, match=text):
+            patch.save(tmp_path / "patch", layout="kohya")
+    weights(base).low_rank(2, biases=False).save(tmp_path / "patch", layout="kohya")
+
+
+def test_a_patch_shows_itself_in_a_line_and_in_a_small_table(base: dict) -> None:
+    many = Patch("lora", lora(base).tensors, {"concepts": [{"name": "<b>cat</b>" * 50}] * 40, "base": base})
+    assert len(repr(many)) < 500 and "and 35 more" in repr(many)
+    table = Patch("lora", lora(base).tensors, {"concepts": [{"name": "<b>cat</b>"}], "preset": "uce",
+                                               "base": base})._repr_html_()
+    assert all(said in table for said in ("&lt;b&gt;cat", "uce", "lora", "MB", "tiny (unet)")) and "<b>" not in table
+    assert "nothing stated" in Patch("lora", lora(base).tensors)._repr_html_()

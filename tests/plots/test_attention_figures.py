@@ -14,6 +14,7 @@ from tiny import generate, tiny_sd
 
 from fmn_nb import plots
 from fmn_nb.attention import probabilities, record_attention, step_table, token_table
+from fmn_nb.models import ReferenceImageError
 from fmn_nb.plots import as_png, comparison, describe
 
 
@@ -34,6 +35,17 @@ def drawn(figure: Figure) -> list[np.ndarray]:
 def texts(figure: Figure) -> str:
     """Every word on a figure."""
     return " ".join(item.get_text() for item in figure.findobj(matplotlib.text.Text))
+
+
+def test_a_map_lies_over_arrays_and_what_is_no_image_is_refused(picture):
+    values = np.ones((2, 2))
+    for given in (np.asarray(picture), np.asarray(picture)[None] / 255):
+        assert plots.overlay(given, values, "cat").words == plots.overlay(picture, values, "cat").words
+    for wrong in (None, [picture, picture], np.zeros(3)):
+        with pytest.raises(ReferenceImageError):
+            plots.overlay(wrong, values)
+    with pytest.raises(ValueError, match="a map is"):
+        plots.overlay(picture, np.ones(3))
 
 
 def test_one_map_and_its_overlay(record, picture):

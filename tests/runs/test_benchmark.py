@@ -20,6 +20,7 @@ from fmn_nb.plots.tradeoff import forgetting_against_keeping
 from fmn_nb.runs import measure
 from fmn_nb.runs.benchmark import COSTS, BenchmarkError, plan_jobs, read_overrides, run_benchmark, summary, table_of
 from fmn_nb.runs.measure import CACHE, Bench
+from fmn_nb.runs.stopping import Stopped
 
 SHORT = {"steps": 1, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "batch_size": 1, "retain_batch": 1}
 
@@ -180,6 +181,19 @@ def test_a_failing_job_is_named_and_tried_again(bench: Bench, few, tmp_path: Pat
     assert "failed" not in read_json(out / "results.json")
     with pytest.raises(BenchmarkError, match="no job is done"):
         run(bench, short_plan("frog"), limit=0)
+
+
+def test_a_stopped_benchmark_says_how_many_jobs_are_done(bench: Bench, few, monkeypatch) -> None:
+    jobs, do = short_plan("cat", "frog"), Bench.do
+
+    def struck(self, job):
+        if job.concept.name == "frog":
+            raise KeyboardInterrupt
+        return do(self, job)
+
+    monkeypatch.setattr(Bench, "do", struck)
+    with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command goes on$"):
+        run(bench, jobs)
 
 
 def result_of(ua: float, ira: float, cra: float, h: float) -> dict:

@@ -1,5 +1,6 @@
 """`fmn-nb check` looks into the kernel and into a model's files, and says what to do about what is wrong there."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from fmn_nb.files import bundled_models
 from fmn_nb.runs import check as check
-from fmn_nb.runs.notebook import ask_kernel
+from fmn_nb.runs.kernel import ask_kernel
 
 
 @pytest.fixture
@@ -54,11 +55,25 @@ def test_a_kernel_that_takes_too_long_is_ended():
     assert not [one for one in children if "ipykernel_launcher" in " ".join(one.cmdline())]
 
 
+def _replace(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new))
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 SPOILT = {
     "no index": (lambda at: (at / "model_index.json").write_text("{"), "not valid JSON"),
     "an empty index": (lambda at: (at / "model_index.json").write_text("{}"), "lacks all parts"),
     "a part is missing": (lambda at: shutil.rmtree(at / "vae"), "lacks vae of what"),
     "a part is empty": (lambda at: [file.unlink() for file in (at / "tokenizer").iterdir()], "lacks tokenizer"),
+    "no configuration": (lambda at: (at / "unet" / "config.json").unlink(), "config.json"),
+    "a broken configuration": (lambda at: (at / "text_encoder" / "config.json").write_text("[]"), "loaded"),
+    "a broken tokenizer": (lambda at: [one.write_text("{") for one in (at / "tokenizer").glob("*.json")], "loaded"),
+    "a broken scheduler": (lambda at: (at / "scheduler" / "scheduler_config.json").write_text("null"), "loaded"),
+    "an unknown class": (lambda at: _replace(at / "model_index.json", "UNet2DConditionModel", "NoSuchModel"), "NoSuch"),
+    "a cut-off weight": (lambda at: _cut(next((at / "vae").glob("*.safetensors"))), "loaded"),
 }
 
 
@@ -67,7 +82,7 @@ def test_a_spoilt_folder_is_told_with_what_is_wrong(folder, spoil, says):
     assert check.named_model(str(folder)).state == "ok"
     spoil(folder)
     found = check.named_model(str(folder))
-    assert found.state == "failed" and says in found.found and found.advice
+    assert found.state == "failed" and re.search(says, found.found) and found.advice and "\n" not in found.found
 
 
 def test_a_single_file_needs_its_configuration_from_elsewhere(tmp_path):

@@ -51,6 +51,8 @@ def test_help_names_every_command(command):
         (["--notebooks", "01,77"], "there is no notebook '01'; the course has: 03_stub"),
         (["--preset", "balance"], "no preset 'balance'"),
         (["-p", "seed"], "-p takes name=value"),
+        (["-p", "=3"], "-p takes name=value, not '=3'"),
+        (["-p", "colour=red", "-p", "colour=blue"], "-p gives 'colour' twice"),
         (["-p", "colour=red"], "no chosen notebook has a parameter 'colour'"),
         (["--steps", "3"], "no chosen notebook has a parameter 'steps'"),
         (["--seed", "77"], "seed must lie from 0 to 9"),
@@ -138,12 +140,28 @@ def test_a_changed_or_missing_data_file_is_noticed(tmp_path, monkeypatch):
     assert "2 of 2 files missing or changed: prompts.txt, sprites/cat.png" in check.data().found
 
 
-def test_a_kernel_of_another_python_is_noticed(tmp_path, monkeypatch):
+@pytest.fixture
+def another_kernel(tmp_path, monkeypatch):
+    """A kernelspec python3 that starts something else, found before the environment's own."""
     folder = tmp_path / "kernels" / "python3"
     folder.mkdir(parents=True)
     (folder / "kernel.json").write_text('{"argv": ["/elsewhere/python", "-m", "ipykernel"], "display_name": "x"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    assert kernel().state == "failed" and "/elsewhere/python" in kernel().found
-    assert os.path.basename(sys.executable).startswith("python") and "ipykernel install" in kernel().advice
+
+
+def test_runs_start_this_python_whatever_kernels_are_installed(another_kernel, command, write_notebook):
+    notebook = write_notebook("03_stub.ipynb", CELL, f"import sys; assert sys.executable == {sys.executable!r}")
+    assert command("run", "--notebooks", notebook).exit_code == 0
+    assert kernel().state == "note" and "JupyterLab's kernel python3 starts /elsewhere/python" in kernel().found
+    assert "ipykernel install" in kernel().advice
+
+
+@pytest.mark.parametrize("name", ["run", "benchmark", "pretrain", "sweep"])
+@pytest.mark.parametrize("out", ["", " ", "data://x", "://x"])
+def test_a_folder_that_is_none_is_no_place_for_results(command, tmp_path, name, out):
+    (tmp_path / "spec.yaml").write_text("grid: {concept: [cat]}")
+    result = command(name, *(["spec.yaml"] if name == "sweep" else []), "--out", out)
+    assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.yaml"]

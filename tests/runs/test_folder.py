@@ -12,7 +12,7 @@ from PIL import Image
 
 from fmn_nb.files import write_json
 from fmn_nb.plots.tradeoff import cost_and_quality, forgotten_and_kept, measure_along
-from fmn_nb.runs.folder import SweepReadingError, read_sweep
+from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep
 from fmn_nb.widgets import SweepExplorer
 
 GRID = [("cat", 5), ("cat", 35), ("frog", 5), ("frog", 35)]
@@ -151,3 +151,18 @@ def test_the_explorer_needs_a_measured_run(folder):
     (folder / "results.csv").unlink()
     with pytest.raises(ValueError, match="no finished run in sweep was measured"):
         SweepExplorer(read_sweep(folder))
+
+
+def test_tidying_takes_links_away_and_what_they_lead_to_stays(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "images").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / ".kept.part.png").touch()
+    (run / "images" / ".half.part.png").touch()
+    for name, target in (("folder", elsewhere), ("file", elsewhere / ".kept.part.png"), ("gone", tmp_path / "gone")):
+        (run / name).symlink_to(target)
+    (run / ".lock").touch()
+    RunFolder(run).tidy()
+    assert not (run / "images" / ".half.part.png").exists() and (run / "folder").is_symlink()
+    RunFolder(run).tidy(everything=True)
+    assert [path.name for path in run.iterdir()] == [".lock"] and (elsewhere / ".kept.part.png").exists()

@@ -98,3 +98,13 @@ def test_text_of_another_type_is_refused(declared, name, text):
 def test_a_cell_that_cannot_be_checked_is_refused(write_notebook, cell, says):
     with pytest.raises(ParameterError, match=says):
         read_parameters(write_notebook("03_stub.ipynb", cell))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"cells": null}', '{"cells": [], "nbformat": 99}',
+                                     '{"cells": [{"cell_type": "code"}], "metadata": {}, "nbformat": 4}',
+                                     '{"cells": [], "metadata": [], "nbformat": 4, "nbformat_minor": 5}', "[" * 99_999])
+def test_a_broken_notebook_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "03_broken.ipynb").write_text(content)
+    with pytest.raises(ParameterError, match="03_broken.ipynb is no notebook that can be executed") as caught:
+        read_parameters(tmp_path / "03_broken.ipynb")
+    assert "\n" not in str(caught.value)

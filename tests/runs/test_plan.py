@@ -5,7 +5,9 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fmn_nb.models import names
 from fmn_nb.models.names import UnknownModelError
@@ -218,3 +220,28 @@ def test_wrong_names_are_answered_without_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 3
+
+
+def test_a_single_file_whose_configuration_is_out_of_reach_is_refused_before_a_kernel(course, tmp_path, monkeypatch):
+    """Tests are offline, and nothing is cached for it."""
+    save_file({"x": np.zeros(1)}, tmp_path / "sd15.safetensors")
+    with pytest.raises(RequestError, match=r"holds weights alone.*config=FOLDER.*save_pretrained"):
+        plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
+    monkeypatch.setattr(plans, "check_on_hub", lambda name: None)
+    assert plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(RequestError, match="can't be read as safetensors"):
+        plan_run(notebooks="03", model=str(tmp_path / "cut.safetensors"))
+
+
+def test_an_empty_folder_name_is_not_the_current_folder(course):
+    with pytest.raises(RequestError, match="empty name"):
+        plan_run(notebooks="03", out="")
+
+
+@pytest.mark.parametrize("state", ["[]", "null", "{", "[" * 100_000, '{"settings": 5}', '{"status": "done"}'])
+def test_a_folder_whose_state_is_no_run_is_refused_in_one_line(course, tmp_path, state):
+    (tmp_path / "run.json").write_text(state)
+    with pytest.raises(RequestError, match="run.json") as caught:
+        plan_run(notebooks="03", out=tmp_path)
+    assert "\n" not in str(caught.value) and (tmp_path / "run.json").read_text() == state

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from fmn_nb.files import data_dir, write_json
-from fmn_nb.runs.folder import record, save_image
+from fmn_nb.runs.folder import StateError, record, save_image
 from fmn_nb.runs.metrics import comparison
-from fmn_nb.runs.report import ReportError, format_figure, format_size, write_report
+from fmn_nb.runs.report import ReportError, format_figure, format_size, verdict, write_report
 from fmn_nb.runs.spec import plan_sweep
 from fmn_nb.runs.sweep import Progress, run_sweep
 
@@ -170,3 +170,47 @@ def _in_browser(chromium: str, report: Path, width: int, tmp_path: Path) -> dict
     title = re.search(r"<title>(\{.*?\})</title>", result.stdout, re.DOTALL)
     assert title, result.stderr
     return json.loads(html.unescape(title[1]))
+
+
+def _nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("change", [
+    {"notebooks": []}, {"settings": None}, {"settings": {}}, {"versions": []}, {"started": 5}, {"parameters": [1]},
+    {"notebooks": {"a": None}}, {"notebooks": {"a": {"status": "done", "seconds": "x"}}}, {"status": {}}, {"error": []},
+])
+def test_a_state_that_is_none_is_told_in_one_line(run_folder, change):
+    state = json.loads((run_folder / "run.json").read_text())
+    write_json(run_folder / "run.json", state | change)
+    with pytest.raises(StateError, match=f"run.json is no run's state: {next(iter(change))}") as caught:
+        write_report(run_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{", '{"before": {"ua": "x"}}', '{"seed": 1e400}', _nested(20_000)])
+def test_files_that_are_broken_are_told_as_such(run_folder, file, text):
+    (run_folder / file).write_text(text)
+    with pytest.raises(ValueError) as caught:
+        write_report(run_folder)
+    assert "\n" not in str(caught.value) and type(caught.value).__module__.startswith(("fmn_nb", "builtins"))
+
+
+def test_the_page_begins_with_what_came_of_it(run_folder):
+    page = write_report(run_folder).read_text()
+    said = ("The judge no longer sees “cat” in 100% of its images; it still sees the other concepts of its kind in 98% "
+            "of theirs, 98% before, and what is of another kind in 90% of theirs, 90% before.")
+    assert page.index("<main>") < page.index(said) < page.index('class="cards"') < page.index("</main>")
+
+
+def test_a_verdict_has_its_interval_and_says_no_more_than_was_measured():
+    assert verdict("cat", {}, {"ua": 0.96, "ci95": {"ua": [0.9, 1.0]}}) == (
+        "The judge no longer sees “cat” in 96% (95% interval 90% to 100%) of its images.")
+    assert verdict("cat", {}, {"ira": 1.0}) == ""
+
+
+def test_the_page_of_a_stopped_run_says_so(run_folder):
+    state = json.loads((run_folder / "run.json").read_text())
+    write_json(run_folder / "run.json", state | {"status": "stopped"})
+    assert "This run was stopped." in write_report(run_folder).read_text()

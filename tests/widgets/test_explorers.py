@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from quick import quick
 from snapshots import noise_images
 from tiny import generate, tiny_sd
 
 import fmn_nb.models
 from fmn_nb.attention import record_attention
-from fmn_nb.plots import as_png, describe, image_grid, overlay
+from fmn_nb.concepts import Concept
+from fmn_nb.plots import as_png, describe, image_grid, map_picture
 from fmn_nb.widgets import AttentionExplorer, PatchScale
 
 
@@ -20,9 +23,23 @@ def test_the_explorer_shows_what_is_chosen(record, picture):
     explorer.layer.value, explorer.head.value, explorer.step.value = record.layers[2], 1, 2
     expected = record.select("cat", layer=record.layers[2], head=1, step=2)
     assert explorer.words.value.replace("&#x27;", "'") == describe(expected, "cat")
-    assert bytes(explorer.picture.value) == as_png(overlay(picture, expected, "cat")) != first
+    assert bytes(explorer.picture.value) == as_png(map_picture(expected, picture)) != first
     explorer.branch.value = "uncond"
     assert [label.split(" ")[1] for label, _ in explorer.token.options] == ["begin", "end", "padding"]
+
+
+def test_the_explorer_begins_with_what_was_asked_for(record, picture):
+    assert AttentionExplorer(record, [picture], phrase="cat").token.value == (5,)
+    explorer = AttentionExplorer(record, [picture], phrase=Concept("photo of"))
+    assert explorer.token.label.endswith("photo of") and len(explorer.token.value) == 2
+    assert AttentionExplorer(record, phrase="dog").token.value == AttentionExplorer(record).token.value
+
+
+def test_the_explorer_answers_at_once(record, picture):
+    explorer, started = AttentionExplorer(record, [picture]), time.perf_counter()
+    for step in record.steps[:3]:
+        explorer.step.value = step
+    assert time.perf_counter() - started < 3 * 0.2
 
 
 def test_the_explorer_of_phrases_and_of_means():
@@ -56,7 +73,10 @@ def test_a_moved_slider_shows_the_patch_at_that_scale(monkeypatch) -> None:
     patch = quick(pipe, learning_rate=5e-2, retain_weight=0.0, references=noise_images(1))
     own = [(parameter, parameter.clone()) for parameter in pipe.unet.parameters()]
     slider = PatchScale(pipe, patch, prompts, seed=3, steps=2)
-    assert slider.picture.value == b"" and list(slider.children) == [slider.scale, slider.picture]
+    with patch.applied(pipe):
+        drawn = fmn_nb.models.generate(pipe, prompts, [3, 4], steps=2)
+    assert bytes(slider.picture.value) == as_png(image_grid(drawn, columns=2, titles=prompts))
+    assert PatchScale(pipe, patch, prompts, drawn={1: drawn}).picture.value == slider.picture.value
     for scale in (0.0, 0.5):
         slider.scale.value = scale
         with patch.applied(pipe, scale):

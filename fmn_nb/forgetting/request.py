@@ -1,0 +1,98 @@
+"""What `forget` is given, checked before anything is drawn or trained: each function says what is wrong in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fmn_nb.concepts import Concept, find_phrase, forms_of, world_of
+from fmn_nb.forgetting.settings import Settings, SettingsError
+from fmn_nb.forgetting.weights import trained_layers
+from fmn_nb.models import denoiser, tokenizers
+
+
+def concepts_of(given: Any) -> tuple[Concept, ...]:
+    """The concepts, each given as such or, for an object, by its name.
+
+    Raises:
+        ValueError: there is none, one stands there twice, or something is neither a concept nor a name.
+    """
+    several = [given] if isinstance(given, Concept | str) else given
+    if not isinstance(several, Iterable) or isinstance(several, bytes):
+        raise ValueError(f"concepts are a Concept, a name or a list of these, not {given!r}")
+    named = tuple(Concept(one) if isinstance(one, str) else one for one in several)
+    wrong = [one for one in named if not isinstance(one, Concept)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no concept: give a name, or Concept(name, kind=...)")
+    names = [concept.name for concept in named]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"forget needs at least one concept and each once, not {names}")
+    return named
+
+
+def checked_texts(name: str, given: Any) -> list[str] | None:
+    """Prompts as a list; None stays None. A ValueError where it is one text, empty, or holds what is no text."""
+    if given is None:
+        return None
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} are a list of texts, not {given!r}: put it in brackets")
+    texts = list(given)
+    wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if wrong or not texts:
+        raise ValueError(f"{name} are texts with words in them, not {wrong[0] if wrong else texts!r}")
+    return texts
+
+
+def check_reading(concept: Concept, reading: Any) -> None:
+    """Raise a ValueError unless `reading` is a text that says something else than the concept."""
+    if not isinstance(reading, str) or not reading.strip():
+        raise ValueError(f"towards is the name of a reading, a text such as 'computer mouse', not {reading!r}")
+    if reading.strip().casefold() in {form.casefold() for word in (concept.name, concept.phrase)
+                                      for form in forms_of(word)}:
+        raise ValueError(f"towards={reading!r} is the concept {concept.name!r} itself: name what is to show instead")
+
+
+def folder_of(name: str, given: Any) -> Path | None:
+    """A folder to write to, or None. A SettingsError where it is none and can't become one."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str | os.PathLike):
+        raise SettingsError(f"{name} is a folder, not {given!r}")
+    folder = Path(given)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise SettingsError(f"{name} is a folder, and {there} is a file: name another place")
+    return folder
+
+
+def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
+    """Raise an UnknownConceptError for a name that the models of the pipeline's world never learned.
+
+    A token that was added to the tokenizer since (a learned one) is known.
+    """
+    world = world_of(pipe)
+    if world is None:
+        return
+    added = {token for tokenizer in tokenizers(pipe) for token in tokenizer.get_added_vocab()}
+    known = {name.casefold(): name for name in world.vocabulary.concepts()}
+    for concept in concepts:
+        if not any(find_phrase(concept.phrase, token) for token in added):
+            name = next((known[said.casefold()] for said in (concept.name, concept.phrase) if said.casefold() in known),
+                        concept.name)
+            world.vocabulary.check(replace(concept, name=name))
+
+
+def check_rank(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Raise a SettingsError where a LoRA's rank is more than the narrowest trained layer has channels."""
+    if settings.train != "lora":
+        return
+    model = denoiser(pipe)
+    widths = [min(model.get_submodule(name).weight.shape) for name in trained_layers(model, settings)]
+    if widths and settings.rank > min(widths):
+        raise SettingsError(f"rank={settings.rank} is more than the narrowest trained layer's {min(widths)} channels: "
+                            f"choose a rank from 1 to {min(widths)}")

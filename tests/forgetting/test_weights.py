@@ -1,0 +1,50 @@
+"""Which weights are trained where a user's own adapters stand beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoHaConfig, LoraConfig
+from quick import quick
+from snapshots import assert_unchanged, draw, noise_images, snapshot
+from tiny import tiny_sd
+
+from fmn_nb.forgetting.settings import SettingsError
+from fmn_nb.models.digests import fingerprint
+
+ADAPTERS = {"lora": LoraConfig(r=2, target_modules=["to_k", "conv_in"], init_lora_weights=False),
+            "dora": LoraConfig(r=2, target_modules=["to_k"], use_dora=True),
+            "loha": LoHaConfig(r=2, target_modules=["to_k"], init_weights=False)}
+
+
+@pytest.mark.parametrize("train", ["denoiser", "cross_attention", "projections"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_whole_weights_are_the_models_own_by_plain_names(kind: str, train: str) -> None:
+    pipe, plain = tiny_sd(), tiny_sd()
+    pipe.unet.add_adapter(ADAPTERS[kind], "style")
+    before = snapshot(pipe)
+    patch = quick(pipe, preset="paper", references=noise_images(1), train=train, learning_rate=1e-3)
+    assert_unchanged(pipe, before)
+    assert patch.changed() <= set(dict(plain.unet.named_parameters()))
+    assert any(name.endswith("attn2.to_k.weight") for name in patch.changed())
+    assert patch.info["base"]["fingerprint"] == fingerprint(plain)
+    clean = draw(plain)
+    with patch.applied(plain):
+        assert (draw(plain) - clean).abs().max() > 0
+
+
+def test_a_lora_is_refused_until_adapters_are_fused_and_unloaded(tmp_path: Path) -> None:
+    pipe = tiny_sd()
+    quick(pipe).save(tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=r"fuse_lora\(\) and then pipe.unload_lora_weights.*fits no other"):
+            quick(pipe)
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    patch = quick(pipe)
+    with patch.applied(pipe):
+        pass
+    with pytest.raises(ValueError, match="was made for the base model"):
+        patch.apply(tiny_sd())

@@ -1,0 +1,53 @@
+"""YAML as people mean it, and as nobody means it."""
+
+import pytest
+
+from fmn_nb.files import MOST_YAML, parse_yaml, read_json, read_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-5", 2e-5), ("1.0e-5", 1e-5), ("1E3", 1000.0), (".5", 0.5), ("-.inf", float("-inf")),
+        ("12", 12), ("-3", -3), ("0", 0), ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
+        ("007", "007"), ("010", "010"), ("no", "no"), ("on", "on"), ("Yes", "Yes"), ("0x1f", "0x1f"),
+        ("1_000", "1_000"), ("12:30:45", "12:30:45"),
+        ("2020-01-01", "2020-01-01"), ("'12'", "12"), ("[1e-5, no]", [1e-5, "no"]),
+    ],
+)
+def test_a_plain_value_is_what_yaml_1_2_makes_of_it(text, value):
+    found = parse_yaml(text, "here")
+    assert found == value and type(found) is type(value)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True))
+BAD = {
+    "a key twice": ("concept: [cat]\nseed: [0]\nconcept: [frog]", "key 'concept' stands there twice"),
+    "a key twice, deeper": ("grid: {seed: [0], seed: [1]}", "key 'seed' stands there twice"),
+    "aliases of aliases": (BOMB, f"more than {MOST_YAML:,} values"),
+    "a list that holds itself": ("a: &a [*a]", "holds itself"),
+    "too deep": ("[" * 5000, "too deeply"),
+    "no YAML": ("a: [", "no readable YAML"),
+    "an object of Python's": ("!!python/object/apply:os.getcwd []", "no readable YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), BAD.values(), ids=BAD)
+def test_what_nobody_means_is_an_error_of_one_line_that_names_the_file(tmp_path, text, says):
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_yaml(tmp_path / "spec.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "spec.yaml")) and len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_an_alias_and_a_merge_are_taken():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "here")["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"])
+def test_broken_json_is_a_value_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="x.json"):
+        read_json(tmp_path / "x.json")
