@@ -7,5 +7,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "tokens": ["PhraseNotFoundError", "PromptTokens", "UnreadablePromptError", "find_phrase", "join_prompts",
         "read_chunks", "read_prompt"],
     "world": ["JudgeLike", "NOTHING", "NotThereError", "UnknownConceptError", "Verdict", "Vocabulary", "WORLD_KEY",
-        "World", "same_name", "vocabulary_of", "world_of"],
+        "World", "neutral_prompts", "same_name", "vocabulary_of", "world_of"],
 })

@@ -158,6 +158,12 @@ def world_of(pipe: DiffusionPipeline) -> World | None:
     return _world(said, data_dir()) if said in WORLDS else None
 
 
+def neutral_prompts() -> list[str]:
+    """Ordinary prompts for many things (`data/prompts/neutral.txt`): what a model of no known world is to keep."""
+    lines = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
 def vocabulary_of(folder: Path) -> Vocabulary | None:
     """The vocabulary of the world that the model in a diffusers folder is of, without loading the model."""
     for name in _DENOISERS:

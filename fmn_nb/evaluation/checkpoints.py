@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from fmn_nb.concepts import Concept, JudgeLike, NotThereError, Vocabulary
+from fmn_nb.concepts import Concept, JudgeLike, NotThereError, Vocabulary, neutral_prompts
 from fmn_nb.evaluation.clip import Clip, ClipJudge
 from fmn_nb.evaluation.quality import Features, inception_features
 from fmn_nb.files import data_dir
@@ -82,9 +82,8 @@ class CheckpointWorld:
         return concept.prompts(5)
 
     def retain_prompts(self) -> list[str]:
-        """Ordinary prompts for many things (`data/prompts/neutral.txt`)."""
-        lines = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        """Ordinary prompts for many things."""
+        return neutral_prompts()
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:

@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fmn_nb.attention import read_columns
-from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, forms_of, with_article, world_of
-from fmn_nb.files import data_dir
+from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, forms_of, neutral_prompts, with_article, world_of
 from fmn_nb.models import UnsupportedPipelineError, conditions
 
 _DETERMINER = rf"(?:\b(?:{'|'.join(sorted(DETERMINERS))})\s+)"
@@ -71,8 +70,7 @@ def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: 
     """
     if given is None:
         world = world_of(pipe)
-        neutral = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
-        given = [line.strip() for line in neutral if line.strip()] if world is None else world.retain_prompts()
+        given = neutral_prompts() if world is None else world.retain_prompts()
     staying = {form for reading in readings for form in forms_of(reading)}
     naming = {form for concept in concepts for word in (concept.phrase, concept.name)
               for form in (forms_of(word) if concept.kind == "object" else (word,))}

@@ -182,7 +182,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads "1e-4" as a text; a text that is a number is meant as one. Lists become tuples, as settings hold."""
+    """A text that is a number (in quotes) is meant as one. Lists become tuples, as settings hold."""
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, str):
