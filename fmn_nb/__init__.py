@@ -9,10 +9,11 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_FOLDERS = ["attacks", "attention", "concepts", "emoji", "evaluation", "files", "forgetting", "inversion", "models",
+            "patches", "plots", "runs", "stats", "widgets"]
+__getattr__, _, _reachable = lazy_loader.attach(
     __name__,
-    submodules=["attacks", "attention", "concepts", "emoji", "evaluation", "files", "forgetting", "inversion", "models",
-                "patches", "plots", "runs", "stats", "widgets"],
+    submodules=_FOLDERS,
     submod_attrs={
         "models": ["UnknownModelError", "bundled", "fingerprint", "generate", "load"],
         "concepts": ["Concept", "PhraseNotFoundError"],
@@ -24,6 +25,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "runs": ["record", "run", "save_image"],
     },
 )
+__all__ = [name for name in _reachable if name not in _FOLDERS]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: what a notebook's completion offers."""
+    return list(__all__)
+
 
 # Whenever diffusers' pipelines are imported, transformers remarks twice that torchvision is missing. Nothing here needs
 # it, and a notebook's first output should not be a warning: this one remark is dropped, all others pass.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,37 +49,52 @@ class Program(click.Group):
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fmn-nb")
 def main() -> None:
-    """Forget-Me-Not Notebooks: run the course in batches, sweep over settings, report, check, pretrain."""
+    """Forget-Me-Not Notebooks: run the course in batches, forget, evaluate, sweep, report, check, pretrain."""
     from fmn_nb.runs.notebook import without_slow_formats
 
     without_slow_formats()
 
 
 @main.command()
+@click.argument("name", metavar="[CONCEPT]", required=False)
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
-@click.option("--concept", default="cat", show_default=True, help="What to forget.")
+@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
+              "configuration and tokenizer.  [default: what the hub has]")
+@click.option("--concept", help="What to forget, in place of CONCEPT.  [default: cat]")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--preset", default="balanced", show_default=True, help="Named settings of the fine-tune.")
 @click.option("--steps", type=int, help="Fine-tuning steps.  [default: the preset's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, machine and number of "
               "threads, same result.")
 @click.option("--out", type=Folder(), help="The run's folder.  [default: runs/NAME]")
-@click.option("--notebooks", default="01,02,03,04", show_default=True, help="Numbers, names or paths, in order.")
+@click.option("--notebooks", default="01,02,03,04", show_default=True, help="Numbers, ranges (1-4), names or paths, in "
+              "order.")
+@click.option("--again", is_flag=True, help="Repeat notebooks that are finished.")
 @click.option("-p", "texts", multiple=True, metavar="NAME=VALUE", help="A notebook's further parameter; repeatable.")
-def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
+def run(texts: tuple[str, ...], steps: int | None, config: Path | None, name: str | None, again: bool,
+        **request: Any) -> None:
     """Execute the course's notebooks on one concept.
 
-    Leaves the executed notebooks, images/, patch/, metrics.json and report.html in the run's folder.
+    Leaves the executed notebooks, images/, patch/, metrics.json and report.html in the run's folder. The same command
+    goes on where a run stopped.
     """
     with plain_errors():
         from fmn_nb.runs.plan import plan_run
 
-        parameters = {} if steps is None else {"steps": steps}
+        if name and request["concept"]:
+            raise ValueError(f"the concept is given twice, as {name} and as --concept {request['concept']}")
+        request["concept"] = name or request["concept"] or "cat"
+        parameters = {key: value for key, value in (("steps", steps), ("config", config and str(config)))
+                      if value is not None}
         plan = plan_run(parameters=parameters, texts=_pairs(texts), **request)
 
-        from fmn_nb.runs.runner import execute
+        from fmn_nb.runs.progress import RunProgress
+        from fmn_nb.runs.runner import execute, is_finished
 
-        execute(plan, _progress())
+        if not again and is_finished(plan):
+            click.echo("finished already; --again repeats it", err=True)
+        with closing(RunProgress()) as progress:
+            execute(plan, progress, again=again)
         click.echo(_table(plan.out))
         click.echo(f"report: {plan.out / 'report.html'}")
 
@@ -91,15 +107,19 @@ def run(texts: tuple[str, ...], steps: int | None, **request: Any) -> None:
 @click.option("--scheduler", metavar="ADDRESS", help="An existing Dask scheduler, tcp://host:8786.")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier attempt.")
 def sweep(spec: Path, **options: Any) -> None:
-    """Execute many runs from a YAML file: a grid or a list of parameters. Finished runs are never repeated."""
+    """Execute many runs from a YAML file of parameters.
+
+    They come from a grid or a list. Finished runs are never repeated.
+    """
     with plain_errors():
         from fmn_nb.runs.spec import plan_sweep
 
         planned = plan_sweep(spec, options.pop("out"))
 
-        from fmn_nb.runs.sweep import Progress, run_sweep
+        from fmn_nb.runs.progress import SweepProgress
+        from fmn_nb.runs.sweep import run_sweep
 
-        place, failed = run_sweep(planned, progress=Progress.shown(), **options)
+        place, failed = run_sweep(planned, progress=SweepProgress.shown(), **options)
         click.echo(f"results: {place}/results.csv\nreport: {place}/report.html")
         if failed:
             raise click.ClickException(
@@ -109,19 +129,74 @@ def sweep(spec: Path, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("concept")
+@click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
+@click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
+@click.option("--preset", default="balanced", show_default=True, help="A method with its settings.")
+@click.option("--references", type=Folder(exists=True), help="Images of the concept.  [default: the model draws them]")
+@click.option("--towards", metavar="READING", help="What an ambiguous word is to show instead.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("-s", "texts", multiple=True, metavar="NAME=VALUE", help="A single setting; repeatable.")
+@click.option("--out", type=Folder(), help="The patch's folder.  [default: runs/patches/NAME]")
+@click.option("--again", is_flag=True, help="Replace the patch that another command left there.")
+def forget(out: Path | None, again: bool, **request: Any) -> None:
+    """Make the model forget CONCEPT: a patch, without notebooks."""
+    with plain_errors():
+        from fmn_nb.runs.single import PatchRequest, make_patch, told
+
+        checked = PatchRequest.checked(**request)
+        out = out or checked.folder
+        click.echo(told(make_patch(checked, out, again), checked, out))
+
+
+@main.command()
+@click.argument("what", type=click.Path(path_type=Path))
+@click.option("--concept", required=True, help="What it is to have forgotten.")
+@click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
+@click.option("--model", default="emoji", show_default=True, help="The unchanged model, to compare with.")
+@click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="Images drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the images.")
+@click.option("--clip", metavar="FOLDER", help="A CLIPModel, folder or hub id; the judge where the model has none.")
+@click.option("--real", type=Folder(exists=True), help="Real images, for distances to them.")
+@click.option("--prompts", type=Folder(exists=True), help="Prompt lists of your own, made like the kit's data/prompts.")
+@click.option("--cache", type=Folder(), help="Keeps what is drawn, so that the next evaluation finds it.")
+@click.option("--out", type=Folder(), help="Folder for metrics.json and every image's verdict.  [default: none]")
+@click.option("--again", is_flag=True, help="Replace another command's metrics.json there.")
+def evaluate(what: Path, concept: str, kind: str | None, model: str, seed: int, **options: Any) -> None:
+    """Score what changes a model: what is gone, and what is kept.
+
+    WHAT is a patch's folder, a LoRA (diffusers or kohya), changed weights as UCE and ESD export them, or a whole
+    diffusers folder; each as .safetensors.
+    """
+    with plain_errors():
+        from fmn_nb.runs.single import score, shown
+
+        request = {"model": model, "concept": concept, "kind": kind, "seed": seed}
+        click.echo(shown(score(what, request, **options)))
+        if options["out"]:
+            click.echo(f"\nmetrics: {options['out'] / 'metrics.json'}")
+
+
+@main.command()
 @click.argument("folder", type=Folder(exists=True))
 def report(folder: Path) -> None:
-    """Write the self-contained report.html of a run's or a sweep's FOLDER anew."""
+    """Rewrite the pages of a run or a sweep.
+
+    FOLDER gets its report.html; a run's executed notebooks become pages beside it.
+    """
     with plain_errors():
         from fmn_nb.runs.report import write_report
 
-        click.echo(write_report(folder))
+        click.echo(write_report(folder, notebooks=True))
 
 
 @main.command()
 @click.option("--model", default="emoji", show_default=True, help="The model to check as well.")
 def check(model: str) -> None:
-    """Say what works here (environment, model, device) and what to do about what doesn't."""
+    """Say what works here, and what to do about what doesn't.
+
+    Looks at the environment, the model and the device.
+    """
     from fmn_nb.runs.check import MARKS, all_checks
 
     failures = 0
@@ -146,8 +221,12 @@ def check(model: str) -> None:
               "folder with the emoji sets, to rasterise the sprites anew.  [default: the committed sprites]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and training.")
 def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> None:
-    """Rebuild the emoji world and train its models, resumable at any point."""
+    """Rebuild the emoji world and train its models.
+
+    Resumable at any point.
+    """
     with plain_errors():
+        _share_cores()
         from fmn_nb.emoji.training.request import Request
 
         chosen = _items(stages or "")
@@ -183,6 +262,9 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--work", type=Folder(), default="runs/benchmark", show_default=True,
               help="Folder of the jobs' own results, by which the command goes on.")
 @click.option("--limit", type=click.IntRange(0), help="Do at most so many jobs, then write the table of what is there.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Jobs at a time, which share the "
+              "machine's threads: another number can change the last digits of a result.")
+@click.option("--plan", is_flag=True, help="Say what is to be done and how long it takes, and do nothing.")
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
@@ -191,31 +273,40 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
 def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work: Path, attack: int, note: str,
               **request: Any) -> None:
-    """The results table of all concepts: forgotten, kept, cost. Resumable; finished jobs are never repeated."""
+    """Make one table of all concepts: forgotten, kept, cost.
+
+    Resumable; finished jobs are never repeated.
+    """
     with plain_errors():
+        _share_cores()
         from fmn_nb.concepts.world import vocabulary_of
         from fmn_nb.files import data_dir
         from fmn_nb.models.names import resolve
-        from fmn_nb.runs.benchmark import EVERYTHING, SETTINGS_FILE, plan_jobs, read_overrides
+        from fmn_nb.runs.benchmark import EVERYTHING, SETTINGS_FILE, TUNED_ON, plan_jobs, read_overrides, tuned_on
 
         out, model = out or data_dir() / "results", request["model"]
         vocabulary, usual = vocabulary_of(Path(resolve(model))), out / SETTINGS_FILE
         if vocabulary is None:
             raise ValueError(f"'{model}' is of no world that is known here, so that nobody judges its images")
+        file = file or (usual if usual.is_file() else None)
         concepts, presets, seeds = (_items(request[name]) for name in ("concepts", "presets", "seeds"))
-        overrides = read_overrides(file or (usual if usual.is_file() else None), single, presets)
+        overrides = read_overrides(file, single, presets)
         presets = list(overrides) if presets == [EVERYTHING] else presets
         seeds = [int(seed) for seed in seeds]
         jobs = plan_jobs(vocabulary, concepts, presets, seeds, request["size"], overrides)
 
         from fmn_nb.attacks.attack import InversionBudget
-        from fmn_nb.runs.benchmark import run_benchmark
+        from fmn_nb.runs.benchmark import run_benchmark, schedule
         from fmn_nb.runs.measure import ATTACK_IMAGES, Bench
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
-        bench = Bench.of(model, work, attack=budget, attack_seed=seeds[0])
-        made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), **({"note": note} if note else {})}
-        table = run_benchmark(bench, jobs, out, made=made, limit=request["limit"], log=click.echo)
+        bench, workers = Bench(model, work, attack=budget, attack_seed=seeds[0]), request["workers"]
+        if request["plan"]:
+            click.echo("\n".join(schedule(bench, jobs, workers, request["limit"])))
+            return
+        made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), TUNED_ON: tuned_on(file),
+                **({"note": note} if note else {})}
+        table = run_benchmark(bench, jobs, out, made=made, limit=request["limit"], workers=workers, log=click.echo)
         click.echo(f"results: {table}")
 
 
@@ -242,6 +333,13 @@ def plain_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def _share_cores() -> None:
+    """Let this command's threads make room where others use the cores; before torch is imported."""
+    from fmn_nb.runs.executors import patient_threads
+
+    os.environ.update(patient_threads(os.environ))
+
+
 def _items(text: str | None) -> list[str]:
     """The items of a list with commas."""
     return [item.strip() for item in (text or "").split(",") if item.strip()]
@@ -257,24 +355,6 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
             raise ValueError(f"-p gives '{name}' twice; give it once")
         pairs[name] = value
     return pairs
-
-
-def _progress() -> Callable[[str], None]:
-    """Notebooks as they start and end: on one growing line of a terminal, on a whole line each in a log."""
-    if sys.stderr.isatty():
-        return lambda text: click.echo(text, nl=False, err=True)
-    started = ""
-
-    def tell(text: str) -> None:
-        # A log shows a line only when it ends, and others may write in between.
-        nonlocal started
-        if text.endswith("\n"):
-            click.echo(started + text.strip(), err=True)
-        else:
-            started = text
-            click.echo(started + "...", err=True)
-
-    return tell
 
 
 def _table(out: Path) -> str:

@@ -86,6 +86,7 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     Raises:
         InversionError: an unusable name, kind or setting, or the loss became NaN or infinite.
         ReferenceImageError: the images can't be read.
+        UnsupportedPipelineError: it isn't known how this model's training noises.
     """
     settings = settings or InversionSettings()
     names = [name, *(f"{name}_{number}" for number in range(1, settings.tokens))]
@@ -96,6 +97,7 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
         raise InversionError(f"the pipeline already knows a token '{known[0]}'; choose another name")
     if kind not in TEMPLATES:
         raise InversionError(f"'{kind}' is no kind of concept; choose one of {', '.join(TEMPLATES)}")
+    Noising(pipe)  # what can't be trained is told before anything is encoded
     latents = references if isinstance(references, Latents) else encode(pipe, load_images(references))
     generator = seeded(seed, Stream.INVERSION)
     start = _starting_vectors(pipe, initial, settings.tokens, generator)

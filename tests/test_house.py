@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout, wherever the pack
 PACKAGE = ROOT / "fmn_nb"
 TOP = {"__init__.py", "cli.py", "files.py", "stats.py", "inversion.py"}
 MOST_PARAMETERS = 7
-DOORS = {"forget", "evaluate", "record_attention", "invert"}  # public; what they take has a name each
+DOORS = {"run", "forget", "evaluate", "record_attention", "invert"}  # public; what they take has a name each
 
 
 def said_by(code: str) -> str:
@@ -89,3 +89,8 @@ def test_every_name_on_a_face_is_there(folder):
     assert face.__doc__ and all(getattr(face, name) is not None for name in face.__all__)
     modules = {path.stem for path in (PACKAGE / folder).glob("*.py")}
     assert not modules & set(face.__all__), "a function would hide the module of its name, or the module the function"
+
+
+def test_completion_offers_the_public_names_alone():
+    assert {"load", "forget", "Patch"} <= set(dir(fmn_nb)) and not {"plots", "logging", "models"} & set(dir(fmn_nb))
+    assert fmn_nb.plots.short_name("mid_block.attn2") and set(dir(fmn_nb.plots)) == set(fmn_nb.plots.__all__)

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from fmn_nb.concepts import Concept, find_phrase, with_article
 from fmn_nb.evaluation import MeasurementError, Session, Share, share_of
 from fmn_nb.inversion import InversionSettings, invert
-from fmn_nb.models import Images
+from fmn_nb.models import Images, Noising
 from fmn_nb.patches import Patch
 
 TOKEN = "<attack>"
@@ -112,6 +112,7 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
         MeasurementError: nobody judges, or there are too few references.
     """
     started, budget, session = perf_counter(), budget or InversionBudget(), Session.of(pipe)
+    Noising(session.pipe)  # before anything is drawn
     settings = InversionSettings(  # lengths free: an attacker isn't bound to look like the vocabulary
         tokens=budget.tokens, steps=budget.steps, batch_size=budget.batch_size, norm="free",
         learning_rate=budget.learning_rate, warmup=0, weight_decay=0.0)

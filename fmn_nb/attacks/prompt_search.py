@@ -69,6 +69,7 @@ def adversarial_prompt(pipe: DiffusionPipeline | Session, concept: Concept, patc
             search in.
     """
     started, budget, session = perf_counter(), budget or SearchBudget(), Session.of(pipe)
+    Noising(session.pipe)  # before anything is drawn
     prompts = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
     pictures = session.references(concept, references, budget.references, seed)
     known = whole_words(session.pipe, concept)

@@ -55,12 +55,13 @@ def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | 
     budget, session = budget or RelearningBudget(), Session.of(pipe)
     if not budget.at or min(budget.at) < 0:
         raise MeasurementError(f"at lists numbers of steps from 0, not {list(budget.at)}")
+    noising = Noising(session.pipe)  # before anything is drawn
     asked = session.fresh_drawings(concept, budget.images, seed)
     shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
     pictures = session.references(concept, references, budget.references, seed)
     prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
     latents, generator = encode(session.pipe, pictures), seeded(seed, Stream.RELEARNING)
-    model, lora, noising = denoiser(session.pipe), Settings(train="lora", rank=budget.rank), Noising(session.pipe)
+    model, lora = denoiser(session.pipe), Settings(train="lora", rank=budget.rank)
     rows, losses, spent = [], [], 0.0
     with session.patched(patch), trainable(model, lora, generator) as weights:
         parameters, given = list(weights.parameters.values()), conditions(session.pipe, prompts)

@@ -157,8 +157,27 @@ class PromptWatch:
 
 @contextmanager
 def _watched(owner: Any, name: str, seen: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
-    """Call `seen(arguments, result)` after each call of a method, by an attribute of the instance in front of it."""
-    method, shadowed = getattr(owner, name), vars(owner).get(name)
+    """Call `seen(arguments, result)` after each call of a method, by an attribute of the instance in front of it.
+
+    Several may watch, and end in any order; the last one puts the method back as it was.
+    """
+    if (watchers := getattr(vars(owner).get(name), "watchers", None)) is None:
+        watchers = _put_in_front(owner, name)
+    watchers.append(seen)
+    try:
+        yield
+    finally:
+        watchers.remove(seen)
+        now = vars(owner).get(name)
+        if not watchers and getattr(now, "watchers", None) is watchers:
+            object.__delattr__(owner, name)
+            if now.shadowed is not None:
+                object.__setattr__(owner, name, now.shadowed)
+
+
+def _put_in_front(owner: Any, name: str) -> list[Callable[[dict[str, Any], Any], None]]:
+    """Shadow a method by one that tells its calls to all in the list that is returned, empty as yet."""
+    method, watchers = getattr(owner, name), []
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -166,17 +185,13 @@ def _watched(owner: Any, name: str, seen: Callable[[dict[str, Any], Any], None])
         result = method(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        seen(dict(bound.arguments), result)
+        for seen in list(watchers):
+            seen(dict(bound.arguments), result)
         return result
 
+    watched.watchers, watched.shadowed = watchers, vars(owner).get(name)
     object.__setattr__(owner, name, watched)
-    try:
-        yield
-    finally:
-        if vars(owner).get(name) is watched:
-            object.__delattr__(owner, name)
-            if shadowed is not None:
-                object.__setattr__(owner, name, shadowed)
+    return watchers
 
 
 def _as_list(value: Any) -> list | None:
@@ -416,10 +431,12 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
     parts, left, chunked = [], length, False
     for name in names:
         tokenizer, text = getattr(pipe, name, None), told.get(name, prompt)
-        own = left if name == names[-1] else tokenizer.model_max_length
+        own, first = left if name == names[-1] else tokenizer.model_max_length, length - left
         left -= own
         unused = PromptTokens(text, ("",) * own, (None,) * own, (), (), (), tuple(range(own)))  # all padding
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        if encoder is None and len(names) > 1 and (embeddings is None or not embeddings[first:first + own].any()):
+            tokenizer = None  # pipelines put zeros in the place of an encoder that isn't loaded
         if tokenizer is not None and _is_chunked(tokenizer, encoder, own):
             chunked = True
             parts.append(_read_chunks(tokenizer, encoder, text, own, embeddings))

@@ -104,20 +104,35 @@ def text_layers(denoiser: torch.nn.Module) -> dict[str, TextLayers]:
     return found
 
 
-def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> list[str]:
-    """The names that match `chosen`: None for all, or names and shell patterns ("mid_block*", "*.attn2").
+def short_name(layer: str) -> str:
+    """A layer's dotted name without what most names share: "down 0.1", "mid", "up 2.0", "transformer_blocks.3"."""
+    parts = [part for part in layer.split(".") if part not in ("attn2", "attn1", "attn", "attentions")]
+    blocks = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
+    if parts[0] not in blocks:
+        return ".".join(parts)
+    numbers = [part for part in parts[1:] if part.isdigit()]
+    return f"{blocks[parts[0]]} {'.'.join(numbers[:-1] if numbers[-1:] == ['0'] and len(numbers) > 1 else numbers)}"
 
-    A pattern that matches none is a ValueError that lists the layers.
+
+def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> list[str]:
+    """The names that match `chosen`: None for all, or names and shell patterns ("mid_block*", "*.attn2"), or the short
+    names of tables and figures ("up 0.1", "down*"), which count where no dotted name matches.
+
+    A pattern that matches none is a ValueError that lists the short names.
     """
     if chosen is None:
         return list(names)
-    patterns = [chosen] if isinstance(chosen, str) else list(chosen)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not fnmatch.filter(names, pattern):
-            close = difflib.get_close_matches(str(pattern), names, 1, 0.5)
+    found, short = set(), {name: short_name(name) for name in names}
+    for pattern in [chosen] if isinstance(chosen, str) else list(chosen):
+        text = pattern if isinstance(pattern, str) else ""
+        matching = fnmatch.filter(names, text) or [name for name in names if fnmatch.fnmatchcase(short[name], text)]
+        if not matching:
+            close = difflib.get_close_matches(str(pattern), [*short.values(), *names], 1, 0.5)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"no layer with text attention matches {pattern!r}{hint}; there are {', '.join(names)}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+            raise ValueError(f"no layer with text attention matches {pattern!r}{hint}; there are "
+                             f"{', '.join(short.values())}")
+        found.update(matching)
+    return [name for name in names if name in found]
 
 
 def text_and_pixels(rule: TextLayers, queries: int, keys: int, text_length: int | None) -> tuple[slice, slice]:

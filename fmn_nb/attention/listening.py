@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,9 +46,12 @@ class Listener:
         self._calls, self._unheard = 0, set()
         self._now: Arguments | None = None
         self._positions: dict[str, int] = {}
+        self._modules = {name: denoiser.get_submodule(name) for name in self.rules}
+        self._around = {block: module for name in self.chosen for block in _blocks_around(name)
+                        if not isinstance(module := denoiser.get_submodule(block), torch.nn.ModuleList)}  # never runs
         self._image_first = {  # Wan with image conditioning: cross-attention to the image, then to the text
             name for name, rule in self.rules.items()
-            if rule.text == "all" and getattr(denoiser.get_submodule(name), "add_k_proj", None) is not None}
+            if rule.text == "all" and getattr(self._modules[name], "add_k_proj", None) is not None}
 
     @contextmanager
     def listening(self, starts: Callable[[Arguments], None], hear: Callable[[str, AttentionCall], None],
@@ -79,17 +83,15 @@ class Listener:
             if not was_heard:
                 self._unheard.add(name)
 
-        modules = {name: self.denoiser.get_submodule(name) for name in self.rules}
-        around = {block: self.denoiser.get_submodule(block) for name in self.chosen for block in _blocks_around(name)}
         with ExitStack() as stack:
-            for block, module in around.items():
+            for block, module in self._around.items():
                 noted = partial(self._note_positions, block)
                 stack.callback(module.register_forward_pre_hook(noted, with_kwargs=True).remove)
             stack.enter_context(uncompiled())
             stack.callback(self.denoiser.register_forward_pre_hook(begins, with_kwargs=True).remove)
             stack.callback(self.denoiser.register_forward_hook(over, always_call=True).remove)
             stack.callback(self.denoiser.register_forward_hook(lambda *_: ends()).remove)
-            stack.enter_context(tap(modules, heard, finished, lambda: self._now is not None))
+            stack.enter_context(tap(self._modules, heard, finished, lambda: self._now is not None))
             try:
                 yield
             finally:
@@ -199,8 +201,10 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
     The model computes what it would without, bit for bit.
 
     Args:
-        model: a denoiser, or a pipeline for its denoiser.
-        layers: names or patterns ("up_blocks*") of the layers to keep; all with text attention where None.
+        model: a denoiser, or a pipeline for its denoiser; or a `Listener` to one, which knows its layers already: in
+            a training that is a good part of what listening costs.
+        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; all with text
+            attention where None.
 
     Yields:
         Layer -> probabilities [batch, heads, pixels, text columns] in float32 at least, in the order in which the
@@ -211,7 +215,8 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
         ValueError: a pattern that matches no layer.
         MissedLayersError: in the run itself, if a layer couldn't be heard, or runs without a graph.
     """
-    listener = Listener(model if isinstance(model, torch.nn.Module) else denoiser_of(model), layers)
+    listener = model if isinstance(model, Listener) else Listener(
+        model if isinstance(model, torch.nn.Module) else denoiser_of(model), layers)
     attention: dict[str, torch.Tensor] = {}
     with_graph = False
 
@@ -232,3 +237,45 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
 
     with listener.listening(starts, hear, listener.check_heard):
         yield attention
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a cross-attention layer was given and gave back in one run.
+
+    Attributes:
+        pixels: the image's features at the layer, [batch, pixels, channels].
+        text: (positional, named) arguments beside these: the text's embeddings and what goes with them.
+        written: its output, which is added to the features, [batch, pixels, channels].
+    """
+
+    pixels: torch.Tensor
+    text: tuple[tuple[Any, ...], dict[str, Any]]
+    written: torch.Tensor
+
+    def again(self, layer: torch.nn.Module) -> torch.Tensor:
+        """What `layer` writes with the same arguments as it stands now, [batch, pixels, channels]."""
+        positional, named = self.text
+        return layer(self.pixels, *positional, **named)
+
+
+@contextmanager
+def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
+    """Keep the call of each layer of `model` that looks at the text, in the model's last run inside this `with` block.
+
+    Yields:
+        Layer -> its call, so that the layer can run again, alone, on other pixels or with another text.
+    """
+    calls: dict[str, LayerCall] = {}
+
+    def keep(name: str, _layer: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any],
+             output: torch.Tensor) -> None:
+        pixels, *rest = args or (given["hidden_states"],)
+        named = {key: value for key, value in given.items() if key != "hidden_states"}
+        calls[name] = LayerCall(pixels, (tuple(rest), named), output)
+
+    with ExitStack() as stack:
+        for name in text_layers(model):
+            hook = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield calls

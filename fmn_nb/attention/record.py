@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fmn_nb.attention.batch import ImageText, Row
-from fmn_nb.attention.layers import choose_layers
+from fmn_nb.attention.layers import choose_layers, short_name
 from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens, find_phrase
 from fmn_nb.files import read_json, replacing, write_text
 from fmn_nb.models import digest
@@ -109,7 +109,7 @@ class AttentionRecord:
             columns: text columns by number. Exactly one of the three, but for "later".
             occurrence: which occurrence of the phrase, from 0; "all" adds them up.
             step: one step, several, or None for the mean over all recorded ones.
-            layer: a name, a pattern such as "up_blocks*", several, or None for all.
+            layer: a name, dotted or short ("up 0.1"), a pattern such as "up_blocks*", several, or None for all.
             head: a head's number, several, or None for the mean over all.
             branch: "cond" or "uncond". In the uncond branch a phrase of the negative prompt is read at its columns; any
                 other phrase at the columns it has in the prompt, so that both branches can be compared there.
@@ -169,8 +169,7 @@ class AttentionRecord:
         `columns` index the kept columns, which are all of the text unless phrases or columns were selected. What wasn't
         recorded is a NotRecordedError.
         """
-        if layer not in self.layers:
-            raise NotRecordedError(f"layer {layer!r} wasn't recorded; recorded are {', '.join(self.layers) or 'none'}")
+        layer = self._named(layer)
         row, steps = Row(branch, image), _as_set(step)
         if steps is not None and any(key[1] is None for key in self.sums):
             raise NotRecordedError("only the mean over steps was kept; record with keep='steps' to choose steps")
@@ -184,7 +183,7 @@ class AttentionRecord:
             count += self.counts[key]
             seen.add(key[1])
         if total is None or (steps is not None and steps - seen):
-            raise NotRecordedError(self._what_is_there(row, sorted(steps - seen) if steps else None))
+            raise NotRecordedError(self._what_is_there(layer, row, sorted(steps - seen) if steps else None))
         return total / count
 
     def columns_of(self, phrase: str | Concept | None = None, *, part: str | None = None,
@@ -361,6 +360,14 @@ class AttentionRecord:
                 return own
         return self.text(image)
 
+    def _named(self, layer: str) -> str:
+        """The recorded layer of this dotted or short name."""
+        found = [name for name in self.layers if layer in (name, short_name(name))]
+        if not found:
+            there = ", ".join(map(short_name, self.layers)) or "none"
+            raise NotRecordedError(f"layer {layer!r} wasn't recorded; recorded are {there}")
+        return found[0]
+
     def _kept(self, columns: Sequence[int]) -> list[int]:
         """Text columns as indices of the kept ones."""
         if self.phrases is not None:
@@ -383,9 +390,13 @@ class AttentionRecord:
                                    f"there are {list(there) or 'only the mean over heads'}")
         return [there.index(number) for number in sorted(wanted)]
 
-    def _what_is_there(self, row: Row, steps: list[int] | None) -> str:
+    def _what_is_there(self, layer: str, row: Row, steps: list[int] | None) -> str:
         if not self.sums:
             return "nothing was recorded yet: run the pipeline inside the 'with' block"
+        ran = sorted({key[1] for key in self.sums if key[0] == layer and row in key[2]} - {None})
+        if steps and ran and set(steps) <= set(self.steps):  # caches between steps skip layers, guidance may end early
+            return (f"branch {row.branch!r} of {short_name(layer)} ran at steps {ran}, not at {steps}: choose from "
+                    "these, or leave the layer out with layer=[...]")
         if steps:
             return f"steps {steps} weren't recorded; there are {self.steps}"
         return (f"branch {row.branch!r} of image {row.image} wasn't recorded; there are branches "
@@ -469,4 +480,4 @@ def step_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any)
 def head_table(attention: AttentionRecord, phrase: str | Concept, layer: str, **choice: Any) -> pd.DataFrame:
     """The attention a phrase gets from each head of a layer: head, mass (a fraction)."""
     return pd.DataFrame([{"head": head, "mass": attention.mass(phrase, layer=layer, head=head, **choice)}
-                         for head in attention.heads[layer]])
+                         for head in attention.heads[attention._named(layer)]])

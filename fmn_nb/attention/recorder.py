@@ -42,7 +42,7 @@ def record_attention(
     Args:
         model: a diffusers pipeline, or its denoiser alone (then every row is "cond" and an image of its own, and
             text columns are known by number only, unless `prompts` says what they are).
-        layers: names or patterns ("up_blocks*") of the layers to keep; all where None.
+        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; all where None.
         steps: the steps to keep, from 0; all where None.
         heads: the heads to keep, or "mean" to average them at once; all where None.
         branch: "cond" or "uncond" to keep only that.

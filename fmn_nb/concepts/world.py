@@ -135,6 +135,9 @@ class World(Protocol):
     def examples(self, name: str, kind: str) -> Sequence[Image.Image] | np.ndarray:
         """Real images of one name."""
 
+    def masked_scenes(self, concept: Concept, count: int) -> tuple[Sequence[Image.Image] | np.ndarray, ...]:
+        """So many real images of the concept, and for each a picture that is white where the concept is."""
+
     def real_images(self, wanted: Sequence[Any]) -> Sequence[Image.Image] | np.ndarray:
         """One real image for each evaluation prompt."""
 

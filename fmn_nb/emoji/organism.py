@@ -74,15 +74,7 @@ class EmojiWorld:
 
     def real_images(self, wanted: Sequence[Drawing]) -> np.ndarray:
         """A real, sharp scene for each evaluation prompt, of its label and style; [images, height, width, 3] uint8."""
-        rng, size = random.Random("real images"), 49
-        corner = (IMAGE_SIZE - size) // 2
-        scenes = []
-        for one in wanted:
-            label = AMBIGUOUS[one.label][0].phrase if one.label in AMBIGUOUS else one.label
-            style = one.style or IDENTITIES[label].style
-            items = (Placed(label, label, corner, corner, size),)
-            scenes.append(Scene("real", items, style, rng.choice(list(BACKGROUNDS)), 0))
-        return self.renderer.images(scenes)
+        return self.renderer.images(_real_scenes(wanted))
 
     def real_set(self, concept: Concept) -> np.ndarray:
         """Real scenes of everything but the concept, each name and style several times, for distances to them."""
@@ -90,9 +82,16 @@ class EmojiWorld:
 
     def examples(self, name: str, kind: str) -> np.ndarray:
         """Real scenes of one name: an object in every style, a style on every object, a proper name's one drawing."""
-        shown = [(label, name) for label in OBJECTS] if kind == "style" else [
-            (name, style) for style in ((None,) if kind == "identity" else STYLES)]
-        return self.real_images([draw(label, style, "retain", kind) for label, style in shown])
+        return self.real_images(_showing(name, kind))
+
+    def masked_scenes(self, concept: Concept, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`count` real scenes of a concept in its styles (a style's, on objects), [count, height, width, 3] uint8, and
+        where in each it is, [count, height, width, 3], 255 or 0."""
+        shown = _showing(concept.name, concept.kind)
+        scenes = _real_scenes([shown[number * len(shown) // count if count < len(shown) else number % len(shown)]
+                               for number in range(count)])
+        masks = np.stack([self.renderer.masks(scene)[0] for scene in scenes])  # each shows one thing
+        return self.renderer.images(scenes), masks[..., None].repeat(3, -1).astype(np.uint8) * 255
 
     def forget_prompts(self, concept: Concept) -> list[str]:
         """The captions that a model of this world learned a concept from: an object in every style, a style on every
@@ -109,6 +108,26 @@ class EmojiWorld:
         names = [caption([name], opening=opening) for name in IDENTITIES for opening in OPENINGS]
         return [*things, *names, *(caption([name]) for name in READINGS),
                 *(f"a photo in the style of {style}" for style in STYLES)]
+
+
+def _showing(name: str, kind: str) -> list[Drawing]:
+    """An object in every style, a style on every object, a proper name's one drawing."""
+    shown = [(label, name) for label in OBJECTS] if kind == "style" else [
+        (name, style) for style in ((None,) if kind == "identity" else STYLES)]
+    return [draw(label, style, "retain", kind) for label, style in shown]
+
+
+def _real_scenes(wanted: Sequence[Drawing]) -> list[Scene]:
+    """A scene for each, of one large thing in the middle."""
+    rng, size = random.Random("real images"), 49
+    corner = (IMAGE_SIZE - size) // 2
+    scenes = []
+    for one in wanted:
+        label = AMBIGUOUS[one.label][0].phrase if one.label in AMBIGUOUS else one.label
+        style = one.style or IDENTITIES[label].style
+        items = (Placed(label, label, corner, corner, size),)
+        scenes.append(Scene("real", items, style, rng.choice(list(BACKGROUNDS)), 0))
+    return scenes
 
 
 def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str | None = None,

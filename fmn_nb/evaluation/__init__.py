@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "protocol": ["Drawing", "Share", "draw", "drawings", "probe_shares", "share_of"],
     "quality": ["Features", "judge_features"],
     "report": ["Report"],
-    "sequence": ["rebound", "sequence_table", "stages"],
+    "sequence": ["rebound", "sequence_table", "stages", "together_table"],
     "session": ["MeasurementError", "Sampling", "Session", "draw_images", "images_at_once"],
 })

@@ -77,6 +77,10 @@ class CheckpointWorld:
         """NotThereError: the user's images have no names."""
         raise NotThereError(f"there are no real images that are known to show {name}")
 
+    def masked_scenes(self, concept: Concept, count: int) -> tuple[list[Image.Image], ...]:
+        """NotThereError: nobody knows where in the user's images anything is."""
+        raise NotThereError(f"there are no images with masks of {concept.name}")
+
     def forget_prompts(self, concept: Concept) -> list[str]:
         """The plainest templates of the concept's kind."""
         return concept.prompts(5)

@@ -41,7 +41,8 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
     `right_style`: whether the style was right.
 
     Raises:
-        ValueError: images are missing or are none, or the judge gave another number of verdicts.
+        ValueError: images are missing, are none or are blank (`check_image`), or the judge gave another number of
+            verdicts.
     """
     if len(images) != len(wanted):
         raise ValueError(f"{len(wanted)} images were asked for, {len(images)} are there; missing ones are not judged")
@@ -65,18 +66,14 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
     return pd.DataFrame(rows)
 
 
-def check_image(image: Image.Image | np.ndarray, drawing: Drawing, may_be_blank: bool = True) -> None:
-    """Raise a ValueError for what is no image, so that it doesn't pass for one without the concept.
-
-    Args:
-        may_be_blank: False where a model drew it: then one colour throughout is a safety checker's or a broken model's.
-    """
+def check_image(image: Image.Image | np.ndarray, drawing: Drawing) -> None:
+    """Raise a ValueError for what is no image, so that it doesn't pass for one without the concept."""
     pixels, which = np.asarray(image), f"the image of {drawing.prompt!r}, seed {drawing.seed},"
     if pixels.dtype.kind not in "buif" or pixels.ndim < 2 or not pixels.size:
         raise ValueError(f"{which} is no image but {type(image).__name__} of shape {pixels.shape}")
     if not np.isfinite(pixels).all():
         raise ValueError(f"{which} holds NaN or infinite values: the model or its precision is broken")
-    if not may_be_blank and (pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all():
+    if (pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all():
         raise ValueError(f"{which} is one colour throughout, so nothing can be judged: a safety checker blanked it "
                          "(load the pipeline without one), or the model draws nothing any more")
 

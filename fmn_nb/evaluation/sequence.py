@@ -6,7 +6,7 @@ before anybody asked?), and to everything else, is measured after each stage on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -18,7 +18,7 @@ from fmn_nb.evaluation.protocol import Drawing, drawings, evenly, share_of
 from fmn_nb.evaluation.session import Session
 from fmn_nb.patches import Patch
 
-OTHERS = "all others"
+OTHERS, FORGOTTEN = "all others", "all forgotten"
 
 
 def sequence_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept], patches: Sequence[Patch], *,
@@ -55,11 +55,50 @@ def sequence_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept
                 share = share_of(~session.seen(concept, asked[concept]))
                 state = "forgotten" if number < forgotten else "waiting"
                 rows.append({**place, "concept": concept.name, "state": state, "measure": "ua", **asdict(share)})
-            outcomes = session.judged(concepts[0], others)
-            right = {"label": outcomes["right"], "style": outcomes.loc[outcomes["asked_style"].notna(), "right_style"]}
-            rows += [{**place, "concept": OTHERS, "state": "retained", "measure": measure, **asdict(share_of(values))}
-                     for measure, values in right.items() if measure == "label" or len(values)]
+            rows += _kept(session, concepts[0], others, place)
     return pd.DataFrame(rows)
+
+
+def together_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept], patches: Mapping[int, Patch], *,
+                   images: int = 12, retain_images: int = 24, seed: int = 0) -> pd.DataFrame:
+    """What patches that forget the first few of the concepts at once do, each alone on the base model.
+
+    Args:
+        patches: how many of the concepts a patch forgets -> the patch.
+        images: of the forgotten concepts together, shared out among them (at least one each), so that each UA rests
+            on about as many, whatever their number.
+            `retain_images`: of prompts that name none of the concepts, the same for every patch.
+
+    Returns:
+        Rows as in `sequence_table`, a stage for each patch, with the number that it forgets; UA is that of `all
+        forgotten`.
+
+    Raises:
+        ValueError: a patch for no concept, or for more than there are.
+        MeasurementError: nobody judges.
+    """
+    if not patches or not set(patches) <= set(range(1, len(concepts) + 1)):
+        raise ValueError(f"patches for {sorted(patches)} of {len(concepts)} concepts; give them for 1 to "
+                         f"{len(concepts)}")
+    session, rows = Session.of(pipe), []
+    others = kept_drawings(concepts, session.vocabulary, retain_images, seed)
+    for count, patch in sorted(patches.items()):
+        place = {"stage": count, "forgotten": count}
+        with patch.applied(session.pipe):
+            gone = pd.concat([~session.seen(concept, session.fresh_drawings(concept, max(1, images // count), seed))
+                              for concept in concepts[:count]])
+            rows.append({**place, "concept": FORGOTTEN, "state": "forgotten", "measure": "ua",
+                         **asdict(share_of(gone))})
+            rows += _kept(session, concepts[0], others, place)
+    return pd.DataFrame(rows)
+
+
+def _kept(session: Session, concept: Concept, others: Sequence[Drawing], place: Mapping[str, int]) -> list[dict]:
+    """Rows for all others: how often the label and the style that were asked for are seen."""
+    outcomes = session.judged(concept, others)
+    right = {"label": outcomes["right"], "style": outcomes.loc[outcomes["asked_style"].notna(), "right_style"]}
+    return [{**place, "concept": OTHERS, "state": "retained", "measure": measure, **asdict(share_of(values))}
+            for measure, values in right.items() if measure == "label" or len(values)]
 
 
 def kept_drawings(concepts: Sequence[Concept], vocabulary: Vocabulary, count: int, seed: int = 0) -> list[Drawing]:

@@ -109,8 +109,6 @@ class Session:
         with borrowed(self.pipe):
             images = generate(self.pipe, list(prompts or [d.prompt for d in wanted]), [d.seed for d in wanted],
                               steps=self.sampling.steps)
-        for drawing, image in zip(wanted, images, strict=True):
-            check_image(image, drawing, may_be_blank=False)
         return judge_images(judge, concept, wanted, images, self.vocabulary)
 
     def seen(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.Series:
@@ -173,7 +171,7 @@ def draw_images(pipe: DiffusionPipeline, wanted: Sequence[Drawing], *, steps: in
             drawn = generate(pipe, [d.prompt for d in filled], [d.seed for d in filled], steps=steps, guidance=guidance,
                              batch=batch)
             for drawing, image in zip(chunk, drawn, strict=False):
-                check_image(image, drawing, may_be_blank=False)
+                check_image(image, drawing)
                 found[drawing.prompt, drawing.seed] = image
                 if kept:
                     kept.save(drawing, image)

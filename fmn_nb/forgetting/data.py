@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fmn_nb.concepts import Concept, find_phrase
+from fmn_nb.concepts import Concept, NotThereError, find_phrase, world_of
 from fmn_nb.forgetting.methods.fmn import concept_mask
-from fmn_nb.forgetting.prompts import forget_prompts, likeness, retain_prompts, spoken, without
+from fmn_nb.forgetting.prompts import another_like, forget_prompts, likeness, retain_prompts, spoken, without
 from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of
 from fmn_nb.forgetting.settings import Settings, SettingsError
 from fmn_nb.models.arguments import checked_seed
 from fmn_nb.models.denoising import Conditions, Latents, NoisyBatch, SeedOffset, Stream, conditions, noisy_batch, seeded
-from fmn_nb.models.images import ReferenceImageError, encode, generate_latents
+from fmn_nb.models.images import ReferenceImageError, encode, generate_latents, generate_trajectories, load_images
 
 _HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
 EMPTY_PROMPT_SHARE = 8  # one in so many retain rows has the empty prompt, the uncond branch of guidance
@@ -61,6 +61,8 @@ class Task:
         for concept in self.concepts:
             if concept.name in self.readings:
                 check_reading(concept, self.readings[concept.name])
+            if self.settings.guide:
+                check_reading(concept, self.settings.guide, "guide")
         images = sum(self.count_of(concept) for concept in self.concepts)
         if self.masks is not None and len(self.masks) != images:
             raise ReferenceImageError(f"{len(self.masks)} masks for {images} reference images; give one for each")
@@ -76,15 +78,52 @@ class Task:
 
     def prompts_of_reading(self, concept: Concept) -> list[str]:
         """The same prompts with the concept's reading in its place, and the article that goes with it."""
-        reading = self.readings[concept.name]
+        return self._with_word(concept, self.readings[concept.name])
+
+    def guides_of(self, concept: Concept) -> list[str]:
+        """For each of the concept's prompts the one that it gives way to: with its reading where it has one, else as
+        the setting `guide` says."""
+        guide = self.settings.guide
+        if concept.name in self.readings:
+            return self.prompts_of_reading(concept)
+        if guide in ("empty", "without"):
+            return ["" if guide == "empty" else without(prompt, concept) for prompt in self.prompts_of(concept)]
+        return self._with_word(concept, another_like(self.pipe, concept) if guide == "another" else guide)
+
+    def _with_word(self, concept: Concept, word: str) -> list[str]:
         if self.prompts is None:
-            return forget_prompts(self.pipe, Concept(reading, concept.kind), self.settings.wording)
+            return forget_prompts(self.pipe, Concept(word, concept.kind), self.settings.wording)
         replaced = []
         for prompt in self.prompts:
             for start, end in reversed(find_phrase(prompt, concept.phrase)):
-                prompt = prompt[:start] + reading + prompt[end:]
+                prompt = prompt[:start] + word + prompt[end:]
             replaced.append(prompt)
         return replaced
+
+    def alone(self, concept: Concept) -> Task:
+        """The part of the task that is one concept's."""
+        before = sum(self.count_of(one) for one in self.concepts[:self.concepts.index(concept)])
+
+        def own(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in given.items() if name == concept.name}
+
+        masks = self.masks and self.masks[before:before + self.count_of(concept)]
+        return replace(self, concepts=(concept,), references=own(self.references), readings=own(self.readings),
+                       masks=masks)
+
+    def with_scenes(self) -> Task:
+        """The task with scenes and exact masks of its model's world as references, where the setting `scenes` asks for
+        them, the world has them, and no references are given."""
+        world = world_of(self.pipe)
+        if not self.settings.scenes or world is None or self.references or self.masks is not None:
+            return self
+        try:
+            found = {concept.name: world.masked_scenes(concept, self.settings.reference_count)
+                     for concept in self.concepts}
+        except NotThereError:
+            return self
+        return replace(self, references={name: load_images(list(images)) for name, (images, _) in found.items()},
+                       masks=[mask for _, masks in found.values() for mask in load_images(list(masks))])
 
     def generated(self, prompts: Sequence[str], offset: int = 0) -> Latents:
         """What the model draws for the prompts, from the task's seed plus `offset`."""
@@ -158,6 +197,8 @@ class TrainingSet:
         concept: for the forget set, which text columns count as the concept, bool [prompts that name it, columns].
         regions: where in each of the latents' images the concept is, [latents, height, width], or None.
         target_of: for each pair the prompt that the frozen model sees instead, where it is another one.
+        guide_of: for each pair of the forget set the prompt that the concept gives way to, where the settings name one.
+        times: for latents that are noisy already (trajectories) the timestep of each, [latents].
     """
 
     latents: Latents
@@ -168,12 +209,22 @@ class TrainingSet:
     concept: Tensor | None = None
     regions: Tensor | None = None
     target_of: Tensor | None = None
+    guide_of: Tensor | None = None
+    times: Tensor | None = None
 
-    def batch(self, shuffle: Shuffle, count: int, timesteps: tuple[int, int]) -> Batch:
-        """`count` pairs, noised to timesteps from .. to - 1: random are first the pairs, then `noisy_batch`."""
+    def batch(self, shuffle: Shuffle, count: int, timesteps: tuple[int, int], density: Tensor | None = None) -> Batch:
+        """`count` pairs, noised to timesteps from .. to - 1: random are first the pairs, then `noisy_batch`, then with
+        a density (a weight for each of these timesteps) the timesteps, which are taken anew."""
         pairs = shuffle.next(count)
-        return Batch(pairs, self.prompt_of[pairs],
-                     noisy_batch(self.latents, self.latent_of[pairs], shuffle.generator, timesteps))
+        images = self.latent_of[pairs]
+        if self.times is not None:
+            there = self.latents.mean[images]
+            return Batch(pairs, self.prompt_of[pairs], NoisyBatch(there, torch.zeros_like(there), self.times[images]))
+        noisy = noisy_batch(self.latents, images, shuffle.generator, timesteps)
+        if density is not None:
+            times = timesteps[0] + torch.multinomial(density, count, replacement=True, generator=shuffle.generator)
+            noisy = replace(noisy, timesteps=times)
+        return Batch(pairs, self.prompt_of[pairs], noisy)
 
 
 def training_sets(task: Task) -> dict[str, TrainingSet]:
@@ -197,8 +248,9 @@ def forget_set(task: Task) -> TrainingSet:
                for anchor in (task.prompts_of_reading(concept) if concept.name in task.readings
                               else [without(prompt, concept) for prompt in prompts])
                ] if task.settings.anchor_weight else []
-    given = conditions(task.pipe, [*texts, *anchors], size=task.settings.size)
-    marked, pairs, parts, first = [], [], [], 0
+    guides = [guide for concept in task.concepts for guide in task.guides_of(concept)] if task.settings.guide else []
+    given = conditions(task.pipe, [*texts, *anchors, *guides], size=task.settings.size)
+    marked, pairs, parts, every_time, first = [], [], [], [], 0
     for concept, prompts in own.items():
         for prompt in prompts:
             marked.append(concept_mask(task.pipe, prompt, concept.phrase, task.settings.positions,
@@ -208,7 +260,12 @@ def forget_set(task: Task) -> TrainingSet:
                                     f"'{prompt}'; add 'words' to them, or give prompts that have such positions")
     for concept, prompts in own.items():
         images = sum(len(part) for part in parts)
-        latents, matching = _references(task, concept, prompts, given.latent_shape)
+        if task.settings.noise_on == "trajectories":
+            latents, times, matching = _trajectories(task, prompts)
+            every_time.append(times / given.time_scale)
+        else:
+            drawn = task.guides_of(concept) if task.settings.noise_on == "guide" else prompts
+            latents, matching = _references(task, concept, drawn, given.latent_shape)
         parts.append(latents)
         pairs += [(images + image, first + prompt) for image, prompt in matching]
         first += len(prompts)
@@ -223,8 +280,10 @@ def forget_set(task: Task) -> TrainingSet:
         small = [torch.tensor(list(ImageOps.fit(p.convert("L"), (width, height)).tobytes())) for p in task.masks]
         regions = torch.stack(small).reshape(-1, height, width) / 255  # [images, h * w] -> [images, h, w]
     latent_of, prompt_of = torch.tensor(pairs).T  # [pairs, 2] -> two of [pairs]
-    return TrainingSet(everything, given, (*texts, *anchors), latent_of, prompt_of, torch.stack(marked), regions,
-                       target_of=prompt_of + len(texts) if anchors else None)
+    return TrainingSet(everything, given, (*texts, *anchors, *guides), latent_of, prompt_of, torch.stack(marked),
+                       regions, target_of=prompt_of + len(texts) if anchors else None,
+                       guide_of=prompt_of + len(texts) + len(anchors) if guides else None,
+                       times=torch.cat(every_time) if every_time else None)
 
 
 def _references(task: Task, concept: Concept, prompts: list[str],
@@ -234,13 +293,35 @@ def _references(task: Task, concept: Concept, prompts: list[str],
     if images is not None and settings.noise_on == "images":
         pairs = [(number % len(images), number % len(prompts)) for number in range(max(len(images), len(prompts)))]
         return encode(task.pipe, images, settings.size), pairs
-    count = settings.reference_count
-    # Spread over all prompts, the plainest always among them; image and prompt then match.
-    numbers = [number * len(prompts) // count if count < len(prompts) else number % len(prompts)
-               for number in range(count)]
+    count, numbers = settings.reference_count, _spread(settings.reference_count, len(prompts))
     latents = (Latents.exact(torch.zeros(count, *shape)) if settings.noise_on == "zeros"
                else task.generated([prompts[number] for number in numbers]))
     return latents, list(enumerate(numbers))
+
+
+def _trajectories(task: Task, prompts: list[str]) -> tuple[Latents, Tensor, list[tuple[int, int]]]:
+    """Noisy latents on the way to images of the prompts, the timestep of each, and which prompt goes with each.
+
+    Raises:
+        SettingsError: none of their timesteps is in the part of the schedule that the settings ask for.
+    """
+    settings, whole = task.settings, float(task.pipe.scheduler.config.num_train_timesteps)
+    numbers = _spread(settings.reference_count, len(prompts))
+    latents, times = generate_trajectories(
+        task.pipe, [prompts[number] for number in numbers], seed=task.seed, steps=settings.reference_steps,
+        guidance=settings.guidance, size=settings.size, cache=task.cache)
+    steps = len(times) // len(numbers)
+    matching = [(place, numbers[place // steps]) for place, time in enumerate(times.tolist())
+                if settings.time_from * whole <= time <= settings.time_to * whole or whole < 2]
+    if not matching:
+        raise SettingsError(f"no step of {steps} has a timestep from {settings.time_from} to {settings.time_to} of the "
+                            "schedule: widen time_from and time_to, or raise reference_steps")
+    return latents, times, matching
+
+
+def _spread(count: int, prompts: int) -> list[int]:
+    """Numbers of `count` prompts: spread over all of them, the plainest always among them."""
+    return [number * prompts // count if count < prompts else number % prompts for number in range(count)]
 
 
 # ---- the other sets -------------------------------------------------------------------------------------------------

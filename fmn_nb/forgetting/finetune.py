@@ -7,6 +7,8 @@ moves the trained weights as the method's objective asks: for "fmn" so that the 
 attention (`methods/fmn.py`; Zhang, Wang, Xu, Wang, Shi, arXiv 2303.17591). An anchor can pull the prediction to what it
 would be without the concept, and a retain term holds the rest in place: on other prompts the model is to predict what
 it did before (`terms`). What is learned from is in `data`, what is trained in `weights`, all numbers in `settings`.
+
+A closed form ("uce") takes no steps: it solves for the weights. "mace" does both, concept by concept.
 """
 
 from __future__ import annotations
@@ -29,18 +31,30 @@ from tqdm import tqdm
 from fmn_nb.concepts import Concept
 from fmn_nb.files import versions
 from fmn_nb.forgetting.data import Task, TrainingSet, by_concept, training_sets
-from fmn_nb.forgetting.request import check_known, check_rank, concepts_of, folder_of
+from fmn_nb.forgetting.methods import method_of
+from fmn_nb.forgetting.methods.uce import weighing_of
+from fmn_nb.forgetting.prompts import retain_prompts
+from fmn_nb.forgetting.request import (
+    check_closed_form,
+    check_known,
+    check_layers,
+    check_rank,
+    check_sources,
+    concepts_of,
+    folder_of,
+)
 from fmn_nb.forgetting.settings import Settings, SettingsError, settings_for
 from fmn_nb.forgetting.state import Checkpoint, CheckpointError, State, identity
 from fmn_nb.forgetting.terms import Terms
-from fmn_nb.forgetting.weights import Trainable, offloaded, precision_for, trainable
+from fmn_nb.forgetting.weights import Trainable, check_unfused, offloaded, precision_for, trainable
 from fmn_nb.models.denoising import Noising, Stream, seeded
 from fmn_nb.models.device import Memory, MixedPrecision, evaluating, gradient_checkpointing
 from fmn_nb.models.digests import base_of
 from fmn_nb.models.images import Images, load_all, load_images
 from fmn_nb.models.parameters import plain_name
 from fmn_nb.models.pipelines import denoiser
-from fmn_nb.patches import Patch, applied_patches
+from fmn_nb.patches import Patch, applied_patches, combine
+from fmn_nb.patches.least_squares import Fusion
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
 _MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
@@ -57,7 +71,7 @@ class Progress:
 
     Attributes:
         step: steps done, from 1; of `steps`.
-        loss: the re-steering loss of this step, before its weight.
+        loss: the method's objective in this step, before its weight.
         mass: the share of attention that the concept got in this step, in [0, 1].
         retain: the retain term before its weight, or None where there is none.
         make_patch: the patch as trained so far, complete: it can be saved and applied.
@@ -80,7 +94,7 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
            prompts: Sequence[str] | None = None, retain_prompts: Sequence[str] | None = None,
            towards: str | Mapping[str, str] | None = None, masks: Images | None = None,
            cache: str | Path | None = None, **overrides: Any) -> Patch:
-    """Fine-tune until the concept gets no more attention; the result is a patch, the pipeline stays as it is.
+    """Make a patch that forgets the concepts, by a preset's method; the pipeline stays as it is.
 
     A progress bar shows only where the error stream is a terminal: in a notebook a `callback` tells the progress, and
     the lists in the patch's `info["forgetting"]` are the curves afterwards.
@@ -93,18 +107,21 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
             a concept's name to them. Concepts without any get images that the model generates.
         preset: a name in `PRESETS`, or settings of your own.
         seed: of everything random; the same seed gives the same patch on the same machine.
-        callback: called after each step with a `Progress`; while it runs, `pipe` is as trained so far. A text that
-            it returns ends the fine-tune for that reason (`periodic_judge` makes one that asks a judge).
+        callback: called after each step (a closed form has none) with a `Progress`; while it runs, `pipe` is as
+            trained so far. A text that it returns ends the fine-tune for that reason (`periodic_judge` makes one that
+            asks a judge).
         checkpoint: a folder to save the state to. A run that finds its own state there goes on from it and ends in
             the same patch as one that never stopped. Its own: the same settings, images, prompts, weights and tokens.
-            Where no `cache` is given it keeps what the model draws for this too.
+            Where no `cache` is given it keeps what the model draws for this too. With "mace" each concept has a folder
+            in it, numbered from 0.
         prompts: prompts to learn from instead of those that the setting `wording` says; each must hold the (single)
             concept's phrase.
         retain_prompts: prompts whose images are to stay as they are; those that name a concept are left out. By
             default the bundled model's world, or `data/prompts/neutral.txt`.
         towards: correction of an ambiguous word: the name of the reading that is to show instead, "computer mouse"
             for the concept "mouse"; for several concepts a mapping from names to readings. It acts through
-            `anchor_weight` and `towards_weight`: without either (as in "paper") the concept is merely forgotten.
+            `anchor_weight`, `towards_weight` and the method "redirect": without any of them (as in "paper") the
+            concept is merely forgotten.
         masks: one picture for each reference image, white where the concept is: attention counts only there.
         cache: a folder that keeps the images that the model draws for this (as latents), so that a fine-tune with
             the same ones doesn't draw them again. Several processes can share it; the patch is the same with and
@@ -119,6 +136,7 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
 
     Raises:
         SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.
+        UnsupportedPipelineError: a closed form for a model without keys and values of the text alone.
         UnknownConceptError: a name that the models of the pipeline's world never learned, where no `prompts` are given.
         UnsupportedPipelineError: a pipeline or a scheduler of a model that can't be trained here.
         ForgettingError: the loss became NaN or infinite, or nothing can be trained.
@@ -133,28 +151,116 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
                 readings=by_concept(towards, named, "towards"))
     if prompts is None:
         check_known(pipe, named)
-    check_rank(pipe, settings)
-    first = next(denoiser(pipe).parameters())
-    precision_for(settings, first.device, first.dtype)  # told before anything is generated, as the next is
-    Noising(pipe)
+    method = method_of(settings.method)
+    check_unfused(denoiser(pipe))
+    if hasattr(method, "edit"):
+        check_closed_form(pipe, settings)
+    if hasattr(method, "objective"):
+        check_rank(pipe, settings)
+        check_layers(pipe, settings)
+        first = next(denoiser(pipe).parameters())
+        precision_for(settings, first.device, first.dtype)  # told before anything is generated, as the next is
+        Noising(pipe)
     # Once and first: what can't be read is told before anything is generated.
     task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
+    check_sources(task)
     info = _info(task, preset if isinstance(preset, str) else "own settings")
-    saved = Checkpoint(checkpoint, identity(task, info["base"]["fingerprint"])) if checkpoint else None
-    sets = training_sets(replace(task, cache=cache or checkpoint))
+    if not hasattr(method, "objective"):
+        return _solved(task, info, started)
+    work = _Work(checkpoint, cache, callback, started)
+    return _edited_and_trained(task, info, work) if hasattr(method, "edit") else _trained(task, info, work)
+
+
+# ---- the three ways to a patch --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Where and how a fine-tune runs, as `forget` was asked."""
+
+    checkpoint: Path | None
+    cache: Path | None
+    callback: Callback | None
+    started: float
+
+
+def _trained(task: Task, info: Mapping[str, Any], work: _Work, edit: Patch | None = None) -> Patch:
+    """The patch of the shared fine-tune; with an `edit` of the model that carries it, but what is drawn is without."""
+    pipe, settings = task.pipe, task.settings
+    saved = Checkpoint(work.checkpoint, identity(task, info["base"]["fingerprint"])) if work.checkpoint else None
+    sets = training_sets(replace(task, cache=work.cache or work.checkpoint))
     if saved:
         saved.begin()
     with ExitStack() as borrowed:
+        if edit is not None:
+            borrowed.enter_context(edit.applied(pipe))
         complete = borrowed.enter_context(offloaded(pipe, settings.offload))
-        weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(seed, Stream.LORA)))
-        run = Finetune(task, weights, sets, info, saved, started)
+        weights = borrowed.enter_context(trainable(denoiser(pipe), settings, seeded(task.seed, Stream.LORA)))
+        run = Finetune(task, weights, sets, info, saved, work.started)
 
         def tell(progress: Progress) -> str | None:
             with complete():
-                return callback(progress)
+                return work.callback(progress)
 
-        run.train(tell if callback else None)
+        run.train(tell if work.callback else None)
         return run.patch()
+
+
+def _solved(task: Task, info: Mapping[str, Any], started: float) -> Patch:
+    """The patch of a closed form. Its report has no steps, and as losses what was missed before and after the edit."""
+    memory = Memory(next(denoiser(task.pipe).parameters()).device)
+    edit = method_of(task.settings.method).edit(task)
+    memory.note()
+    return Patch(edit.kind, edit.tensors, {**info, "forgetting": {
+        "steps": 0, "seconds": round(perf_counter() - started, 3), "loss_first": edit.before, "loss_last": edit.after,
+        "stopped_because": "solved in closed form", "trainable_parameters": 0,
+        "patch_bytes": sum(tensor.nbytes for tensor in edit.tensors.values()), "peak_memory_bytes": memory.peak,
+        "losses": [edit.before, edit.after], "masses": [], "retain": []}})
+
+
+def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
+    """One patch of each concept's edit and of what is trained on the model that carries it; fused.
+
+    Each concept has a fine-tune of its own, and below `checkpoint` a folder of its own.
+    """
+    method, pipe, parts, reports = method_of(task.settings.method), task.pipe, [], []
+    kept = retain_prompts(pipe, task.concepts, task.retain_prompts, task.readings.values())
+    fusion = Fusion.of(pipe, [task.prompts_of(concept) for concept in task.concepts],
+                       [*kept, ""] if task.settings.retains else [], weighing_of(task.settings))
+    for number, concept in enumerate(task.concepts):
+        own = task.alone(concept).with_scenes()
+        found = method.edit(own)
+        edit = Patch(found.kind, found.tensors, dict(info))
+
+        def whole(patch: Patch, edit: Patch = edit) -> Patch:
+            return fusion([*parts, combine([edit, patch])])
+
+        def tell(progress: Progress, whole: Callable[[Patch], Patch] = whole) -> str | None:
+            return work.callback(replace(progress, make_patch=lambda: replace(
+                whole(trained := progress.make_patch()), info=trained.info)))
+
+        patch = _trained(own, info, replace(
+            work, checkpoint=work.checkpoint and work.checkpoint / str(number), cache=work.cache or work.checkpoint,
+            callback=work.callback and tell), edit)
+        parts.append(combine([edit, patch]))
+        reports.append(patch.info["forgetting"])
+    fused = fusion(parts)
+    return replace(fused, info={**info, "forgetting": {
+        **_joined(reports), "seconds": round(perf_counter() - work.started, 3), "patch_bytes": fused.nbytes}})
+
+
+def _joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of several fine-tunes that ran one after another: sums, lists one behind the other."""
+    joined = dict(reports[0])
+    for report in reports[1:]:
+        for name, value in report.items():
+            if isinstance(value, list) or name in ("steps", "trainable_parameters"):
+                joined[name] = joined[name] + value
+        joined["loss_last"] = report["loss_last"]
+        joined["peak_memory_bytes"] = max(joined["peak_memory_bytes"], report["peak_memory_bytes"])
+        if report["stopped_because"] not in joined["stopped_because"]:
+            joined["stopped_because"] += f"; {report['stopped_because']}"
+    return joined
 
 
 def _info(task: Task, preset: str) -> dict[str, Any]:

@@ -122,6 +122,15 @@ def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
     return min((word for word in _STAND_INS if word.casefold() != concept.phrase.casefold()), key=difference)
 
 
+def another_like(pipe: DiffusionPipeline, concept: Concept) -> str:
+    """The name of the concept's kind, another one, that the pipeline's text encoder finds most like it."""
+    world = world_of(pipe)
+    names = (tuple(name for name in _STAND_INS if name.casefold() != concept.phrase.casefold()) if world is None
+             else world.vocabulary.others(concept).of(concept.kind))
+    asked = [Concept(name, concept.kind).prompt for name in names]
+    return names[int(likeness(pipe, [spoken(concept).prompt], asked).argmax())]
+
+
 def spoken(concept: Concept) -> Concept:
     """The concept under what stands for it in a prompt: its name, or the phrase (a learned token) that replaces it."""
     return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)

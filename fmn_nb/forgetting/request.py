@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
+from fmn_nb.attention import text_layers
 from fmn_nb.concepts import Concept, find_phrase, forms_of, world_of
-from fmn_nb.forgetting.settings import Settings, SettingsError
-from fmn_nb.forgetting.weights import trained_layers
-from fmn_nb.models import denoiser, tokenizers
+from fmn_nb.forgetting.settings import FACTS, Settings, SettingsError
+from fmn_nb.forgetting.weights import check_no_adapters, trained_layers
+from fmn_nb.models import denoiser, text_encoders, tokenizers
+from fmn_nb.patches.least_squares import text_weights
+
+if TYPE_CHECKING:
+    from fmn_nb.forgetting.data import Task
 
 
 def concepts_of(given: Any) -> tuple[Concept, ...]:
@@ -48,13 +54,13 @@ def checked_texts(name: str, given: Any) -> list[str] | None:
     return texts
 
 
-def check_reading(concept: Concept, reading: Any) -> None:
+def check_reading(concept: Concept, reading: Any, what: str = "towards") -> None:
     """Raise a ValueError unless `reading` is a text that says something else than the concept."""
     if not isinstance(reading, str) or not reading.strip():
-        raise ValueError(f"towards is the name of a reading, a text such as 'computer mouse', not {reading!r}")
+        raise ValueError(f"{what} is the name of a reading, a text such as 'computer mouse', not {reading!r}")
     if reading.strip().casefold() in {form.casefold() for word in (concept.name, concept.phrase)
                                       for form in forms_of(word)}:
-        raise ValueError(f"towards={reading!r} is the concept {concept.name!r} itself: name what is to show instead")
+        raise ValueError(f"{what}={reading!r} is the concept {concept.name!r} itself: name what is to show instead")
 
 
 def folder_of(name: str, given: Any) -> Path | None:
@@ -85,6 +91,35 @@ def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
             name = next((known[said.casefold()] for said in (concept.name, concept.phrase) if said.casefold() in known),
                         concept.name)
             world.vocabulary.check(replace(concept, name=name))
+
+
+def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Raise an UnsupportedPipelineError or SettingsError where keys and values can't be solved for; warn of what a
+    closed form can't reach."""
+    text_weights(pipe, settings.projections)
+    check_no_adapters(denoiser(pipe))
+    if len(text_encoders(pipe)) > 1:
+        warnings.warn(f"a pooled text embedding reaches the denoiser of {type(pipe).__name__} beside the columns, and "
+                      f"'{settings.method}' can't close it: something of the concept may stay", stacklevel=3)
+
+
+def check_sources(task: Task) -> None:
+    """Warn where reference images were given to a method that learns from none; raise a SettingsError for masks."""
+    learns = FACTS[task.settings.method].trains and task.settings.noise_on in ("images", "zeros")
+    if not learns and task.masks is not None:
+        raise SettingsError(f"masks belong to reference images, and '{task.settings.method}' learns from none here: "
+                            "leave masks out")
+    if not learns and task.references:
+        warnings.warn(f"'{task.settings.method}' learns from no reference images here, so those given are left unused",
+                      stacklevel=3)
+
+
+def check_layers(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Raise a SettingsError where the method runs cross-attention layers alone and the model's attention is joint."""
+    joint = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.text != "all"]
+    if settings.method == "redirect" and joint:
+        raise SettingsError(f"method 'redirect' is for layers of cross-attention, and {joint[0]} of this "
+                            f"{type(denoiser(pipe)).__name__} is joint attention: take another, as preset='balanced'")
 
 
 def check_rank(pipe: DiffusionPipeline, settings: Settings) -> None:

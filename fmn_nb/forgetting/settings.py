@@ -7,12 +7,46 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-#: name of a method -> the module with its objective (see `fmn_nb.forgetting.methods`)
-METHODS: dict[str, str] = {"fmn": "fmn_nb.forgetting.methods.fmn"}
+#: name of a method -> the module that holds it (see `fmn_nb.forgetting.methods`)
+METHODS: dict[str, str] = {name: f"fmn_nb.forgetting.methods.{name}"
+                           for name in ("fmn", "redirect", "uce", "esd", "ca", "mace")}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method asks for and gives, for a table beside its results.
+
+    Attributes:
+        trains: it trains weights in steps; without, it solves for them.
+        images: what images it learns from, "" for none. None of them need be given: the model draws them.
+        retain: it can hold prompts for everything else in place; whether it does is for the settings to say
+            (`Settings.retains`).
+        linear: its patch is a sum to the weights, so it can be scaled, added to others and given to plain diffusers
+            (as a LoRA, or folded in); a network of its own beside the layers could not.
+        source: where it was published.
+    """
+
+    trains: bool
+    images: str
+    retain: bool
+    linear: bool
+    source: str
+
+
+#: name of a method -> what it asks for and gives
+FACTS: dict[str, Facts] = {
+    "fmn": Facts(True, "of the concept", True, True, "arXiv 2303.17591"),
+    "redirect": Facts(True, "of the concept", True, True, "this project"),
+    "uce": Facts(False, "", True, True, "arXiv 2308.14761"),
+    "esd": Facts(True, "drawn on the way, never finished", True, True, "arXiv 2303.07345"),
+    "ca": Facts(True, "of what replaces it", True, True, "arXiv 2303.13516"),
+    "mace": Facts(True, "of the concept, with masks", True, True, "arXiv 2403.06135"),
+}
 
 Part = Literal["words", "later", "first_eot", "padding", "every_eot"]
 Few = Annotated[int, Field(ge=1, le=4096)]  # go through the model, or stand in it, at once
@@ -37,10 +71,14 @@ class Settings(BaseModel):
 
     The method:
         method: a name in `METHODS`; its objective is what the forget set's prompts are trained on.
+        guide: what the concept gives way to, for the methods that have such a thing: "empty" (the empty prompt),
+            "without" (its prompt without it), "another" (the name of its kind that the text encoder finds most like
+            it) or a word of your own; "" for nothing. A reading given to `forget` as `towards` goes before it.
 
     What is trained:
         train: "denoiser" (all its weights), "cross_attention" (all of its layers that look at the text),
-            "projections" (only the named ones in these layers), or "lora" (low-rank factors on the named ones).
+            "except_cross_attention" (all others), "projections" (only the named ones in the layers that look at the
+            text), or "lora" (low-rank factors on the named ones).
         projections: names inside such a layer, of "to_q", "to_k", "to_v", "to_out.0" (for the last two kinds).
         rank: of the LoRA.
 
@@ -52,13 +90,18 @@ class Settings(BaseModel):
         norm: "published" (one Frobenius norm over everything, Zhang et al., arXiv 2303.17591, as coded),
             "mean_square" (mean of squares in each layer, then the mean over layers), "mass" (the same of each
             pixel's summed attention on the concept's columns, so that their number doesn't matter).
-        resteer_weight: factor of this loss.
+        resteer_weight: factor of this loss, or of whatever objective the method has.
         wording: of the prompts: "paper" ("a photo of X"), "plain" (with its article), "varied" (all templates of the
             kind, and for a model of a known world the contexts in which it learned the concept).
 
     References:
-        noise_on: "images" noises reference images, "zeros" has noise alone (an option of the published code).
-        reference_count: how many to generate per concept where none are given.
+        noise_on: "images" noises reference images, "zeros" has noise alone (an option of the published code),
+            "guide" noises images of the guide's prompts, "trajectories" takes what stands in the way from noise to an
+            image when the frozen model draws the concept with guidance, each with its timestep: made once, drawn
+            from in every step.
+        reference_count: how many images (or trajectories) to generate per concept where none are given.
+        scenes: take scenes with exact masks from the model's world as references, where it is of a known one that has
+            them and no references are given; attention then counts only where the concept is.
         reference_steps: sampling steps of generated images (references and retain set).
         guidance: their guidance scale.
         height, width: of the images in pixels, both 0 for the pipeline's default.
@@ -69,7 +112,8 @@ class Settings(BaseModel):
             or with the reading `towards` in its place; on the same noised references. 0 for none.
         anchor_guidance: how far beyond the anchor, away from what the frozen model predicts for the concept, the
             target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345). So
-            does the target of a correction's pull (`towards_weight`). Without either it is unused.
+            do the target of a correction's pull (`towards_weight`), that of the method "esd", and for what layers
+            write that of "redirect". Without any of these it is unused.
 
     Keeping the rest:
         retain_weight: factor of the retain term: mean squared difference to the frozen model's predictions; 0 for none.
@@ -83,12 +127,25 @@ class Settings(BaseModel):
             the prompt `towards` given to `forget` (the overshadowed reading), on images of that reading; unused
             without one, 0 for none.
 
+    Closed forms (methods "uce" and "mace", which say what these weigh):
+        tokens: which of the concept's columns are edited: the "last" of its own, or that and all "later" ones.
+        erase_scale: weight of an edited embedding.
+        preserve_scale: weight of a kept embedding, one of the retain prompts' columns; 0 for none.
+        ridge: weight of the change's own square.
+        null_space: the change is confined to directions in which the kept embeddings are smaller, in the root mean
+            square, than this share of their largest direction (after SPEED, arXiv 2503.07392); 0 for no confinement.
+
+    Of single methods:
+        prior_weight: of the ordinary training loss on the images of the guide ("ca").
+
     Optimiser: AdamW (betas 0.9 and 0.999, epsilon 1e-8) with `learning_rate` and `weight_decay`; gradient norm clipped
     at `clip` (0: not clipped), `schedule` of the learning rate with `warmup` steps.
 
     Running:
         steps, batch_size (images in a step).
-        time_from, time_to: timesteps are taken uniformly from this part of the schedule (0 to 1).
+        time_from, time_to: timesteps are taken from this part of the schedule (0 to 1): of 1000 from 0 on.
+        time_density: "uniform", or "middle": as sigma(.05 (t - 200)) - sigma(.05 (t - 400)) of 1000, where an object
+            takes form (Lu et al., arXiv 2403.06135).
         stop_mass: stop when the concept's attention mass, averaged over 5 steps, is below this share of what it
             was in the first step; 0 never stops early.
         precision: "auto" follows the pipeline's dtype; "no", "bf16", "fp16" (on a GPU).
@@ -104,14 +161,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: str = "fmn"
-    train: Literal["lora", "projections", "cross_attention", "denoiser"] = "lora"
+    guide: str = ""
+    train: Literal["lora", "projections", "cross_attention", "except_cross_attention", "denoiser"] = "lora"
     projections: Annotated[tuple[str, ...], _as_tuple] = ("to_q", "to_k", "to_v", "to_out.0")
     rank: Few = 8
     positions: Annotated[tuple[Part, ...], _as_tuple] = ("words", "first_eot", "padding")
     norm: Literal["published", "mean_square", "mass"] = "mean_square"
     resteer_weight: Number = 1.0
     wording: Literal["paper", "plain", "varied"] = "varied"
-    noise_on: Literal["images", "zeros"] = "images"
+    noise_on: Literal["images", "zeros", "guide", "trajectories"] = "images"
+    scenes: bool = False
     reference_count: Many = 8
     reference_steps: Many = 20
     guidance: Number = 4.0
@@ -124,6 +183,12 @@ class Settings(BaseModel):
     retain_count: Whole = 24
     similar_share: Share = 0.5
     towards_weight: Number = 10.0
+    tokens: Literal["last", "later"] = "last"
+    erase_scale: Number = 1.0
+    preserve_scale: Number = 0.0
+    ridge: Number = 0.5
+    null_space: Share = 0.0
+    prior_weight: Number = 1.0
     learning_rate: Number = 1e-3
     weight_decay: Number = 0.01
     clip: Number = 1.0
@@ -133,6 +198,7 @@ class Settings(BaseModel):
     batch_size: Few = 4
     time_from: Share = 0.0
     time_to: Share = 1.0
+    time_density: Literal["uniform", "middle"] = "uniform"
     stop_mass: Share = 0.0
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
@@ -159,6 +225,9 @@ class Settings(BaseModel):
             raise ValueError(f"timesteps need time_from < time_to, not {self.time_from} and {self.time_to}")
         if bool(self.height) != bool(self.width):
             raise ValueError("give both height and width, or neither")
+        if not self.guide and (self.method != "fmn" or self.noise_on == "guide"):
+            raise ValueError(f"method '{self.method}' with noise_on='{self.noise_on}' needs a guide: 'empty', "
+                             "'without', 'another' or a word")
         return self
 
     @property
@@ -166,10 +235,29 @@ class Settings(BaseModel):
         """(height, width) in pixels, or None for the pipeline's default."""
         return (self.height, self.width) if self.height else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return self.model_dump(mode="json")
+    @property
+    def retains(self) -> bool:
+        """Whether prompts for everything else are held in place, so words for them are needed."""
+        if not FACTS[self.method].trains:
+            return self.preserve_scale > 0 or self.null_space > 0
+        return self.retain_weight > 0 or (self.method == "mace" and self.preserve_scale > 0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Where the method is "fmn", settings that other methods brought along are left out at
+        their defaults: what was written before there were others stays comparable."""
+        same = {name for name in _OF_OTHERS if self.method == "fmn" and getattr(self, name) == _DEFAULTS[name].default}
+        return self.model_dump(mode="json", exclude=same)
+
+
+_DEFAULTS = Settings.model_fields
+_OF_OTHERS = ("guide", "tokens", "erase_scale", "preserve_scale", "ridge", "null_space", "prior_weight",
+              "time_density", "scenes")
+_KEYS_AND_VALUES = ("to_k", "to_v")
+_NOTHING_ELSE: dict[str, Any] = {"retain_weight": 0.0, "towards_weight": 0.0}  # no term beside the objective
+_ESD: dict[str, Any] = {
+    "method": "esd", "guide": "empty", "noise_on": "trajectories", "anchor_guidance": 1.0, **_NOTHING_ELSE,
+    "reference_count": 32, "guidance": 3.0, "weight_decay": 0.0, "clip": 0.0, "batch_size": 8, "steps": 100,
+}
 
 PRESETS: dict[str, Settings] = {
     # The published algorithm and defaults (SHI-Labs/Forget-Me-Not). Kept on purpose, as they are the method: no
@@ -186,6 +274,31 @@ PRESETS: dict[str, Settings] = {
         positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
         retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
         learning_rate=2e-2, schedule="cosine", steps=35,
+    ),
+    # Attention erasure that stands alone: each cross-attention layer learns to write for the concept's prompt what it
+    # wrote without the concept, and as far again beyond; no prediction is pulled anywhere but by the retain term. Found
+    # on the emoji model (data/results/tuning/resteer.csv), where a norm of attention, or of what the concept's own
+    # columns write, erased at best one of "cat" and "twemoji" with the same settings. Keys and values alone do as well;
+    # queries and keys alone erase the object and not the style, and so does `anchor_guidance` 0: unnamed, the model
+    # draws "twemoji" in 10 of 24 images. For a large model start from a learning rate of about 1e-4.
+    "resteer": Settings(
+        method="redirect", guide="without", positions=("words",), anchor_guidance=1.0,
+        retain_weight=1e3, retain_batch=8, retain_count=64, reference_steps=10, towards_weight=0.0,
+        learning_rate=2e-2, schedule="cosine", steps=35,
+    ),
+    # The methods beside it, each with what is published of it in its own file. What was tried here, on one object and
+    # one style, stands in data/results/tuning-methods.
+    "uce": Settings(method="uce", guide="without", projections=_KEYS_AND_VALUES, tokens="later", preserve_scale=1.0),
+    "esd-x": Settings(**_ESD, learning_rate=1e-3),
+    "esd-u": Settings(**_ESD, learning_rate=1e-4, train="except_cross_attention"),
+    "ca": Settings(
+        method="ca", guide="another", noise_on="guide", train="projections", projections=_KEYS_AND_VALUES,
+        **_NOTHING_ELSE, reference_count=64, reference_steps=10, learning_rate=1e-3, clip=0.0, batch_size=8, steps=100,
+    ),
+    "mace": Settings(
+        method="mace", guide="without", rank=1, projections=_KEYS_AND_VALUES, **_NOTHING_ELSE, scenes=True,
+        positions=("words", "first_eot"), preserve_scale=1.0, time_density="middle", learning_rate=1e-2, batch_size=1,
+        steps=50,
     ),
 }
 

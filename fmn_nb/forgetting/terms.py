@@ -5,20 +5,20 @@ Each term takes a batch of its own set and has its own backward pass, so that on
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmn_nb.attention import attention_with_graph
+from fmn_nb.attention import Listener, attention_with_graph
 from fmn_nb.forgetting.data import Batch, Shuffle, Task, TrainingSet
-from fmn_nb.forgetting.methods import Seen
+from fmn_nb.forgetting.methods import Seen, method_of
 from fmn_nb.forgetting.methods.fmn import concept_mass
-from fmn_nb.forgetting.settings import METHODS
 from fmn_nb.forgetting.weights import Trainable
-from fmn_nb.models import Memory, MixedPrecision, Noising, Stream, denoiser, predict_noisy, seeded
+from fmn_nb.models import Memory, MixedPrecision, Noising, Stream, denoiser, predict, predict_noisy, seeded
 
 _STREAMS = {"forget": Stream.FORGET, "retain": Stream.RETAIN, "towards": Stream.TOWARDS}
 
@@ -33,8 +33,9 @@ class Terms:
                  memory: Memory) -> None:
         self.model, self.weights, self.sets, self.settings = denoiser(task.pipe), weights, sets, task.settings
         self.precision, self.memory, self.noising = precision, memory, Noising(task.pipe)
-        self.objective = importlib.import_module(METHODS[task.settings.method]).objective
-        self.device = next(self.model.parameters()).device
+        self.objective = method_of(task.settings.method).objective
+        self.density = middle_times(self.noising.steps) if task.settings.time_density == "middle" else None
+        self.device, self.listener = next(self.model.parameters()).device, Listener(self.model)
         self.shuffles = {name: Shuffle(seeded(task.seed, _STREAMS[name]), len(found.latent_of))
                          for name, found in sets.items()}
 
@@ -53,9 +54,11 @@ class Terms:
         concept = data.concept[batch.prompts].to(self.device)  # [batch, columns]
         region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
         target = None if data.target_of is None else self._target(data, batch)
-        with self.precision.autocast(), attention_with_graph(self.model) as attention:
+        with self.precision.autocast(), attention_with_graph(self.listener) as attention:
             predicted = self._predict(data, batch, batch.prompts)
-        loss = self.objective(Seen(attention, predicted, concept, region), self.settings)
+        seen = self._seen(data, batch, attention, predicted, concept, region)
+        with self.precision.autocast():
+            loss = self.objective(seen, self.settings)
         found = {"losses": float(loss.detach()), "masses": concept_mass(attention, concept)}
         total = loss * self.settings.resteer_weight
         if target is not None:
@@ -65,6 +68,25 @@ class Terms:
         del predicted  # without a pull nothing else holds this end of the graph
         self._backward(total)
         return found
+
+    def _seen(self, data: TrainingSet, batch: Batch, *run: Any) -> Seen:
+        """What an objective is given; `run` are the attention, prediction, concept and region of the step's own run."""
+        def present(prompt: str) -> Tensor:
+            with self.precision.autocast():
+                return self._predict(data, batch, self._prompts_for(data, batch, prompt)).float()
+
+        def frozen(prompt: str) -> Tensor:
+            with self.weights.frozen():
+                return present(prompt)
+
+        noisy = batch.noisy
+        target = None if data.times is not None else self.noising.target(
+            noisy.latents, noisy.noise, noisy.timesteps).to(self.device)
+        return Seen(*run, frozen, present, target, self.weights)
+
+    @staticmethod
+    def _prompts_for(data: TrainingSet, batch: Batch, prompt: str) -> Tensor:
+        return batch.prompts if prompt == "concept" else data.guide_of[batch.pairs]
 
     def _pull(self, name: str, weight: float) -> float:
         """The set's prompts pulled to their target: retain prompts to what the frozen model does with them, the
@@ -90,13 +112,23 @@ class Terms:
         return target
 
     def _predict(self, data: TrainingSet, batch: Batch, prompts: Tensor) -> Tensor:
+        if data.times is not None:  # noisy already
+            noisy = batch.noisy.latents.to(self.device)
+            return predict(self.model, noisy, batch.noisy.timesteps, data.given, prompts)
         return predict_noisy(self.model, self.noising, batch.noisy, data.given, prompts)
 
     def _batch(self, name: str, count: int) -> Batch:
         steps = self.noising.steps
         window = int(self.settings.time_from * steps), max(1, math.ceil(self.settings.time_to * steps))
-        return self.sets[name].batch(self.shuffles[name], count, window)
+        density = None if self.density is None or name != "forget" else self.density[slice(*window)]
+        return self.sets[name].batch(self.shuffles[name], count, window, density)
 
     def _backward(self, loss: Tensor) -> None:
         self.memory.note()
         self.precision.backward(loss)
+
+
+def middle_times(steps: int) -> Tensor:
+    """The weight of each of a schedule's timesteps, [steps]: sigma(.05 (t - 200)) - sigma(.05 (t - 400)) of 1000."""
+    times = torch.arange(steps) * 1000 / steps
+    return torch.sigmoid(0.05 * (times - 200)) - torch.sigmoid(0.05 * (times - 400))

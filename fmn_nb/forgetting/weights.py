@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fmn_nb.attention import text_layers
 from fmn_nb.forgetting.settings import Settings, SettingsError
 from fmn_nb.models import HALVES, denoiser, own_parameters, plain_name, text_encoders, without_gradients
-from fmn_nb.patches import LORA_A, LORA_B, set_parameter
+from fmn_nb.patches import LORA_A, LORA_B, is_fused, set_parameter
 
 _ADAPTER = "forget"
 
@@ -76,6 +76,13 @@ class Trainable:
                     module.enable_adapters(lora)
 
 
+def check_unfused(model: nn.Module) -> None:
+    """Raise SettingsError where a model computes with fused copies of its projections, which no training reaches."""
+    if is_fused(model):
+        raise SettingsError("the model's projections are fused, so training them would change nothing: call "
+                            "unfuse_qkv_projections() on the pipeline or the model first")
+
+
 @contextmanager
 def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
     """Context in which the chosen weights of `model` can be trained; everything else needs no gradient.
@@ -87,8 +94,9 @@ def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) 
 
     Raises:
         SettingsError: nothing matches `settings.train` and `settings.projections`, or there are peft adapters
-            where a LoRA is to be trained.
+            where a LoRA is to be trained, or fused projections.
     """
+    check_unfused(model)
     inside = _lora(model, settings, generator) if settings.train == "lora" else _whole_weights(model, settings)
     with without_gradients(model), inside as found:
         yield found
@@ -108,13 +116,15 @@ def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
 
 @contextmanager
 def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
-    if settings.train == "denoiser":
-        chosen = ("",)  # what every name begins with
-    else:
-        layers = text_layers(model) if settings.train == "cross_attention" else trained_layers(model, settings)
-        chosen = tuple(f"{plain_name(layer)}." for layer in layers)
+    layers = trained_layers(model, settings) if settings.train == "projections" else text_layers(model)
+    chosen = tuple(f"{plain_name(layer)}." for layer in layers)  # what names begin with
+
+    def is_trained(name: str) -> bool:
+        inside = name.startswith(chosen)
+        return {"denoiser": True, "except_cross_attention": not inside}.get(settings.train, inside)
+
     own = {name: (place, parameter) for name, (place, parameter) in own_parameters(model).items()
-           if parameter.is_floating_point() and name.startswith(chosen)}
+           if parameter.is_floating_point() and is_trained(name)}
     originals = {name: parameter for name, (_, parameter) in own.items()}
     # Training needs float32 even where the model is kept in half precision.
     copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in originals.items()}
@@ -126,12 +136,17 @@ def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
         found._show(originals, lora=False)
 
 
-@contextmanager
-def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise a SettingsError where the model carries peft's adapters."""
     if getattr(model, "peft_config", None) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise SettingsError("the pipeline carries adapters (a LoRA): call pipe.unload_lora_weights(), or "
                             "pipe.fuse_lora() and then pipe.unload_lora_weights(); the patch is then for the fused "
                             "model, and fits no other")
+
+
+@contextmanager
+def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> Iterator[Trainable]:
+    check_no_adapters(model)
     names = trained_layers(model, settings)
     places = {name: model.get_submodule(name) for name in names}
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)

@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fmn_nb.models.device import evaluating
 from fmn_nb.models.pipelines import (
     UnsupportedPipelineError,
     denoiser,
@@ -315,13 +316,16 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, silent: bool = True) -> Iterator[DiffusionPipeline]:
-    """The pipeline for our own use: silent, and with a copy of its scheduler, whose state changes in use."""
+    """The pipeline for our own use: silent, without dropout, and with a copy of its scheduler, whose state changes in
+    use."""
+    training = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
     scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = copy.deepcopy(scheduler)
     if silent:
         pipe.set_progress_bar_config(disable=True)
     try:
-        yield pipe
+        with evaluating(*training):
+            yield pipe
     finally:
         pipe.scheduler = scheduler
         if bar is not None:

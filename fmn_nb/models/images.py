@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fmn_nb.files import one_at_a_time, write_tensors
 from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
 from fmn_nb.models.denoising import Latents, borrowed, conditions, seeded, size_options
 from fmn_nb.models.digests import digest, drawing_key
-from fmn_nb.models.pipelines import require_text_to_image
+from fmn_nb.models.pipelines import UnsupportedPipelineError, denoiser, require_text_to_image, uncompiled
 
 STEPS = 20
 GUIDANCE = 4.0
@@ -35,6 +36,7 @@ _GENERATED_AT_ONCE = 24
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TAKEN = ("give a folder, or one or several of: a file, a PIL image, an array [height, width, 3], a tensor [3, height, "
          "width], of uint8 or of floats from 0 to 1")
+NO_VAE = "the pipeline has no autoencoder (its vae is None)"
 Images = str | Path | Image.Image | np.ndarray | Tensor | Sequence["str | Path | Image.Image | np.ndarray | Tensor"]
 
 
@@ -55,19 +57,21 @@ def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[in
 
     Raises:
         ValueError: not as many seeds as prompts, or a number that is none or too small.
-        UnsupportedPipelineError: the pipeline needs a picture to draw.
+        UnsupportedPipelineError: the pipeline needs a picture to draw, or has no autoencoder.
         FilteredImageError: a picture is black throughout or NaN, or the pipeline's safety checker flagged it.
     """
     prompts, seeds, settings = _checked(prompts, seeds, steps, guidance)
     batch = whole_number("batch", batch, 1)
     require_text_to_image(pipe)
+    if getattr(pipe, "vae", None) is None and options.get("output_type") != "latent":
+        raise UnsupportedPipelineError(f"{NO_VAE}, so nothing can be drawn from its latents: load it with its vae")
     images: list[Image.Image] = []
     with borrowed(pipe, silent=False):
         for start in range(0, len(prompts), batch):
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:start + batch]]
             drawn = pipe(prompts[start:start + batch], generator=generators, **settings, **options)
             _refuse_filtered(pipe, drawn, prompts[start:start + batch])
-            images += drawn.images
+            images += list(drawn.images)  # an array, with output_type="np"
     return images
 
 
@@ -75,9 +79,9 @@ def _checked(prompts: Sequence[str], seeds: Sequence[int], steps: int,
              guidance: float) -> tuple[list[str], list[int], dict[str, Any]]:
     """Prompts, seeds, and the pipeline's own names for the rest; ValueError says what is wrong with one."""
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts must be a list of texts, not {prompts!r:.60}")
+        raise ValueError(f"prompts must be a list of texts, not {shortened(prompts)}")
     if isinstance(seeds, str | bytes | numbers.Number):
-        raise ValueError(f"seeds must be a list of whole numbers, one for each prompt, not {seeds!r:.60}")
+        raise ValueError(f"seeds must be a list of whole numbers, one for each prompt, not {shortened(seeds)}")
     prompts, seeds = list(prompts), [checked_seed(seed) for seed in seeds]
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; every image needs one of each")
@@ -120,6 +124,9 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
     Each image is resized to cover `size` (height, width in pixels; the pipeline's default if None) and cropped to
     its centre.
     """
+    if getattr(pipe, "vae", None) is None:
+        raise ReferenceImageError(f"{NO_VAE}, so images can't be encoded: load it with its vae, or leave out the "
+                                  "references and the model generates them as latents")
     height, width = size or pixel_size(pipe)
     vae, parts = pipe.vae, []
     shift, scale = _latent_scaling(pipe)
@@ -194,47 +201,108 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
     prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
     require_text_to_image(pipe)
     settings = (seed, steps, guidance, size)
+
+    def draw() -> dict[str, Tensor]:
+        return {"latents": _drawn(pipe, prompts, *settings)[0]}
+
     if not cache:
-        return Latents.exact(_drawn(pipe, prompts, *settings))
+        return Latents.exact(draw()["latents"])
     key = drawing_key(pipe, list(prompts), *settings, _GENERATED_AT_ONCE)
-    file = Path(cache) / LATENTS / f"{key[:32]}.safetensors"
-    found = _load(file, key, len(prompts))
+    return Latents.exact(_kept(Path(cache), key, len(prompts), draw)["latents"])
+
+
+@torch.no_grad()
+def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: int, guidance: float,
+                          size: tuple[int, int] | None = None, cache: str | Path | None = None,
+                          ) -> tuple[Latents, Tensor]:
+    """What the denoiser is given on the way to each prompt's image: noisy latents, as it takes them, image after image
+    from noise on, and for each the timestep it was told, [images * steps].
+
+    The images are those of `generate_latents` with the same arguments, and so are the errors.
+    """
+    seed = checked_seed(seed)
+    prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
+    require_text_to_image(pipe)
+    settings = (seed, steps, guidance, size)
+
+    def draw() -> dict[str, Tensor]:
+        _, latents, times = _drawn(pipe, prompts, *settings, on_the_way=True)
+        return {"latents": latents, "times": times}
+
+    key = drawing_key(pipe, list(prompts), *settings, _GENERATED_AT_ONCE, "trajectories") if cache else ""
+    found = _kept(Path(cache), key, len(prompts), draw) if cache else draw()
+    return Latents.exact(found["latents"].flatten(0, 1)), found["times"].flatten()
+
+
+def _kept(cache: Path, key: str, count: int, draw: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What stands in the cache under this key, or is drawn now and kept there."""
+    file = cache / LATENTS / f"{key[:32]}.safetensors"
+    found = _load(file, key, count)
     if found is None:
         with one_at_a_time(file.with_suffix(".lock"), PATIENCE):
-            found = _load(file, key, len(prompts))
+            found = _load(file, key, count)
             if found is None:
-                found = _drawn(pipe, prompts, *settings)
-                write_tensors(file, {"latents": found.contiguous()}, {"key": key, "sha256": digest([found])})
-    return Latents.exact(found)
+                found = draw()
+                write_tensors(file, {name: tensor.contiguous() for name, tensor in found.items()},
+                              {"key": key, "sha256": digest(found.values())})
+    return found
 
 
 def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: int, guidance: float,
-           size: tuple[int, int] | None) -> Tensor:
-    """Latents as `Latents.exact` keeps them, [prompts, ...]."""
-    options, parts = size_options(pipe, size), []
+           size: tuple[int, int] | None, on_the_way: bool = False) -> tuple[Tensor, ...]:
+    """Latents as `Latents.exact` keeps them, [prompts, ...]; `on_the_way` also the denoiser's noisy latents
+    [prompts, steps, ...] and their timesteps [prompts, steps]."""
+    options, parts, ways = size_options(pipe, size), [], []
     with borrowed(pipe):
         for start in range(0, len(prompts), _GENERATED_AT_ONCE):
             chunk = list(prompts[start : start + _GENERATED_AT_ONCE])
             noise = [seeded(seed, start + number) for number in range(len(chunk))]
-            drawn = pipe(chunk, generator=noise, num_inference_steps=steps, guidance_scale=guidance,
-                         output_type="latent", **options).images
+            with _watched(pipe, len(chunk)) if on_the_way else nullcontext([]) as way:
+                drawn = pipe(chunk, generator=noise, num_inference_steps=steps, guidance_scale=guidance,
+                             output_type="latent", **options).images
             if not bool(drawn.isfinite().all()):
                 raise FilteredImageError(f"latents of {chunk} became NaN or infinite: the model's numbers overflowed; "
                                          "load it with dtype='float32' or 'bfloat16'")
             parts.append(drawn.to("cpu", torch.float32))
-    return torch.cat(parts)
+            ways.append(way)
+    if not on_the_way:
+        return (torch.cat(parts),)
+    latents = [torch.stack([noisy for noisy, _ in way], dim=1) for way in ways]  # steps of [chunk, ...]
+    times = [torch.stack([time for _, time in way], dim=1) for way in ways]
+    return torch.cat(parts), torch.cat(latents), torch.cat(times)
 
 
-def _load(file: Path, key: str, count: int) -> Tensor | None:
-    """The latents if the file is there, whole and the one that is wanted."""
+@contextmanager
+def _watched(pipe: DiffusionPipeline, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While open, collects what each call of the denoiser gets: `count` noisy latents, and the timestep of each."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        noisy = given[next(iter(given))][-count:]  # with guidance the batch holds every image twice, both at one place
+        time = torch.as_tensor(given["timestep"]).to("cpu", torch.float32).flatten()
+        calls.append((noisy.to("cpu", torch.float32), time[-1].expand(count)))
+
+    handle = denoiser(pipe).register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        with uncompiled():
+            yield calls
+    finally:
+        handle.remove()
+
+
+def _load(file: Path, key: str, count: int) -> dict[str, Tensor] | None:
+    """The tensors if the file is there, whole and the one that is wanted."""
     try:
         with safe_open(file, framework="pt") as opened:
-            said, latents = opened.metadata() or {}, opened.get_tensor("latents")
+            said, found = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, SafetensorError, ValueError):
         return None
-    whole = (len(latents) == count and latents.dtype == torch.float32 and said.get("key") == key
-             and said.get("sha256") == digest([latents]))
-    return latents if whole else None
+    found = dict(sorted(found.items()))
+    whole = ("latents" in found and all(len(tensor) == count and tensor.dtype == torch.float32
+                                        for tensor in found.values())
+             and said.get("key") == key and said.get("sha256") == digest(found.values()))
+    return found if whole else None
 
 
 # ---- reference images -----------------------------------------------------------------------------------------------
@@ -280,7 +348,7 @@ def _items(source: Any) -> list[Any]:
     if isinstance(source, Image.Image) or _is_array(source):
         return [source]
     if not isinstance(source, Iterable) or isinstance(source, bytes | Mapping):
-        raise ReferenceImageError(f"images can't be read from the {type(source).__name__} {_short(source)}: {TAKEN}")
+        raise ReferenceImageError(f"images can't be read from the {type(source).__name__} {shortened(source)}: {TAKEN}")
     return list(source)
 
 
@@ -331,11 +399,6 @@ def as_image(value: Image.Image | np.ndarray | Tensor) -> Image.Image:
     if len(images) != 1:
         raise ReferenceImageError(f"{len(images)} images where one is wanted; give one of them")
     return images[0]
-
-
-def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) < 80 else said[:80] + "..."
 
 
 def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:

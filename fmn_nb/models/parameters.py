@@ -54,14 +54,16 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _foreign(module: nn.Module) -> tuple[str, ...]:
-    """What the names of adapters' weights begin with."""
-    return tuple(_adapters(module))
+    """What the names of weights that aren't the network's own begin with."""
+    return tuple(_added(module))
 
 
-def _adapters(module: nn.Module) -> Iterator[str]:
+def _added(module: nn.Module) -> Iterator[str]:
     for name, part in module.named_modules():
         if hasattr(part, "adapter_layer_names"):  # peft's, of any kind
             beside = {*part._modules, *part._parameters, *part._buffers} - _INSIDE
             yield from (f"{name}.{one}." for one in beside)
+        elif getattr(part, "fused_projections", False):  # copies of the projections, which unfusing may leave behind
+            yield from (f"{name}.{one}." for one in ("to_qkv", "to_kv", "to_added_qkv"))
         elif isinstance(part, MultiIPAdapterImageProjection) or name.endswith(".processor"):
             yield f"{name}."

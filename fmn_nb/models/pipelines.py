@@ -53,7 +53,7 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
         device: where to put it; by default "cuda", else "mps", else "cpu", whatever is there.
         dtype: of the weights, such as "float16"; float32 by default, as fine-tuning needs it.
         config: for a single file only: a folder with the pipeline's configuration and tokenizer, so that
-            nothing is fetched from the hub.
+            nothing is fetched from the hub; None or "" for what the hub has.
 
     Only safetensors weights are read, and no code that comes with a model is run.
 
@@ -172,7 +172,7 @@ def _load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None)
     is_sdxl = _SDXL_KEY in shapes
     kind = StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
     without = {} if is_sdxl else {"safety_checker": None}
-    if config is None:
+    if not config:
         _check_config_in_reach(file, shapes)
     elif not Path(config).expanduser().is_dir():
         raise ModelLoadError(f"there is no folder '{config}': config= names a folder with the pipeline's "

@@ -4,7 +4,9 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "files": ["PatchFileError"],
+    "foreign": ["read_patch"],
     "learned_tokens": ["InversionError", "LearnedTokens", "with_tokens"],
-    "standing": ["ChangedWeightsError"],
+    "least_squares": ["Weighing", "fuse"],
+    "standing": ["ChangedWeightsError", "is_fused"],
     "patch": ["LORA_A", "LORA_B", "Patch", "PatchMismatchError", "applied_patches", "combine", "set_parameter"],
 })

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -148,8 +149,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
     if not _says_base(info):
         raise PatchFileError(f"{file} doesn't describe a patch: it must say its base model's component and fingerprint")
     if wrong := [name for name, right in _SAID.items() if name in info and not right(info[name])]:
-        raise PatchFileError(f"{file} doesn't describe a patch: its '{wrong[0]}' can't be {info[wrong[0]]!r:.60}; copy "
-                             "the patch's folder again, or make the patch anew")
+        raise PatchFileError(f"{file} doesn't describe a patch: its '{wrong[0]}' can't be "
+                             f"{shortened(info[wrong[0]])}; copy the patch's folder again, or make the patch anew")
     if info.get("schema") != SCHEMA:
         raise PatchFileError(f"{file} has schema {info.get('schema')}; this version reads {SCHEMA}: update fmn_nb")
     return info

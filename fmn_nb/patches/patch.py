@@ -24,7 +24,14 @@ from fmn_nb.models.arguments import finite_number, whole_number
 from fmn_nb.patches import files as patch_files
 from fmn_nb.patches.files import PatchFileError
 from fmn_nb.patches.learned_tokens import LearnedTokens, token_file
-from fmn_nb.patches.standing import ChangedWeightsError, check_reachable, fused_adapters, patched, value_before
+from fmn_nb.patches.standing import (
+    ChangedWeightsError,
+    check_reachable,
+    fused_adapters,
+    is_fused,
+    patched,
+    value_before,
+)
 
 _APPLIED = "_fmn_applied"
 _SHOWN = 5  # names of concepts in one line
@@ -171,10 +178,13 @@ class Patch:
             PatchMismatchError: the patch was made for another base model (unless `force`), or doesn't fit.
         """
         self.apply(pipe, scale, force=force)
+        changed = denoiser(pipe)
         try:
             yield
         finally:
-            self.remove(pipe)
+            if denoiser(pipe) is not changed and any(patch is self for patch, _ in applied_patches(pipe)):
+                self.remove(pipe)  # from a copy that took its place
+            self._take_off(changed)
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
         """Apply for good, until `remove`. Raises as `applied`; the pipeline is then left as it was."""
@@ -189,12 +199,16 @@ class Patch:
             ValueError: it isn't applied to this pipeline.
             ChangedWeightsError: something else changed patched weights; nothing is touched then.
         """
-        stack = applied_patches(pipe)
+        self._take_off(denoiser(pipe))
+
+    def _take_off(self, module: nn.Module) -> None:
+        """`remove` from a denoiser."""
+        stack = list(getattr(module, _APPLIED, []))
         places = [index for index, (patch, _) in enumerate(stack) if patch is self]
         if not places:
             raise ValueError(f"{self} is not applied to this pipeline, so it can't be removed from it")
         del stack[places[-1]]
-        _rebuild(denoiser(pipe), stack, self.changed())
+        _rebuild(module, stack, self.changed())
 
     def scaled(self, factor: float) -> Patch:
         """The same patch, `factor` times as strong (a LoRA's B is scaled, so it stays a LoRA)."""
@@ -245,7 +259,7 @@ class Patch:
         module, base = denoiser(pipe), self.info.get("base", {})
         component, here = base.get("component", denoiser_name(pipe)), denoiser_name(pipe)
         # These two first: they are quickly mended, and there is no right fingerprint without.
-        if any(getattr(part, "fused_projections", False) for part in module.modules()):
+        if is_fused(module):
             raise PatchMismatchError("projections are fused, so a patch would have no effect: unfuse_qkv_projections()")
         if away := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
             raise PatchMismatchError(f"{away[0]} is offloaded; load the pipeline on one device for a patch")
@@ -329,6 +343,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(module.get_submodule(parent), leaf, parameter)
 
 
+@torch.inference_mode(False)  # what is made in inference mode could never be trained afterwards
 def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[str]) -> None:
     """Give the parameters in `touched` the values that the patches in `stack` ask for; all or none.
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import product
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fmn_nb.models import Kept, digest
@@ -25,7 +26,7 @@ class ChangedWeightsError(ValueError):
 
 def check_reachable(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter]], names: Collection[str]) -> None:
     """Raise ChangedWeightsError unless all these weights are there, in memory, and what the model computes with."""
-    if any(getattr(part, "fused_projections", False) for part in module.modules()):
+    if is_fused(module):
         raise ChangedWeightsError("projections are fused, so patched weights stand in copies as well: call "
                                   "unfuse_qkv_projections() first; nothing was touched")
     if gone := sorted(name for name in names if name not in own):
@@ -33,6 +34,13 @@ def check_reachable(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter
                                   "its layers were exchanged; put them back, or load the model anew")
     if away := sorted(name for name in names if own[name][1].is_meta):
         raise ChangedWeightsError(f"{away[0]} is offloaded; call pipe.remove_all_hooks() and pipe.to(device) first")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a layer computes with fused copies of its projections; unfusing leaves some layers' own mark behind."""
+    return any(getattr(part, "fused_projections", False)
+               and ("Fused" in type(getattr(part, "processor", None)).__name__ or not isinstance(part, Attention))
+               for part in module.modules())
 
 
 def fused_adapters(module: nn.Module, present: str) -> tuple[str, ...]:

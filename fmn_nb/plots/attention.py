@@ -18,11 +18,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from PIL import Image
 
-from fmn_nb.attention import AttentionRecord, probabilities, scores
+from fmn_nb.attention import AttentionRecord, probabilities, scores, short_name
 from fmn_nb.concepts import Concept
 from fmn_nb.files import replacing
 from fmn_nb.models import as_image
-from fmn_nb.plots.style import MAP_COLOURS, MATRIX_COLOURS, InlineFigure, as_png, new_figure, short_name
+from fmn_nb.plots.style import MAP_COLOURS, MATRIX_COLOURS, InlineFigure, as_png, new_figure
 
 MAX_SHEET = 8  # panels along a side, beyond which a sheet shows evenly spaced ones
 DOWN, ACROSS = ("upper", "middle", "lower"), ("left", "centre", "right")
@@ -87,18 +87,20 @@ def map_picture(values: np.ndarray, image: Image.Image | None = None, side: int 
 def token_panel(attention: AttentionRecord, *, image: int = 0, branch: str = "cond", **choice: object) -> InlineFigure:
     """One map for each token of an image's text (begin, words, end, and all padding together), on one scale.
 
-    The scale ends at the largest value of the words: the begin token's map is often far above it.
+    The scale ends at the largest value of the words. A map that goes beyond, often the padding's, is drawn from its own
+    lowest to its own highest value, which its title names.
     """
     text = attention.text(image, branch)
     shown = [(text.label(column), [column]) for column in sorted(text.begin + text.words + text.first_eot)]
     if text.padding:
         shown.append((f"padding ({len(text.padding)})", list(text.padding)))
     maps = [attention.select(columns=columns, image=image, branch=branch, **choice) for _, columns in shown]
-    titles = [f"{name}\n{values.mean():.1%}" for (name, _), values in zip(shown, maps, strict=True)]
     words = [m.max() for m, (_, columns) in zip(maps, shown, strict=True) if columns[0] in text.words]
     limit = float(max(words, default=max(m.max() for m in maps)))
-    figure = sheet([maps[start : start + 6] for start in range(0, len(maps), 6)], titles=titles, limit=limit,
-                   title=f"share of attention of each token, colours from 0 to {limit:.2g}")
+    panels, titles = zip(*(_within(name, values, limit) for (name, _), values in zip(shown, maps, strict=True)),
+                         strict=True)
+    figure = sheet([panels[start : start + 6] for start in range(0, len(panels), 6)], titles=titles, limit=limit,
+                   title=f"share of attention of each token; colours from 0 to {limit:.2g} where no others are named")
     masses = [(float(m.mean()), name) for (name, _), m in zip(shown, maps, strict=True)]
     most, name = max(masses, key=lambda one: one[0])
     figure.words = f"Of {len(masses)} tokens {name!r} gets most attention ({most:.1%})"
@@ -108,6 +110,14 @@ def token_panel(attention: AttentionRecord, *, image: int = 0, branch: str = "co
         figure.words += f", of the words {name!r} ({most:.1%})"
     figure.words += "."
     return figure
+
+
+def _within(name: str, values: np.ndarray, limit: float) -> tuple[np.ndarray, str]:
+    """A map [height, width] and its title; beyond `limit`, the map stretched over the scale, and between what."""
+    title, low, high = f"{name}\n{values.mean():.1%}", float(values.min()), float(values.max())
+    if high <= limit:
+        return values, title
+    return (values - low) / ((high - low) or 1) * limit, f"{title} ({low:.2g} to {high:.2g})"
 
 
 def step_layer_sheet(attention: AttentionRecord, phrase: str | Concept, *, image: int = 0,
@@ -247,6 +257,8 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], *, row_names: Sequence[st
         figure.suptitle(title, fontsize=10)
     if row_names and column_names:
         figure.words = _rows_in_words(rows, row_names, column_names)
+    elif titles:
+        figure.words = f"{len(titles)} maps: " + ", ".join(name.replace("\n", " ") for name in titles) + "."
     named = iter(titles)
     for index, axes in enumerate(panels):
         row, column = divmod(index, across)

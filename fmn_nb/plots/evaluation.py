@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from fmn_nb.plots.style import BRIGHT, DARK, MATRIX_COLOURS, InlineFigure, look, new_figure, short_name
+from fmn_nb.attention import short_name
+from fmn_nb.plots.style import BRIGHT, DARK, MATRIX_COLOURS, InlineFigure, look, new_figure
 
 MEASURED = {"losses": "re-steering loss", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
             "towards": "pull to the reading"}
@@ -29,6 +30,10 @@ def confusion_figure(confusion: pd.DataFrame, title: str = "") -> InlineFigure:
     axes.set_yticks(range(len(shares)), shares.index, fontsize=7)
     axes.set(title=title, xlabel="the judge saw", ylabel="the prompt asked for")
     figure.colorbar(shown, ax=axes, label="share of the row's images")
+    asked = {name: shares.loc[name].get(name, 0.0) for name in shares.index}
+    missed = [f"{name} {share:.0%}" for name, share in sorted(asked.items(), key=lambda one: one[1]) if share < 1]
+    rest = "; all others more often." if missed else "."
+    figure.words = f"Seen as asked: {', '.join(missed[:5]) or 'every row'}{rest}"
     return figure
 
 
@@ -41,7 +46,18 @@ def collateral_figure(collateral: pd.DataFrame, most: int = 12) -> InlineFigure:
     _dots(axes, names, rows["before"], rows["after"])
     axes.set(xlim=(-0.05, 1.05), xlabel="accuracy on what was asked for", title="who suffered most")
     axes.legend(loc="lower left", fontsize=8)
+    lost = rows[rows["after"] < rows["before"]].itertuples()
+    figure.words = _who_lost(axes, [f"{row.Index} from {row.before:.2f} to {row.after:.2f}" for row in lost])
     return figure
+
+
+def _who_lost(axes: Axes, losses: Sequence[str]) -> str:
+    """The losses in words. Where there are none the figure itself says so: nothing would be seen in it."""
+    if losses:
+        return f"Lost accuracy: {'; '.join(losses)}."
+    axes.text(0.5, 0.6, "nobody lost anything", ha="center", va="center", transform=axes.transAxes, style="italic",
+              color="0.35", bbox={"facecolor": "white", "edgecolor": "none"})
+    return "Nobody lost anything."
 
 
 def _dots(axes: Axes, names: Sequence[str], before: Sequence[float], after: Sequence[float] | None,
@@ -59,7 +75,8 @@ def _dots(axes: Axes, names: Sequence[str], before: Sequence[float], after: Sequ
 def similarity_figure(collateral: pd.DataFrame, concept: str) -> InlineFigure:
     """Change of accuracy of each name of the concept's domain against its similarity to the concept.
 
-    The up to four that lost most are named. Raises ValueError where no similarity is known.
+    The up to four that lost most are named; where nobody did, the most similar. Raises ValueError where no
+    similarity is known.
     """
     rows = collateral.dropna(subset=["similarity"])
     if rows.empty or "change" not in rows:
@@ -67,8 +84,15 @@ def similarity_figure(collateral: pd.DataFrame, concept: str) -> InlineFigure:
     figure, (axes,) = new_figure(5.2, 3.4)
     axes.axhline(0, color="0.8", linewidth=1)
     axes.scatter(rows["similarity"], rows["change"], color=DARK, s=18)
-    for name, row in rows[rows["change"] < 0].sort_values("change").head(4).iterrows():
-        axes.annotate(name, (row["similarity"], row["change"]), xytext=(4, -3), textcoords="offset points", fontsize=8)
+    lost = rows[rows["change"] < 0].sort_values("change").head(4)
+    named = lost if len(lost) else rows.sort_values("similarity").tail(1)  # on a flat line, say at least who is nearest
+    for name, row in named.iterrows():
+        axes.annotate(name, (row["similarity"], row["change"]), xytext=(4, -12), textcoords="offset points", fontsize=8,
+                      ha="right")
+    low = min(-0.25, 1.1 * rows["change"].min())  # a range as wide as a loss that would matter
+    axes.set(ylim=(low, max(0.1, 1.1 * rows["change"].max())))
+    figure.words = _who_lost(axes, [f"{name} {row['change']:+.2f}, similarity {row['similarity']:.2f}"
+                                    for name, row in lost.iterrows()])
     axes.set(xlabel=f"similarity to {concept} (cosine of CLIP features)", ylabel="change of accuracy",
              title=f"what resembles {concept}, and what it lost")
     return figure
@@ -87,6 +111,11 @@ def attention_figure(by_layer: pd.DataFrame) -> InlineFigure:
         axes.set(title=f"on {title}", xlabel="share of the attention")
         axes.set_xlim(left=0)
     panels[-1].legend(fontsize=8)
+    means = by_layer.mean()
+    figure.words = "Mean over the layers: " + "; ".join(
+        f"on {title} {means[f'{part}_before']:.1%}" + (f" before, {means[f'{part}_after']:.1%} after"
+                                                       if f"{part}_after" in by_layer else "")
+        for part, title in {"words": "its words", "later": "later positions"}.items()) + "."
     return figure
 
 
@@ -131,7 +160,7 @@ def relearning_figure(tables: Mapping[str, pd.DataFrame], title: str = "fine-tun
         last = table.iloc[-1]
         said.append(f"{name}: {last['share']:.2f} after {int(last['steps'])} steps")
     axes.set(ylim=(-0.03, 1.03), xlabel="training steps", ylabel="share of images with the concept", title=title)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="best")
     figure.words = ". ".join(said) + "."
     return figure
 
@@ -198,6 +227,8 @@ def curves(report: Mapping[str, Any], over: int = 5) -> InlineFigure:
         axes.plot(steps, smooth, color=DARK, linewidth=2, label=f"mean of {over}")
         axes.set(title=MEASURED[name], xlabel="step", ylim=(0, None))
         axes.legend(fontsize=8)
+    figure.words = "From the first fifth of the steps to the last: " + "; ".join(
+        f"{name} {row.iloc[0]} to {row.iloc[1]}" for name, row in beginning_and_end(report).iterrows()) + "."
     return figure
 
 

@@ -8,6 +8,8 @@ way.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -64,6 +66,36 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     sentences = [f"{preset}: {len(rows)} concepts, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
                  for preset, rows in points.groupby("group", sort=False)]
     figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
+    return figure
+
+
+def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
+    """What each preset costs and gives: a point for each; H upwards with its 95% interval over concepts, to the right
+    the seconds of forgetting in one panel and the patch's bytes in the other.
+
+    Args:
+        summary: rows with preset, kind, h, seconds and patch_bytes, as results.json of `fmn-nb benchmark` has them.
+
+    Raises:
+        ValueError: no row is of all kinds.
+    """
+    rows = [row for row in summary if row["kind"] == "all"]
+    if not rows:
+        raise ValueError("no rows to show")
+    bounds = [row.get("h_ci95", (row["h"], row["h"])) for row in rows]
+    points = pd.DataFrame({"group": [row["preset"] for row in rows], "name": "", "y": [row["h"] for row in rows],
+                           "y_low": [low for low, _ in bounds], "y_high": [high for _, high in bounds]})
+    figure, panels = new_figure(9.0, 3.8, 2, sharey=True)
+    costs = {"seconds": "seconds of forgetting", "patch_bytes": "bytes of the patch"}
+    for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+        _points(axes, points.assign(x=[row.get(cost) for row in rows]))
+        axes.set(xscale="log", ylim=(-0.04, 1.06), xlabel=label)
+    panels[0].set(ylabel=NAMES["h"])
+    panels[1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("What it costs, what it gives")
+    figure.words = "; ".join(f"{row['preset']}: H {row['h']:.2f}"
+                             + "".join(f", {row[cost]:,.0f} {label}" for cost, label in costs.items() if cost in row)
+                             for row in rows) + "."
     return figure
 
 

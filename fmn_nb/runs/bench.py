@@ -69,14 +69,15 @@ class Lesson:
 
 
 def lesson(model: str, concept: str = STAND_IN[1], kind: str = "object", *, out: str = "runs/notebooks",
-           cache: str = "", needs: str = "judge") -> Lesson:
+           cache: str = "", needs: str = "judge", config: str = "") -> Lesson:
     """Load a notebook's model and find its bench.
 
     Args:
         cache: a folder, or "" for none.
         needs: "judge" (a world that judges what the model draws) or "unet" (a U-Net whose layers can be taken apart).
+        config: for a single file, a folder with its configuration and tokenizer, or "" for what the hub has.
     """
-    pipe, target = load(model), Concept(concept, kind=kind)
+    pipe, target = load(model, config=config), Concept(concept, kind=kind)
     fits = world_of(pipe) is not None if needs == "judge" else hasattr(pipe, "unet")
     bench, subject = (pipe, target) if fits else (load(STAND_IN[0]), Concept(STAND_IN[1]))
     return Lesson(pipe, target, Path(out), bench, subject, Path(cache) if cache else None)

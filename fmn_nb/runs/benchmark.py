@@ -5,24 +5,28 @@ made of their results. Killed at any moment and started again, the command goes 
 table.
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
-    OUT/results.csv, results.json       the table, and how it was made
-    OUT/forgetting-against-keeping.png  every concept a point
+    OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
+    OUT/*.png                           forgetting against keeping, every concept a point; what each preset costs
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import Vocabulary
 from fmn_nb.evaluation.protocol import REPEATS
-from fmn_nb.files import parse_yaml, read_yaml, replacing, versions, write_json, write_text
+from fmn_nb.files import read_json, read_yaml, replacing, versions, write_json, write_text
 from fmn_nb.forgetting.settings import PRESETS, Settings, SettingsError, settings_for
+from fmn_nb.models.arguments import checked_seed
+from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
 from fmn_nb.stats import bootstrap
 
@@ -32,22 +36,25 @@ if TYPE_CHECKING:
     from fmn_nb.runs.measure import Bench
 
 SETTINGS_FILE = "settings.yaml"
-TABLE_FILE, RESULTS_FILE, FIGURE_FILE = "results.csv", "results.json", "forgetting-against-keeping.png"
+TABLE_FILE, RESULTS_FILE = "results.csv", "results.json"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
-_BASE = "preset"  # in a variant's settings: the preset that it changes
-_SEEDS = "seeds"  # in a preset's settings: the only seeds that it is made with, of those asked for
+TUNED_ON = "tuned_on"  # in the settings file: the concepts by which its settings were chosen, in no mean
+_BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
 SCHEMA = 1
 #: of every row, with its 95% interval beside it
 SHARES = ("ua", "ira", "cra", "h")
-#: averaged over concepts; "h_of_ceiling" is h divided by its ceiling, the share reached of what could be reached
-AVERAGED = ("ua", "ira", "cra", "h", "ceiling", "h_of_ceiling", "seconds", "patch_bytes", "peak_memory_bytes",
-            "attack_success", "overshadowed_after")
 #: what differs between two machines, or two runs on one
 COSTS = ("seconds", "peak_memory_bytes")
+#: averaged over concepts; "h_of_ceiling" is h divided by its ceiling, the share reached of what could be reached
+AVERAGED = (*SHARES, "ceiling", "h_of_ceiling", "seconds", "patch_bytes", "peak_memory_bytes", "attack_success",
+            "overshadowed_after")
 
 
 class BenchmarkError(RuntimeError):
     """Some jobs failed; the others' results are there."""
+
+
+# ---- which jobs there are --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Job:
     Attributes:
         towards: for an ambiguous word the reading that is to show instead (a correction), else None.
         settings: the preset's, with the overrides that were asked for.
+        draws: it draws all references and retain images itself, so that its seconds say what the preset costs (jobs of
+            the first seed); others take what an earlier job drew. The patch is the same.
     """
 
     concept: Concept
@@ -65,6 +74,7 @@ class Job:
     settings: Settings
     seed: int
     size: str
+    draws: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -75,6 +85,13 @@ class Job:
     def group(self) -> str:
         """The row's kind in the table: object, style, identity or word (an ambiguous word, corrected)."""
         return "word" if self.towards else self.concept.kind
+
+    key = name  # what a worker knows it by
+
+    @property
+    def out(self) -> Path:
+        """The same as a path."""
+        return Path(self.name)
 
 
 def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Sequence[str] = ("balanced", "paper"),
@@ -93,22 +110,18 @@ def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Seq
         ValueError: an unknown name, size or seed, or nothing to do; the text lists what there is.
         SettingsError: an unknown preset or setting.
     """
-    overrides = overrides or {}
+    overrides, seeds = overrides or {}, [checked_seed(seed) for seed in dict.fromkeys(seeds)]
     if size not in REPEATS:
         raise ValueError(f"{size!r} is no size of evaluation; choose quick or full")
-    unused = [name for name in overrides if name not in presets]
-    if unused:
+    if unused := [name for name in overrides if name not in presets]:
         raise SettingsError(f"settings for '{unused[0]}', which isn't asked for; presets: {', '.join(presets)}")
-    wrong = [seed for seed in seeds if type(seed) is not int or seed < 0]
-    if wrong or not seeds or not presets:
-        raise ValueError(f"give at least one preset and seeds that are whole numbers from 0, not {list(seeds)}")
     settings = {preset: settings_of(preset, overrides.get(preset, {})) for preset in presets}
-    its_seeds = {preset: overrides.get(preset, {}).get(_SEEDS, seeds) for preset in presets}
     known = _concepts(vocabulary, concepts)
-    jobs = [Job(concept, towards, preset, settings[preset], seed, size) for seed in dict.fromkeys(seeds)
-            for concept, towards in known for preset in settings if seed in its_seeds[preset]]
+    jobs = [Job(concept, towards, preset, settings[preset], seed, size, draws=seed == seeds[0])
+            for seed in seeds for concept, towards in known for preset in settings
+            if seed in overrides.get(preset, {}).get(_SEEDS, seeds)]
     if not jobs:
-        raise ValueError(f"nothing to do: no preset is made with the seeds {list(seeds)}, by its settings")
+        raise ValueError(f"nothing to do: no preset is made with the seeds {seeds}, by its settings")
     return jobs
 
 
@@ -118,8 +131,7 @@ def _concepts(vocabulary: Vocabulary, wanted: Sequence[str]) -> list[tuple[Conce
               "words": tuple(vocabulary.readings)}
     kinds = vocabulary.concepts()
     names = list(dict.fromkeys(name for item in wanted or groups for name in groups.get(item, (item,))))
-    unknown = [name for name in names if name not in kinds]
-    if unknown:
+    if unknown := [name for name in names if name not in kinds]:
         raise ValueError(f"the {vocabulary.world} world has no '{unknown[0]}'; groups: {', '.join(groups)}; names: "
                          + ", ".join(name for group in groups.values() for name in group))
     return [(Concept(name, kind=kinds[name]), vocabulary.readings.get(name, (None, None))[1]) for name in names]
@@ -127,8 +139,7 @@ def _concepts(vocabulary: Vocabulary, wanted: Sequence[str]) -> list[tuple[Conce
 
 def settings_of(name: str, changes: Mapping[str, Any]) -> Settings:
     """The settings of a preset or variant, from what `read_overrides` says of it."""
-    seeds = changes.get(_SEEDS, ())
-    if not isinstance(seeds, (list, tuple)):
+    if not isinstance(seeds := changes.get(_SEEDS, ()), (list, tuple)):
         raise SettingsError(f"the seeds of '{name}' are a list, [0, 1], not {seeds!r}")
     return settings_for(changes.get(_BASE, name),
                         {key: value for key, value in changes.items() if key not in (_BASE, _SEEDS)})
@@ -141,18 +152,23 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
     The file may hold more presets than are asked for (["all"] asks for everything in it); the texts, which replace what
     the file says, may not. Settings under another name are a variant of the preset that they name:
 
+        tuned_on: [cat]       # concepts by which the settings were chosen (`tuned_on`)
         paper:
           learning_rate: 1e-4
         paper-words:
           preset: paper
           positions: [words]
-          seeds: [0]        # whatever seeds are asked for, it is made with this one alone
+          seeds: [0]          # whatever seeds are asked for, it is made with this one alone
 
     Raises:
         SettingsError: the file or a text isn't of this shape, names an unknown preset, or gives a variant a name that
             is no word (results are filed under it).
     """
-    content = _read(file) if file is not None else {}
+    content = (read_yaml(file) or {}) if file is not None else {}
+    tuned = content.pop(TUNED_ON, []) if isinstance(content, dict) else None
+    if not isinstance(tuned, list) or not all(isinstance(settings, dict) for settings in content.values()):
+        raise SettingsError(f"{file} must hold presets, each with its settings (paper: {{learning_rate: 1.0e-4}}), and "
+                            f"perhaps {TUNED_ON}: [concepts]")
     for name, settings in content.items():
         preset = settings.get(_BASE, name)
         if str(preset) not in PRESETS:
@@ -163,43 +179,30 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
     if list(presets) != [EVERYTHING]:
         content = {preset: settings for preset, settings in content.items() if preset in presets}
     for text in single:
-        left, equals, value = text.partition("=")
-        preset, dot, name = left.rpartition(".")
-        if not (equals and dot and preset and name):
+        said, value = single_setting(text)
+        preset, dot, name = said.rpartition(".")
+        if not (preset and name):
             raise SettingsError(f"a setting is given as preset.name=value, not '{text}'")
-        content.setdefault(preset, {})[name] = parse_yaml(value, f"'{text}'")
-    return {preset: {name: _number(value) for name, value in settings.items()} for preset, settings in content.items()}
+        content.setdefault(preset, {})[name] = value
+    return content
 
 
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        content = read_yaml(file) or {}
-    except (OSError, ValueError) as error:
-        raise SettingsError(str(error)) from error
-    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise SettingsError(f"{file} must hold presets, each with its settings (paper: {{learning_rate: 1.0e-4}})")
-    return {str(preset): dict(settings) for preset, settings in content.items()}
+def tuned_on(file: Path | None) -> list[str]:
+    """The concepts by which a settings file's settings were chosen, as it says; none where it says nothing."""
+    return list((read_yaml(file) or {}).get(TUNED_ON, ())) if file is not None else []
 
 
-def _number(value: Any) -> Any:
-    """A text that is a number (in quotes) is meant as one. Lists become tuples, as settings hold."""
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+# ---- doing them ------------------------------------------------------------------------------------------------------
 
 
 def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping[str, Any], limit: int | None = None,
-                  log: Callable[[str], None] = print) -> Path:
+                  workers: int = 1, log: Callable[[str], None] = print) -> Path:
     """Do what is not done yet, at most `limit` jobs, and write the table of all that is done; returns its file.
 
     Args:
-        out: the folder of the table, the figure and how they were made.
-        made: goes into results.json, such as the command and how settings were tuned.
+        out: the folder of the table, the figures and how they were made.
+        made: goes into results.json, such as the command and the concepts of `tuned_on`.
+        workers: how many jobs at a time, which share the cores; one is done in this process.
         log: told a line for each job.
 
     Raises:
@@ -207,22 +210,27 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
             when started again. Also when nothing at all is done.
         Stopped: a KeyboardInterrupt came; what is done is kept.
     """
-    open_jobs = [job for job in jobs if bench.stored(job) is None]
-    todo, failures = open_jobs[:limit], []
-    log(f"{len(jobs)} jobs, {len(jobs) - len(open_jobs)} done before, {len(todo)} to do now")
-    with telling(partial(_finished, bench, jobs)):
-        for number, job in enumerate(todo, 1):
-            try:
-                log(f"[{number}/{len(todo)}] {_described(job, bench.do(job))}")
-            except (RuntimeError, ValueError) as error:
-                failures.append(f"{job.name}: {error}")
-                log(f"[{number}/{len(todo)}] {job.name}: FAILED: {error}")
+    from fmn_nb.runs.executors import executed
+
+    def finished() -> str:
+        done = sum(bench.stored(job) is not None for job in jobs)
+        return f"{done} of {len(jobs)} jobs finished; the same command goes on"
+
+    todo, failures = [job for job in jobs if bench.stored(job) is None][:limit], []
+    log("\n".join(schedule(bench, jobs, workers, limit)))
+    with telling(finished):
+        ended = (executed(todo, bench.attempt, workers) if min(workers, len(todo)) > 1
+                 else ((job, bench.attempt(job)) for job in todo))
+        with closing(ended):
+            for number, (job, error) in enumerate(ended, 1):
+                failures += [f"{job.name}: {error}"] if error else []
+                said = f"{job.name}: FAILED: {error}" if error else _described(job, bench.stored(job))
+                log(f"[{number}/{len(todo)}] {said}")
         found = {job: result for job in jobs if (result := bench.stored(job)) is not None}
         if not found:
             raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
         missing = [job.name for job in jobs if job not in found]
-        told = {"missing": missing} if missing else {}
-        told |= {"failed": failures} if failures else {}
+        told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
         table = _write_results(out, found, {**made, "model": bench.model, **bench.shared}, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
@@ -230,9 +238,23 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     return table
 
 
-def _finished(bench: Bench, jobs: Sequence[Job]) -> str:
-    done = sum(bench.stored(job) is not None for job in jobs)
-    return f"{done} of {len(jobs)} jobs finished; the same command goes on"
+def schedule(bench: Bench, jobs: Sequence[Job], workers: int = 1, limit: int | None = None) -> list[str]:
+    """What is to be done, and how long it takes by the jobs of the same presets that were ever done in the work folder.
+
+    A line for each preset and one for all.
+    """
+    from fmn_nb.runs.progress import readable_time
+
+    left, lines, whole = [job for job in jobs if bench.stored(job) is None], [], 0.0
+    todo = left[:limit]
+    for preset, count in Counter(job.preset for job in todo).items():
+        results = [read_json(file) for file in bench.work.glob(f"*-{preset}-seed*.json")]
+        seconds = [result["seconds"] for result in results if "seconds" in result]
+        each = sum(seconds) / len(seconds) if seconds else math.nan
+        lines.append(f"{preset}: {count} to do, " + (f"{each:.0f} s each" if seconds else "not timed yet"))
+        whole += count * each / workers
+    about = f", about {readable_time(whole)}" if whole and not math.isnan(whole) else ""
+    return [*lines, f"{len(jobs)} jobs, {len(jobs) - len(left)} done before, {len(todo)} to do now{about}"]
 
 
 def _described(job: Job, result: Mapping[str, Any]) -> str:
@@ -245,31 +267,43 @@ def _described(job: Job, result: Mapping[str, Any]) -> str:
     return text + (f"  attack {result['attack']['success']:.2f}" if "attack" in result else "")
 
 
+# ---- what is made of them --------------------------------------------------------------------------------------------
+
+
 def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapping[str, Any],
                    told: Mapping[str, Any]) -> Path:
-    """The table of the jobs that are done as CSV, how it was made as JSON, and the figure."""
-    from fmn_nb.plots.tradeoff import forgetting_against_keeping
+    """The table of the jobs that are done as CSV, how it was made as JSON, and the figures."""
+    from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 
-    table = table_of(found)
+    table = table_of(found, made.get(TUNED_ON, ()))
+    means = summary(table)
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
     budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
     attack = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
-        "summary": summary(table), **attack, **told,
+        "summary": means, **attack, **told,
     })
-    figure = forgetting_against_keeping(table)
-    with replacing(out / FIGURE_FILE) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Description": figure.words})
+    for name, figure in (("forgetting-against-keeping", forgetting_against_keeping(table)),
+                         ("cost", cost_of_presets(means))):
+        with replacing(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", metadata={"Description": figure.words})
     return out / TABLE_FILE
 
 
-def table_of(found: Mapping[Job, Mapping[str, Any]]) -> pd.DataFrame:
-    """A row per job: concept, kind, preset, seed, figures with 95% intervals, costs. Empty cells: not measured."""
+def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
+    """A row per job: concept, kind, preset, seed, figures with 95% intervals, costs, what the method needs; whether it
+    drew all images itself, so that its seconds say everything, and whether settings were tuned on its concept.
+
+    Empty cells: not measured.
+    """
     import pandas as pd
 
-    return pd.DataFrame([_row(job, result) for job, result in found.items()])
+    table = pd.DataFrame([_row(job, result) for job, result in found.items()])
+    stated = pd.DataFrame([{"job_seconds": result.get("seconds"), "drew_all": result.get("draws"),
+                            **result.get("facts", {})} for result in found.values()])
+    return table.join(stated).assign(tuned_on=table["concept"].isin(list(tuned)))
 
 
 def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,47 +311,74 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
                            "images": after["images"]}
     for name in SHARES:
-        row |= {name: after[name], f"{name}_low": after["ci95"][name][0], f"{name}_high": after["ci95"][name][1]}
+        row |= _with_bounds(name, after[name], *after["ci95"][name])
     row |= {"ceiling": after["ceiling"], "h_of_ceiling": after["h"] / after["ceiling"] if after["ceiling"] else None}
     row |= {f"base_{name}": before[name] for name in ("ua", "ira", "cra")}
     row |= {name: cost.get(name) for name in ("steps", "seconds", "peak_memory_bytes", "patch_bytes",
                                               "trainable_parameters")}
     if overshadowed := result.get("overshadowed"):
-        row["overshadowed_before"] = overshadowed["before"]["value"]
         share = overshadowed["after"]
-        row |= {"overshadowed_after": share["value"], "overshadowed_after_low": share["low"],
-                "overshadowed_after_high": share["high"], "overshadowed_images": share["images"]}
+        row |= {"overshadowed_before": overshadowed["before"]["value"],
+                **_with_bounds("overshadowed_after", share["value"], share["low"], share["high"]),
+                "overshadowed_images": share["images"]}
     if attack := result.get("attack"):
-        row |= {"attack_success": attack["success"], "attack_success_low": attack["low"],
-                "attack_success_high": attack["high"], "attack_images": attack["count"]}
+        row |= {**_with_bounds("attack_success", attack["success"], attack["low"], attack["high"]),
+                "attack_images": attack["count"]}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
     """For each preset, over all concepts and by kind: how many, each figure's mean over concepts, and which reached the
-    smallest share of its ceiling.
+    smallest share of its ceiling; over all, how it differs from every other preset (`against`).
 
-    The 95% intervals are bootstrapped over concepts (a concept's seeds are averaged first): they say how much the mean
-    depends on which concepts are forgotten, and are left out for a single concept.
+    Concepts that settings were tuned on count only where there are no others. Seconds are those of jobs that drew all
+    images themselves, where there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
+    averaged first): they say how much the mean depends on which concepts are forgotten, and are left out for a single
+    concept.
     """
+    if "tuned_on" in table and not table["tuned_on"].all():
+        table = table[~table["tuned_on"]]
+    if "drew_all" in table and table["drew_all"].any():
+        table = table.assign(seconds=table["seconds"].where(table["drew_all"].eq(True)))
     rows = []
     for preset, of_preset in table.groupby("preset", sort=False):
         for kind, group in [("all", of_preset), *of_preset.groupby("kind", sort=False)]:
-            columns = [name for name in AVERAGED if name in group]
-            means = group.groupby("concept", sort=False)[columns].mean()
+            means = group.groupby("concept", sort=False)[[name for name in AVERAGED if name in group]].mean()
             row: dict[str, Any] = {"preset": preset, "kind": kind, "concepts": len(means)}
-            for name in columns:
-                values = means[name].dropna().to_numpy(float)
-                row |= _mean(name, values) if len(values) else {}
+            for name, values in means.items():
+                row |= _mean(name, values.dropna())
             reached = means["h_of_ceiling"].dropna()
             if len(reached):
                 row["lowest"] = {"concept": reached.idxmin(), "h_of_ceiling": round(float(reached.min()), 6)}
-            rows.append(row)
+            rows.append(row | ({"against": against(table, preset)} if kind == "all" else {}))
     return rows
 
 
-def _mean(name: str, values: Any) -> dict[str, Any]:
+def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
+    """Other preset -> this one's figures minus the other's, on the concepts and seeds that both were made with.
+
+    The mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over concepts.
+    """
+    pairs = table.set_index(["concept", "seed"])
+    own, found = pairs[pairs["preset"] == preset], {}
+    for other, theirs in pairs[pairs["preset"] != preset].groupby("preset", sort=False):
+        difference = (own[list(SHARES)] - theirs[list(SHARES)]).dropna()
+        means = difference.groupby("concept", sort=False).mean()
+        found[other] = {"concepts": len(means), "pairs": len(difference)}
+        for name, values in means.items():
+            found[other] |= _mean(name, values)
+    return found
+
+
+def _mean(name: str, values: pd.Series) -> dict[str, Any]:
+    """A figure's mean over concepts and its interval; nothing for no values."""
+    if not len(values):
+        return {}
     mean = {name: round(float(values.mean()), 6)}
     if len(values) == 1 or name in COSTS:
         return mean
-    return mean | {f"{name}_ci95": [round(bound, 6) for bound in bootstrap([values], lambda value: value)]}
+    return mean | {f"{name}_ci95": [round(bound, 6) for bound in bootstrap([values.to_numpy(float)], lambda one: one)]}

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import fmn_nb
 from fmn_nb.files import CHECKSUMS, bundled_models, damaged_files, data_dir, notebooks_dir, read_json
-from fmn_nb.models.names import check_on_hub, resolve
+from fmn_nb.models.names import UnknownModelError, check_on_hub, resolve
 from fmn_nb.runs.kernel import ask_kernel
 from fmn_nb.runs.plan import course_notebooks
 
@@ -203,22 +204,49 @@ def named_model(name: str) -> Check:
             return _on_hub(place)
         if place.is_file():
             return Check("model", "note", f"{place.resolve()}, {place.stat().st_size / 1e9:.2f} GB",
-                         "its configuration and tokenizer come from the hub at the first use, unless fmn.load is given "
-                         "a folder with them (config=)")
+                         "its configuration and tokenizer come from the hub at the first use, unless a folder with "
+                         "them is given: fmn-nb run --config FOLDER, or fmn.load(FILE, config=FOLDER)")
         parts = read_json(place / "model_index.json")
         missing = [part for part in _parts(parts) if not any((place / part).glob("*"))]
-    except ValueError as error:  # UnknownModelError is one
-        return Check("model", "failed", str(error), "do what this line says, or give another --model")
+    except UnknownModelError as error:
+        return Check("model", "failed", str(error), "use one of these, or give another --model")
+    except ValueError as error:
+        return Check("model", "failed", str(error), "get the model's folder again")
     if missing or not _parts(parts):
         return Check("model", "failed", f"{place} lacks {', '.join(missing) or 'all parts'} of what its "
                      "model_index.json names", "get the model's folder again")
     size = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
-    found = f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights"
+    variant = _variant(place)
+    found = f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights" + (
+        f", as {variant} variants" if variant else "")
+    if size <= _MOST_LOADED and (fault := _fault_in_loading(name)):
+        return Check("model", "failed", fault, "get the model's folder again, or mend what this line names")
+    if untrained := _fault_in_training(place):
+        return Check("model", "note", f"{found}: it draws and is recorded, but can't forget", untrained)
     if size > _MOST_LOADED:
         return Check("model", "note", f"{found}, too many to be tried here", "the first run loads them")
-    if fault := _fault_in_loading(name):
-        return Check("model", "failed", fault, "get the model's folder again, or mend what this line names")
     return Check("model", "ok", f"{found}, loaded")
+
+
+def _variant(folder: Path) -> str | None:
+    from fmn_nb.models.pipelines import variant_of
+
+    return variant_of(folder)
+
+
+def _fault_in_training(place: Path) -> str | None:
+    """Why the model in a folder can't be trained, by its scheduler; None where it can."""
+    import diffusers
+
+    from fmn_nb.models import Noising, UnsupportedPipelineError
+
+    kind = read_json(place / "model_index.json")["scheduler"][1]
+    scheduler = getattr(diffusers, kind).from_pretrained(place / "scheduler")
+    try:
+        Noising(SimpleNamespace(scheduler=scheduler))
+    except UnsupportedPipelineError as error:
+        return str(error)
+    return None
 
 
 def _fault_in_loading(name: str) -> str | None:

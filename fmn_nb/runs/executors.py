@@ -8,6 +8,8 @@ them, and kernels with their workers, whatever ended these. Where the sweep is s
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import math
 import os
@@ -43,10 +45,13 @@ WORKER_PATIENCE = 60  # seconds for a scheduler that exists to have its first wo
 STOP_PATIENCE = 3.0  # seconds that runs get to stop; they take about one
 KILLED = f"its worker process was killed {ATTEMPTS} times (out of memory?); look at memory limits"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by which a user says how threads wait
+SPINS = "500"  # fewer cost a process that is alone, more those beside each other (tests/speed/bench_runs.py cores)
 
 
 def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: str | None = None,
-             block: Mapping[str, Any] | None = None, leftover: Path | None = None) -> Iterator[Outcome]:
+             block: Mapping[str, Any] | None = None, leftover: Path | None = None,
+             begun: Callable[[Plan], Any] = lambda plan: None) -> Iterator[Outcome]:
     """Yield (plan, its error or None) as runs end; then remove `leftover` on the workers' machines.
 
     Args:
@@ -56,6 +61,7 @@ def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: st
         block: the specification's cluster: `kind` ("local" where there is none, "slurm", or "scheduler" with an
             `address`), `gpu: true` (a run takes its worker's one "GPU" resource, so that two runs never share a card),
             and whatever the cluster's class takes.
+        begun: is told of every run that a worker gets.
 
     Raises:
         SweepError: the scheduler, the cluster's package, or workers that could take the runs are not there.
@@ -82,12 +88,14 @@ def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: st
             raise SweepError(f"the Dask scheduler cannot be reached: {error}") from error
         work = partial(_on_worker, attempt, cards, kind != "local")
         tries = ATTEMPTS - 1 if kind == "local" else 1  # elsewhere the scheduler's own settings say how often
-        yield from _through(client, partial(client.map, work, resources={"GPU": 1} if gpu else None), todo, tries)
+        submit = partial(client.map, work, resources={"GPU": 1} if gpu else None)
+        yield from _through(client, submit, todo, tries, begun)
         if leftover is not None:
             client.run(shutil.rmtree, str(leftover), ignore_errors=True, on_error="ignore")
 
 
-def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], tries: int) -> Iterator[Outcome]:
+def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], tries: int,
+             begun: Callable[[Plan], Any]) -> Iterator[Outcome]:
     """Submit a run for each worker, and the next ones when some end; very quick ones go by handfuls.
 
     A worker that dies counts against every run it holds. So those that Dask gives up are tried again one at a
@@ -111,6 +119,9 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
         futures = submit(taken, key=[f"run-{plans[0].key}" for plans in taken]) if taken else []
         under_way.update(zip(futures, taken, strict=True))
         ended.update(futures)
+        for plans in taken:
+            for plan in plans:
+                begun(plan)
 
     try:
         fill()
@@ -233,6 +244,7 @@ def _on_worker(attempt: Attempt, cards: list[str] | None, sharing: bool, plans: 
 def dask_setup(worker: Any) -> None:
     """Dask calls this in a local worker that starts."""
     leave_signals_to_parent()
+    atexit.register(gc.freeze)  # the last garbage collection takes long, and frees what the system frees anyway
 
 
 def _own_share() -> dict[str, str]:
@@ -274,3 +286,13 @@ def thread_variables(threads: int, environment: Mapping[str, str]) -> dict[str, 
     """The variables that numeric libraries read, at most `threads` each; what the environment says is kept if lower."""
     given = {name: environment.get(name, "") for name in THREADS}
     return {name: str(min(int(one), threads) if one.isdigit() and int(one) else threads) for name, one in given.items()}
+
+
+def patient_threads(environment: Mapping[str, str]) -> dict[str, str]:
+    """How long OpenMP's threads spin while they wait, unless the environment says how they are to wait.
+
+    By default they spin for long, which is ruinous where others use the cores: the spinning keeps away the thread that
+    is waited for. This short they cost a process that is alone next to nothing, and two beside each other share the
+    cores. The number of threads, and so every result, stays the same.
+    """
+    return {} if any(environment.get(name) for name in _WAITING) else {"GOMP_SPINCOUNT": SPINS}

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager, KernelManager
 from jupyter_client.kernelspec import KernelSpec
 
+from fmn_nb.runs.executors import patient_threads
+
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path: systems take 103 or 107
 _SOCKET = "fmn-12345678/kernel-ipc-5"  # what comes below the folder of temporary files
 _SOCKETS = "kernel-ipc-*"
@@ -22,10 +25,10 @@ GRACE = 0.5  # seconds that a running cell has to end by itself
 
 
 class _ThisPython:
-    @property
+    @cached_property
     def kernel_spec(self) -> KernelSpec:
         """What starts ipykernel in this process's own Python; installed kernelspecs are not looked at."""
-        return KernelSpec(**get_kernel_dict())
+        return KernelSpec(**get_kernel_dict(), env=patient_threads(os.environ))
 
 
 class OwnKernel(_ThisPython, AsyncKernelManager):

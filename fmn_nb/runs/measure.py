@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.attacks.attack import InversionBudget, concept_inversion
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.evaluation.measures import judge_images, measure, with_ceiling
 from fmn_nb.evaluation.protocol import drawings, probe_shares
-from fmn_nb.evaluation.session import Session, images_at_once
+from fmn_nb.evaluation.session import Sampling, Session, images_at_once
 from fmn_nb.files import read_json, write_json
 from fmn_nb.forgetting.finetune import forget
+from fmn_nb.forgetting.settings import FACTS, Settings
 from fmn_nb.models.digests import digest_of, fingerprint
 from fmn_nb.models.pipelines import load
+from fmn_nb.patches.patch import Patch
 
 if TYPE_CHECKING:
     from fmn_nb.runs.benchmark import Job
@@ -30,15 +33,23 @@ if TYPE_CHECKING:
 SCHEMA = 1
 #: to be raised whenever forgetting or measuring changes so that equal settings give other results: older ones are stale
 ALGORITHM = 2
-CACHE = ".cache"  # in the work folder: images of the unchanged model
+CACHE = ".cache"  # in the work folder: what the unchanged model draws, as images and as latents
 ATTACK_IMAGES = 12  # judged after each attack: few, since the table averages over dozens of concepts
 _COSTS = ("steps", "seconds", "stopped_because", "trainable_parameters", "patch_bytes", "peak_memory_bytes",
           "loss_first", "loss_last")
 
 
+@lru_cache(maxsize=2)
+def _session(model: str, sampling: Sampling) -> Session:
+    """The session with a model of a known world, once a process."""
+    pipe = load(model)
+    pipe.set_progress_bar_config(disable=True)
+    return Session.of(pipe, **vars(sampling))
+
+
 @dataclass(frozen=True)
 class Bench:
-    """What all jobs share: the session with the model, and where their results lie.
+    """What all jobs share: the model, and where their results lie. It can be sent to a worker.
 
     Attributes:
         work: a folder with one file for each job that is done (whole or absent), and what the unchanged model draws.
@@ -46,21 +57,18 @@ class Bench:
             as long as a fine-tune, so one seed has to do.
     """
 
-    session: Session
     model: str
     work: Path
+    sampling: Sampling = Sampling()
     attack: InversionBudget | None = None
     attack_seed: int = 0
 
-    @classmethod
-    def of(cls, model: str, work: Path, attack: InversionBudget | None = None, attack_seed: int = 0,
-           **sampling: Any) -> Bench:
-        """A bench for a model of a known world, by its name; `sampling` as in `Sampling`."""
-        pipe = load(model)
-        pipe.set_progress_bar_config(disable=True)
-        return cls(Session.of(pipe, **sampling), model, work, attack, attack_seed)
+    @property
+    def session(self) -> Session:
+        """The model with its world."""
+        return _session(self.model, self.sampling)
 
-    @cached_property
+    @property
     def judge(self) -> Any:
         """The world's judge, which knows all of its concepts."""
         return self.session.judge_for(Concept(self.session.vocabulary.objects[0]))
@@ -68,13 +76,14 @@ class Bench:
     @cached_property
     def shared(self) -> dict[str, Any]:
         """What every job's result depends on."""
-        pipe, sampling = self.session.pipe, self.session.sampling
+        pipe, sampling = self.session.pipe, self.sampling
         return {"fingerprint": fingerprint(pipe), "judge": digest_of(self.judge), "sampling_steps": sampling.steps,
                 "guidance": sampling.guidance, "batch": sampling.batch or images_at_once(pipe)}
 
     def made_from(self, job: Job) -> dict[str, Any]:
         """What a job's result depends on, attack apart."""
-        return {"schema": SCHEMA, "algorithm": ALGORITHM, **vars(job), "concept": asdict(job.concept),
+        said = {name: value for name, value in vars(job).items() if name != "draws"}
+        return {"schema": SCHEMA, "algorithm": ALGORITHM, **said, "concept": asdict(job.concept),
                 "settings": job.settings.to_dict(), **self.shared}
 
     def file_of(self, job: Job) -> Path:
@@ -94,31 +103,44 @@ class Bench:
         """Whether the job ends in an attack."""
         return self.attack is not None and job.seed == self.attack_seed
 
-    def do(self, job: Job) -> dict[str, Any]:
-        """Do the job, keep its result, and return it."""
-        result = forget_and_measure(self, job)
-        write_json(self.file_of(job), result)
-        return result
+    def attempt(self, job: Job) -> str | None:
+        """Do the job and keep its result; the error's text where it failed."""
+        try:
+            write_json(self.file_of(job), forget_and_measure(self, job))
+        except (RuntimeError, ValueError, OSError) as error:
+            return str(error)
+        return None
 
 
 def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
     """One job's result, as its file holds it."""
-    session, vocabulary = bench.session, bench.session.vocabulary
-    wanted = drawings(job.concept, vocabulary, job.seed, job.size)
-    images = {"before": replace(session, sampling=replace(session.sampling, cache=bench.work / CACHE)).draw(wanted)}
-    patch = forget(session.pipe, job.concept, preset=job.settings, seed=job.seed, towards=job.towards)
+    started, session, vocabulary = perf_counter(), bench.session, bench.session.vocabulary
+    wanted, cache = drawings(job.concept, vocabulary, job.seed, job.size), bench.work / CACHE
+    images = {"before": replace(session, sampling=replace(session.sampling, cache=cache)).draw(wanted)}
+    patch = forget(session.pipe, job.concept, preset=job.settings, seed=job.seed, towards=job.towards,
+                   cache=None if job.draws else cache)
     with session.patched(patch):
         images["after"] = session.draw(wanted)
     outcomes = {when: judge_images(bench.judge, job.concept, wanted, drawn, vocabulary)
                 for when, drawn in images.items()}
     measures = {when: measure(rows, job.concept, job.seed) for when, rows in outcomes.items()}
-    result = {"made_from": bench.made_from(job), "group": job.group}
+    result = {"made_from": bench.made_from(job), "group": job.group, "draws": job.draws}
     result |= {when: with_ceiling(found, measures["before"]).to_metrics() for when, found in measures.items()}
     result["forgetting"] = {name: value for name in _COSTS if (value := patch.info["forgetting"].get(name)) is not None}
+    result["facts"] = facts_of(job.settings, patch)
     if job.towards:
         result["overshadowed"] = {when: asdict(probe_shares(rows, job.concept, vocabulary)["overshadowed"])
                                   for when, rows in outcomes.items()}
     if bench.attacks(job):
         attack = concept_inversion(session, job.concept, patch, budget=bench.attack, seed=job.seed)
         result["attack"] = {"budget": asdict(bench.attack), **attack.to_dict()}
-    return result
+    return result | {"seconds": round(perf_counter() - started, 3)}
+
+
+def facts_of(settings: Settings, patch: Patch) -> dict[str, Any]:
+    """What a method asks for and gives: whether it needs images of anything, words for what is to be kept, and whether
+    its patch is linear (a sum to the weights), and of which kind.
+    """
+    said = FACTS[settings.method]
+    return {"needs_images": bool(said.images), "needs_retain_words": settings.retains, "linear_patch": said.linear,
+            "patch": patch.kind}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import replacing
+from fmn_nb.runs.progress import Position
 from fmn_nb.runs.stopping import Stopped, asked_to_stop
 
 if TYPE_CHECKING:
@@ -25,9 +27,11 @@ SAVE_EVERY = 5.0  # seconds; papermill saves twice a cell, which takes longer th
 #: registered to be done at the end, by notebooks and libraries, is done all the same.
 QUICK_END = "--IPKernelApp.exec_lines=__import__('atexit').register(__import__('gc').freeze)"
 
-#: A kernel that is ended while it waits says so as an error.
+#: A kernel that is ended while it waits says so as an error; so does one whose sockets close before its last flush.
 QUIET = "--IPKernelApp.log_level=50"
-KERNEL_OPTIONS = [QUICK_END, QUIET]
+QUIET_END = ("--IPKernelApp.exec_lines=__import__('atexit').register("
+             "__import__('logging').getLogger('tornado.general').setLevel, 'CRITICAL')")
+KERNEL_OPTIONS = [QUICK_END, QUIET_END, QUIET]
 
 
 class RunError(RuntimeError):
@@ -45,8 +49,11 @@ class RunError(RuntimeError):
         return f"{where}: {self.error}" + (f"\n  executed notebook: {self.executed}" if self.executed else "")
 
 
-def execute_notebook(notebook: Notebook, out: Path) -> Path:
+def execute_notebook(notebook: Notebook, out: Path, position: Position | None = None,
+                     look: Callable[[], None] = lambda: None) -> Path:
     """Execute one notebook with its values in a kernel of its own, whose working directory is `out`.
+
+    Meanwhile `position` says where it is, and `look` is called every `LOOK_EVERY` seconds.
 
     The result is `out/NAME.ipynb`. After an error it is `out/NAME.failed.ipynb` instead, and a RunError; likewise when
     a signal, or `ask_to_stop`, ends it: a KeyboardInterrupt.
@@ -64,10 +71,10 @@ def execute_notebook(notebook: Notebook, out: Path) -> Path:
         execution = partial(
             papermill.execute_notebook, str(notebook.path), str(temporary), notebook.values, kernel_name="python3",
             progress_bar=False, engine_name=engine(), config=Config(settings), kernel_manager_class=OwnKernel,
-            resources={"metadata": {"path": str(out)}},
+            resources={"metadata": {"path": str(out)}}, position=position or Position(),
         )
         try:
-            _interruptibly(execution, partial(asked_to_stop, out), partial(end_kernel, folder))
+            _interruptibly(execution, partial(asked_to_stop, out), partial(end_kernel, folder), look)
         except PapermillExecutionError as error:
             os.replace(temporary, failed)
             raise RunError(target.name, error.exec_count, f"{error.ename}: {error.evalue}", str(failed)) from None
@@ -80,8 +87,10 @@ def execute_notebook(notebook: Notebook, out: Path) -> Path:
     return target
 
 
-def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Callable[[float], None]) -> None:
-    """Do `work` in a thread of its own. On KeyboardInterrupt, or once `asked`, `end` it, see it through, and raise.
+def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Callable[[float], None],
+                   look: Callable[[], None]) -> None:
+    """Do `work` in a thread of its own and `look` now and then. On KeyboardInterrupt, or once `asked`, `end` it, see it
+    through, and raise.
 
     In the main thread nbclient would take the signals for itself, and an interrupt would strike it in its middle.
     """
@@ -89,6 +98,7 @@ def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Call
         future = pool.submit(work)
         try:
             while not future.done():
+                look()
                 wait([future], timeout=LOOK_EVERY)
                 if asked():
                     raise Stopped
@@ -116,19 +126,23 @@ def engine() -> str:
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Engine(NBClientEngine):
-        """The running notebook is saved at most every `SAVE_EVERY` seconds, and when it ends."""
+        """The running notebook is saved at most every `SAVE_EVERY` seconds, and when it ends; `position` follows it."""
 
         @classmethod
-        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, position: Position, **options: Any) -> Any:
             """Execute the notebook that `nb_man` manages; papermill calls this."""
-            save = nb_man.save
+            save, start, sections = nb_man.save, nb_man.cell_start, _sections(nb_man.nb.cells)
 
             def save_seldom(**changed: Any) -> None:
                 nb_man.nb = changed.get("nb", nb_man.nb)
                 if (nb_man.now() - nb_man.last_save_time).total_seconds() >= SAVE_EVERY:
                     save(**changed)
 
-            nb_man.save = save_seldom
+            def start_cell(cell: Any, cell_index: int, **more: Any) -> None:
+                position.begin(cell_index + 1, len(sections), sections[cell_index])
+                start(cell, cell_index, **more)
+
+            nb_man.save, nb_man.cell_start = save_seldom, start_cell
             try:
                 return super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=KERNEL_OPTIONS, **options)
             finally:
@@ -137,6 +151,16 @@ def engine() -> str:
     papermill_engines.register(ENGINE, Engine)
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # its errors are raised, and told once
     return ENGINE
+
+
+def _sections(cells: list[Any]) -> list[str]:
+    """The heading of the section that each cell is in; empty above the first."""
+    sections, heading = [], ""
+    for cell in cells:
+        found = re.match(r"#{2,} +(.+)", cell.source) if cell.cell_type == "markdown" else None
+        heading = found[1].strip() if found else heading
+        sections.append(heading)
+    return sections
 
 
 def without_slow_formats() -> None:

@@ -52,7 +52,7 @@ SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "steps": (0, 1_000_000),
     "learning_rate": (0, 1),
 }
-SHARED_CHOICES: dict[str, tuple[str, ...]] = {"kind": KINDS}
+SHARED_CHOICES: dict[str, tuple[str, ...]] = {"kind": KINDS, "preset": tuple(PRESETS)}
 
 
 class ParameterError(ValueError):
@@ -98,8 +98,8 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise ParameterError(f"{self.name} cannot be {shortened(value)}; it is one of: {', '.join(self.choices)}")
         if self.limits and not self.limits[0] <= value <= self.limits[1]:
-            raise ParameterError(f"{self.name} must lie from {self.limits[0]:g} to {self.limits[1]:g}, not "
-                                 f"{shortened(value)}")
+            low, high = (str(one) if isinstance(one, int) else f"{one:g}" for one in self.limits)
+            raise ParameterError(f"{self.name} must lie from {low} to {high}, not {shortened(value)}")
         return float(value) if self.type == "float" else value
 
     def parse(self, text: str) -> Any:
@@ -189,7 +189,8 @@ def _limits(notebook: str, name: str, text: str) -> tuple[float, float] | None:
     if not found:
         return None
     try:
-        return float(found[1]), float(found[2] or "inf")
+        low, high = (int(one) if re.fullmatch(r"-?\d+", one) else float(one) for one in (found[1], found[2] or "inf"))
+        return low, high
     except ValueError:
         raise ParameterError(f"{notebook}: '{name}' has a range that is no pair of numbers: {found[0]}") from None
 
@@ -199,8 +200,15 @@ def check_parameters(declared: Mapping[str, Parameter], values: Mapping[str, Any
     unknown = [name for name in values if name not in declared]
     if unknown:
         known = "\n  ".join(parameter.describe() for parameter in declared.values()) or "(none)"
-        raise ParameterError(f"no chosen notebook has a parameter '{unknown[0]}'; there are:\n  {known}")
+        hint = did_you_mean(unknown[0], [*SETTINGS, *declared])
+        raise ParameterError(f"no chosen notebook has a parameter '{unknown[0]}'{hint}; there are:\n  {known}")
     return {name: declared[name].check(value) for name, value in values.items()}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint in brackets, after a space, at the name that `word` looks like; empty where it looks like none."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _kind_of(value: Any) -> str:
@@ -282,19 +290,20 @@ def plan_run(
 ) -> Plan:
     """Check a run's request and return its plan; nothing is written.
 
-    notebooks: numbers ("03"), names ("03_forget") or paths of .ipynb files, in the order of execution.
+    notebooks: numbers ("03", "1-4"), names ("03_forget") or paths of .ipynb files, in the order of execution.
     out: the run's folder; default `runs/` and a readable name, with a hash where `parameters` has something.
     within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH and one `cache`
         for all of them; a run alone has its own. Comparisons with other presets (`compare`) are for a reader, so no run
         makes them unless `parameters` say so. Neither is a part of a run's key: what is measured stays the same.
-    parameters: values for notebook parameters; `texts`: the same as typed on a command line, parsed by type.
+    parameters: values for notebook parameters, "config" among them, the folder of a single file's configuration;
+        `texts`: the same as typed on a command line, parsed by type.
     settings: model, concept, kind (None: found out), preset, seed.
 
     Raises RequestError, ParameterError or UnknownModelError (all ValueError), naming the fault and what there is.
     """
     paths = find_notebooks(notebooks)
-    settings = check_settings(settings)
     parameters, texts = dict(parameters or {}), dict(texts or {})
+    settings = check_settings(settings, (texts | parameters).get("config"))
     reserved = [name for name in (*parameters, *texts) if name in SETTINGS or name == "out"]
     if reserved:
         raise RequestError(f"'{reserved[0]}' is a setting of the run, not a notebook's parameter: use --{reserved[0]}")
@@ -358,15 +367,23 @@ def _promises(path: Path, changed: int) -> dict[str, tuple[str, ...]]:
 
 
 def find_notebooks(names: str | Iterable[str]) -> list[Path]:
-    """Absolute paths of notebooks given by number, name or path ("01,03" or a list), in the order given."""
+    """Absolute paths of notebooks given by number, name or path ("01,03", "1-4" or a list), in the order given."""
     wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names]
     if not any(wanted):
         raise RequestError(f"no notebook named; the course has: {_listed(course_notebooks())}")
-    paths = [_find_notebook(name) for name in wanted]
+    paths = [_find_notebook(one) for name in wanted for one in _ranged(name)]
     doubled = {path.name for path in paths if sum(path.name == other.name for other in paths) > 1}
     if doubled:
         raise RequestError(f"notebook {min(doubled)} is named twice; name each once")
     return paths
+
+
+def _ranged(name: str) -> list[str]:
+    """The numbers of a range such as "1-4" whose ends are there; else `name` alone."""
+    course, ends = list(course_notebooks()), [end.zfill(2) for end in name.split("-")]
+    if len(ends) != 2 or not all(end in course for end in ends):
+        return [name]
+    return course[course.index(ends[0]):course.index(ends[1]) + 1] or [name]
 
 
 def _find_notebook(name: str) -> Path:
@@ -390,26 +407,34 @@ def measuring_notebooks() -> dict[str, Path]:
     return {section: path for path in course for section in _promises(path, path.stat().st_mtime_ns)["metrics"]}
 
 
-def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def check_settings(settings: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
     """All settings, defaults filled in, with types, model and concept checked.
 
+    `config`, a folder with what is wanted beside a single file's weights, stands for what the hub has of that.
     RequestError, ParameterError or UnknownModelError for the first that is wrong.
     """
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
-        raise RequestError(f"a run has no setting '{unknown[0]}'; it has: {', '.join(SETTINGS)}")
+        raise RequestError(f"a run has no setting '{unknown[0]}'{did_you_mean(unknown[0], SETTINGS)}; it has: "
+                           + ", ".join(SETTINGS))
     full = {name: one.check(settings.get(name, one.default)) for name, one in SETTINGS.items()}
     place = resolve(full["model"])
     if isinstance(place, str):
         check_on_hub(place)
     elif full["model"] not in bundled():
         if place.is_file():
-            _check_single_file(place)
+            _check_config(config) if config else _check_single_file(place)
         full["model"] = str(_absolute(place))
     if full["preset"] not in PRESETS:
         raise RequestError(f"there is no preset '{full['preset']}'; there are: {', '.join(PRESETS)}")
     full["kind"] = check_concept(full["model"], full["concept"], full["kind"])
     return full
+
+
+def _check_config(config: Any) -> None:
+    if not (Path(str(config)).expanduser() / "model_index.json").is_file():
+        raise RequestError(f"config is no folder with a model_index.json: {shortened(config)}; give one that holds a "
+                           "pipeline's configuration and tokenizer (weights aren't needed)")
 
 
 @lru_cache(maxsize=256)  # sweeps ask a thousand times; a refusal is never kept
@@ -430,8 +455,8 @@ def _check_single_file(file: Path) -> None:
             faults.append(error)
     raise RequestError(
         f"{file} holds weights alone; their configuration and tokenizer ({source}) are neither on this machine nor in "
-        "reach: load it once with a connection, or make a folder of it and give that as --model: "
-        "fmn.load(FILE, config=FOLDER).save_pretrained(NEW)") from faults[-1]
+        "reach: give a folder that holds them with --config (weights aren't needed), or load it once with a "
+        "connection") from faults[-1]
 
 
 def check_concept(model: str, concept: str, kind: str | None) -> str:
@@ -443,9 +468,8 @@ def check_concept(model: str, concept: str, kind: str | None) -> str:
         return kind or "object"
     known = vocabulary.concepts()
     if concept not in known:
-        close = difflib.get_close_matches(concept, known, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise RequestError(f"the {model} model does not know '{concept}'{hint}; it knows: {', '.join(known)}")
+        raise RequestError(f"the {model} model does not know '{concept}'{did_you_mean(concept, known)}; it knows: "
+                           + ", ".join(known))
     if kind not in (None, known[concept]):
         raise RequestError(f"'{concept}' is of kind {known[concept]} in the {model} model's world; use --kind "
                            f"{known[concept]}")

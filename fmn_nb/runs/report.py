@@ -1,4 +1,4 @@
-"""The pages: a run's own, and notebook 07 on a sweep. Both are one file that loads nothing from elsewhere."""
+"""The pages: a run's own, its notebooks', and notebook 07 on a sweep. Each is one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import base64
 import tempfile
 from functools import cache
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from fmn_nb.concepts.concept import Concept
 from fmn_nb.files import read_json, write_text
 from fmn_nb.runs.folder import REPORT_FILE, SWEEP_FILE, RunFolder, SweepReadingError, SweepResults, read_sweep
 from fmn_nb.runs.metrics import MEASURED, METRICS, PROBE_METRICS, Metric, comparison, validate
@@ -19,17 +21,25 @@ from fmn_nb.runs.plan import Notebook, course_notebooks
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from nbformat import NotebookNode
 
 NOT_ON_A_PAGE = "not-on-a-page"  # tag of notebook 07's cells that need a reader: exercises, the explorer
-_GROUPS = (("before", "Before"), ("after", "After"), ("attention", "Where the concept's attention goes"))
+WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; beside it stands a sentence that doesn't
+CHANGED, ATTENDED, OTHERS = "Before and after", "Where the concept's attention goes", "More figures"
+#: nbconvert's own page without the scripts that it would load from elsewhere; formulas stay as they were typed
+_PAGE_ALONE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
 
 
 class ReportError(ValueError):
     """A folder that holds neither a run nor a sweep, or a sweep of which there is nothing to show."""
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, notebooks: bool = False) -> Path:
     """Write the page for the run or the sweep in `folder` and return its path.
+
+    Args:
+        notebooks: also write each of a run's executed notebooks as a page beside it; that takes seconds.
 
     Raises:
         ReportError: it holds neither, or a sweep without a measured run.
@@ -38,7 +48,12 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     if RunFolder(folder).state_file.is_file():
-        page = _templates().get_template("run.html.j2").render(run_view(RunFolder(folder)))
+        run = RunFolder(folder)
+        view = run_view(run)  # before anything is written: it tells what is broken
+        if notebooks:
+            _write_notebooks(run)
+            view = run_view(run)
+        page = _templates().get_template("run.html.j2").render(view)
     elif (folder / SWEEP_FILE).is_file():
         page = _sweep_page(folder)
     else:
@@ -66,7 +81,6 @@ def _sweep_page(folder: Path) -> str:
 
 
 def _as_page(executed: Path, results: SweepResults) -> str:
-    import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
@@ -74,17 +88,56 @@ def _as_page(executed: Path, results: SweepResults) -> str:
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
         config=Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": {NOT_ON_A_PAGE}}}),
     )
+    body, _ = exporter.from_notebook_node(_for_a_page(executed))
+    runs = [(results.label(run), f"{quote(run)}/{REPORT_FILE}") for run in results.done.index]
+    return _templates().get_template("sweep.html.j2").render(
+        name=results.folder.resolve().name, body=body, runs=runs, notebook=quote(executed.name))
+
+
+def _for_a_page(executed: Path) -> NotebookNode:
+    """An executed notebook without what only a kernel can show, and words for each picture.
+
+    Not all of nbconvert's templates write an alt text, so the picture becomes HTML that has one.
+    """
+    import nbformat
+
     content = nbformat.read(executed, as_version=4)
     content.metadata.pop("widgets", None)
     for cell in content.cells:
         for output in cell.get("outputs", ()):
-            if "image/png" in output.get("data", {}):  # nbconvert knows no words for those who can't see it
-                alt, image = escape(output.data.get("text/plain", "")), output.data["image/png"]
-                output.data = {"text/html": f'<img alt="{alt}" src="data:image/png;base64,{image}">'}
-    body, _ = exporter.from_notebook_node(content)
-    runs = [(results.label(run), f"{quote(run)}/{REPORT_FILE}") for run in results.done.index]
-    return _templates().get_template("sweep.html.j2").render(
-        name=results.folder.resolve().name, body=body, runs=runs, notebook=quote(executed.name))
+            data = output.get("data", {})
+            data.pop(WIDGET, None)
+            if image := data.pop("image/png", None):
+                said = output.metadata.get("image/png", {}).get("alt") or data.get("text/plain", "")
+                data["text/html"] = f'<img alt="{escape(said)}" src="data:image/png;base64,{image}">'
+    return content
+
+
+def _write_notebooks(run: RunFolder) -> None:
+    """Each executed notebook of a run as a page beside it; links between them lead from page to page."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(raw_template=_PAGE_ALONE)
+    executed = [name for name in map(run.executed, run.checked_state()["notebooks"]) if name]
+    for name in executed:
+        content = _for_a_page(run.path / name)
+        content.metadata["title"] = Path(name).stem
+        page, _ = exporter.from_notebook_node(content)
+        for other in executed:
+            page = page.replace(f'href="{other}', f'href="{Path(other).with_suffix(".html")}')
+        write_text(_page_of(run, name), page)
+
+
+def _page_of(run: RunFolder, executed: str) -> Path:
+    return (run.path / executed).with_suffix(".html")
+
+
+def _to_read(run: RunFolder, notebook: str) -> str | None:
+    """The file that shows an executed notebook best: its page, unless it is older than what it shows."""
+    if (executed := run.executed(notebook)) is None:
+        return None
+    page = _page_of(run, executed)
+    return page.name if page.exists() and page.stat().st_mtime >= (run.path / executed).stat().st_mtime else executed
 
 
 @cache  # a compiled template serves all pages of a sweep
@@ -100,19 +153,32 @@ def _templates() -> Environment:
 def run_view(run: RunFolder) -> dict[str, Any]:
     """Everything the run's page shows, as plain values."""
     state, metrics = run.checked_state(), {}
+    settings = state["settings"]
     if run.metrics_file.exists():
         validate(metrics := read_json(run.metrics_file))
     return {
         "state": state,
         "metrics": metrics,
-        "verdict": verdict(state["settings"]["concept"], metrics.get("before", {}), metrics.get("after", {})),
+        "prompt": Concept(settings["concept"], kind=settings["kind"]).prompt,
+        "patch": _patch_kind(run.path / "patch"),
+        "verdict": verdict(settings["concept"], metrics.get("before", {}), metrics.get("after", {})),
+        "cost": {name: value for name, value in metrics.get("cost", {}).items() if "forgetting" not in metrics
+                 or not name.startswith(("forgetting", "patch"))},  # the fine-tune's own section has those
         "rows": _rows(metrics, METRICS),
         "probes": _rows(metrics, PROBE_METRICS),
         "ceiling": metrics.get("before", {}).get("ceiling"),
         "skipped": _skipped(metrics),
         "figures": grouped_figures(run.images()),
-        "notebooks": [(name, run.executed(name), entry) for name, entry in sorted(state["notebooks"].items())],
+        "notebooks": [(name, _to_read(run, name), entry) for name, entry in sorted(state["notebooks"].items())],
     }
+
+
+def _patch_kind(patch: Path) -> str | None:
+    """"lora" or "weights"; None where the folder holds no patch that can be read."""
+    try:
+        return read_json(patch / "fmn.json")["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verdict(concept: str, before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -147,24 +213,32 @@ def _skipped(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def grouped_figures(images: dict[str, Path]) -> list[dict[str, Any]]:
-    """A run's images under their headings, each with its description and its bytes as a data URI."""
-    groups: dict[str, list[dict[str, str]]] = {title: [] for _, title in _GROUPS} | {"More figures": []}
-    for name, path in images.items():
-        title = next((title for prefix, title in _GROUPS if name.startswith(prefix)), "More figures")
-        content = base64.b64encode(path.read_bytes()).decode("ascii")
-        groups[title].append({"uri": f"data:image/png;base64,{content}", **_shown(path)})
-    return [{"title": title, "figures": figures} for title, figures in groups.items() if figures]
+    """A run's images under their headings, each with its description and its bytes as a data URI.
+
+    "Before and after" is the one figure that pairs them, where there is one; else one of each beside the other.
+    """
+    by_name = {prefix: [path for name, path in images.items() if name.startswith(prefix)]
+               for prefix in ("pairs", "before", "after", "attention")}
+    paired = [path for both in zip_longest(by_name["before"], by_name["after"]) for path in both if path]
+    named = {path for paths in by_name.values() for path in paths}
+    groups = {CHANGED: by_name["pairs"] or paired, ATTENDED: by_name["attention"],
+              OTHERS: [path for path in images.values() if path not in named]}
+    return [{"title": title, "figures": [_shown(path) for path in paths],
+             "beside": title == CHANGED and not by_name["pairs"]} for title, paths in groups.items() if paths]
 
 
 def _shown(path: Path) -> dict[str, Any]:
-    """What the PNG's own text says is to be seen in it (else its name), its width, and whether to keep its pixels."""
+    """A PNG as a data URI, what its text says is to be seen (else its name), its width, whether it has few pixels."""
     from PIL import Image
+
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
 
     with Image.open(path) as image:
         image.load()  # text may stand after the pixels
         said = str(getattr(image, "text", {}).get("Description", "")).strip()
         # Samples of the miniature are 64 pixels wide: enlarged without smoothing they stay what they are.
-        return {"alt": said or path.stem.replace("_", " "), "width": image.width, "pixelated": image.width <= 128}
+        return {"uri": f"data:image/png;base64,{content}", "alt": said or path.stem.replace("_", " "),
+                "width": image.width, "pixelated": image.width <= 128}
 
 
 def format_figure(value: Any) -> str:

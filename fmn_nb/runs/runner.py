@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fmn_nb.files import read_json, versions, write_json
+from fmn_nb.files import read_json, replacing, versions, write_json
 from fmn_nb.runs.folder import LOCK_FILE, RunFolder, record
 from fmn_nb.runs.metrics import MEASURED, validate
 from fmn_nb.runs.notebook import RunError, execute_notebook
@@ -28,14 +28,13 @@ from fmn_nb.runs.plan import (
     Notebook,
     Plan,
     RequestError,
-    course_notebooks,
     measuring_notebooks,
     plan_run,
 )
+from fmn_nb.runs.progress import Position, Tell, Where, earlier_seconds
 from fmn_nb.runs.report import write_report
 from fmn_nb.runs.stopping import Stopped, stoppable
 
-Progress = Callable[[str], None]
 _versions = cache(versions)  # read once a process: that takes 10 ms, and a sweep's worker does a thousand runs
 
 
@@ -47,72 +46,102 @@ def run(
     out: str | Path | None = None,
     notebooks: str | Iterable[str] = COURSE_RUN,
     parameters: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    again: bool = False,
+    progress: Tell | None = None,
     **settings: Any,
 ) -> Path:
     """Execute the course's notebooks on one concept and return the run's folder.
 
     Everything is checked before anything starts (see `plan_run`): a ValueError that says what is wrong. A failing
-    notebook is a RunError. `steps=None` leaves the preset's number; `progress` gets a line a notebook; `settings` are
-    kind (by default the concept's own), preset ("balanced") and seed (0).
+    notebook is a RunError. What an earlier call finished in the same folder stays and isn't repeated, unless `again`.
+    `steps=None` leaves the preset's number; `progress` is told ten times a second where the run is (a `Where`, whose
+    text is a line); `settings` are kind (by default the concept's own), preset ("balanced") and seed (0).
     """
     parameters = dict(parameters or {}) | ({} if steps is None else {"steps": steps})
     plan = plan_run(model=model, concept=concept, out=out, notebooks=notebooks, parameters=parameters, **settings)
-    return execute(plan, progress)
+    return execute(plan, progress, again=again)
 
 
-def execute(plan: Plan, progress: Progress | None = None, *, fresh: bool = False, patience: float = 0) -> Path:
-    """Execute a checked plan and return its folder.
+def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fresh: bool = False,
+            patience: float = 0) -> Path:
+    """Execute what is not finished of a checked plan and return its folder.
 
-    One process at a time works in a folder: after `patience` seconds in vain, RequestError. `fresh` first
-    removes whatever an earlier attempt left there. A KeyboardInterrupt, or `ask_to_stop`, ends it as Stopped: what was
-    executed is kept, and run.json says "stopped".
+    One process at a time works in a folder: after `patience` seconds in vain, RequestError. `again` repeats finished
+    notebooks; `fresh` first removes whatever an earlier attempt left there. A KeyboardInterrupt, or `ask_to_stop`, ends
+    it as Stopped: what was executed is kept, and run.json says "stopped".
     """
-    tell = progress or (lambda text: None)
     plan.out.mkdir(parents=True, exist_ok=True)
     with stoppable([plan.out]), _alone_in(plan.out, patience):
         RunFolder(plan.out).tidy(everything=fresh)
-        state = _State(plan)
+        if not again and is_finished(plan):
+            return plan.out
+        kept = 0 if again else _finished_notebooks(plan)
+        state = _State(plan, kept)
         try:
-            record(plan.out, _header(plan))
-            for number, notebook in enumerate(plan.notebooks, 1):
-                tell(f"[{number}/{len(plan.notebooks)}] {notebook.path.stem} ")
-                _execute(notebook, plan.out, state, tell)
+            record(plan.out, _header(plan, kept))
+            for number in range(kept, len(plan.notebooks)):
+                _execute(plan, number, state, progress)
             _check_promises(plan, state)
             write_report(plan.out)
             state.done()
         except KeyboardInterrupt:
             state.stopped()
             RunFolder(plan.out).tidy()
-            raise Stopped(_how_to_go_on(plan, state.finished)) from None
+            command = "the same command without --again" if again and state.finished else "the same command"
+            raise Stopped(f"{state.finished} of {len(plan.notebooks)} notebooks finished; {command} goes on") from None
         shutil.rmtree(plan.out / SHARED_CACHE, ignore_errors=True)
     return plan.out
 
 
-def _execute(notebook: Notebook, out: Path, state: _State, tell: Progress) -> None:
-    """Execute one notebook, note what became of it, and tell."""
-    started = time.perf_counter()
+def is_finished(plan: Plan) -> bool:
+    """Whether nothing of the plan is left to be executed in its folder."""
+    return RunFolder(plan.out).status == "done" and _finished_notebooks(plan) == len(plan.notebooks)
+
+
+def _finished_notebooks(plan: Plan) -> int:
+    """How many of the plan's notebooks, counted from its first, are finished in its folder just as it asks for them."""
+    folder = RunFolder(plan.out)
+    state, metrics = folder.state, folder.metrics
+    for number, notebook in enumerate(plan.notebooks):
+        try:
+            said = state["notebooks"][notebook.path.name]
+            same = (state["key"], said["status"]) == (plan.key, "done") and _print_of(notebook).items() <= said.items()
+            known = {*metrics, *metrics.get("skipped", ())}
+        except (KeyError, TypeError, AttributeError):
+            return number
+        there = all((plan.out / name).exists() for name in (notebook.path.name, *notebook.gives))
+        if not (same and there and known.issuperset(notebook.metrics)):
+            return number
+    return len(plan.notebooks)
+
+
+def _print_of(notebook: Notebook) -> dict[str, Any]:
+    """What run.json knows a notebook by: its content and its parameters' values."""
+    return {"sha256": hashlib.sha256(notebook.path.read_bytes()).hexdigest(), "values": notebook.values}
+
+
+def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:
+    """Execute one notebook of the plan, note what became of it, and tell."""
+    notebook, position, started = plan.notebooks[number], Position(), time.perf_counter()
+    earlier = earlier_seconds(plan.out, notebook.path.name) if tell else []
+
+    def look(now: str = "running") -> None:
+        if tell:
+            tell(Where(number + 1, len(plan.notebooks), notebook.path.stem, time.perf_counter() - started, position,
+                       position.seconds_left(earlier), now))
+
     try:
-        execute_notebook(notebook, out)
+        execute_notebook(notebook, plan.out, position, look)
     except RunError as error:
-        tell("failed\n")
         state.failed(notebook, error)
+        look("failed")
         raise
     except KeyboardInterrupt:
-        tell("stopped\n")
         state.interrupted(notebook)
+        look("stopped")
         raise
-    seconds = time.perf_counter() - started
-    state.passed(notebook, seconds)
-    tell(f"{seconds:.1f} s\n")
-
-
-def _how_to_go_on(plan: Plan, finished: int) -> str:
-    """What is finished of a stopped run, and what to type next."""
-    numbers = {path: number for number, path in course_notebooks().items()}
-    rest = ",".join(numbers.get(one.path, str(one.path)) for one in plan.notebooks[finished:])
-    todo = f"go on with --notebooks {rest}" if finished and rest else "the same command begins it again"
-    return f"{finished} of {len(plan.notebooks)} notebooks finished; {todo}"
+    state.passed(notebook, time.perf_counter() - started)
+    look("done")
 
 
 @contextmanager
@@ -125,7 +154,7 @@ def _alone_in(out: Path, patience: float) -> Iterator[None]:
         raise RequestError(f"another run is working in {out}; wait for it or give another --out") from None
 
 
-def _header(plan: Plan) -> dict[str, Any]:
+def _header(plan: Plan, kept: int) -> dict[str, Any]:
     settings = plan.settings
     return {
         "model": settings["model"],
@@ -133,13 +162,13 @@ def _header(plan: Plan) -> dict[str, Any]:
         "preset": settings["preset"],
         "seed": settings["seed"],
         "versions": _versions(),
-        "skipped": dict.fromkeys(_promised(plan)),  # an earlier run's reasons are none for what this one measures
+        "skipped": dict.fromkeys(_promised(plan, kept)),  # earlier reasons are none for what is measured now
     }
 
 
-def _promised(plan: Plan) -> tuple[str, ...]:
-    """The sections of metrics.json that the plan's notebooks say they record."""
-    return tuple(name for one in plan.notebooks for name in one.metrics)
+def _promised(plan: Plan, kept: int = 0) -> tuple[str, ...]:
+    """The sections of metrics.json that the plan's notebooks, without the first `kept`, say they record."""
+    return tuple(name for one in plan.notebooks[kept:] for name in one.metrics)
 
 
 def _explain_absent(plan: Plan) -> None:
@@ -171,11 +200,17 @@ def _check_promises(plan: Plan, state: _State) -> None:
 
 
 class _State:
-    """The run's `run.json`, written anew after every step."""
+    """The run's `run.json`, written anew after every step; over a finished run's only once a new notebook has ended.
 
-    def __init__(self, plan: Plan) -> None:
-        self.path, self.finished = RunFolder(plan.out).state_file, 0
+    Args:
+        kept: how many of the plan's notebooks are finished, and stay.
+    """
+
+    def __init__(self, plan: Plan, kept: int) -> None:
+        folder = RunFolder(plan.out)
+        self.path, self.finished = folder.state_file, kept
         before = read_json(self.path) if self.path.exists() else {}
+        new = {notebook.path.name for notebook in plan.notebooks[kept:]}
         self.content = {
             "status": "running",
             "key": plan.key,
@@ -183,9 +218,13 @@ class _State:
             "parameters": plan.parameters,
             "versions": _versions(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "notebooks": before.get("notebooks", {}),
+            "notebooks": {name: said for name, said in before.get("notebooks", {}).items() if name not in new},
         }
-        self._write()
+        self._metrics = folder.metrics_file
+        #: a finished run's metrics.json: it is put back where this one is stopped before any notebook has ended
+        self._whole = self._metrics.read_bytes() if before.get("status") == "done" and self._metrics.exists() else None
+        if self._whole is None:
+            self._write()
 
     def passed(self, notebook: Notebook, seconds: float) -> None:
         self._note(notebook, {"status": "done", "seconds": round(seconds, 3)})
@@ -197,9 +236,14 @@ class _State:
         self._note(notebook, {"status": "failed", "cell": error.cell, "error": error.error})
 
     def interrupted(self, notebook: Notebook) -> None:
-        self._note(notebook, {"status": "stopped"})
+        if self._whole is None:
+            self._note(notebook, {"status": "stopped"})
 
     def stopped(self) -> None:
+        if self._whole is not None:
+            with replacing(self._metrics) as temporary:
+                temporary.write_bytes(self._whole)
+            return
         self.content["status"] = "stopped"
         self._write()
 
@@ -208,8 +252,8 @@ class _State:
         self._write()
 
     def _note(self, notebook: Notebook, entry: dict[str, Any]) -> None:
-        digest = hashlib.sha256(notebook.path.read_bytes()).hexdigest()
-        self.content["notebooks"][notebook.path.name] = {**entry, "sha256": digest, "values": notebook.values}
+        self.content["notebooks"][notebook.path.name] = {**entry, **_print_of(notebook)}
+        self._whole = None
         self._write()
 
     def _write(self) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fmn_nb.files import read_yaml
 from fmn_nb.runs.metrics import first_fault
-from fmn_nb.runs.plan import COURSE_RUN, SETTINGS, Plan, plan_run
+from fmn_nb.runs.plan import COURSE_RUN, SETTINGS, Plan, did_you_mean, plan_run
 from fmn_nb.runs.storage import Local, Remote, SweepError, storage_at
 
 MOST_RUNS = 100_000
@@ -62,6 +62,8 @@ class Specification(BaseModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if isinstance(self.notebook, list):
+            raise ValueError("notebook is a single one's name; for a list, did you mean 'notebooks'?")
         if self.notebooks and self.notebook is not None:
             raise ValueError("give either notebook or notebooks, not both")
         if (self.grid is None) == (self.listed is None):
@@ -154,7 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _checked(content: Mapping[Any, Any]) -> Specification:
     unknown = [key for key in content if key not in _keys()]
     if unknown:
-        raise SweepError(f"a sweep has no key '{unknown[0]}'; the keys are: {', '.join(_keys())}")
+        raise SweepError(f"a sweep has no key '{unknown[0]}'{did_you_mean(unknown[0], _keys())}; the keys are: "
+                         + ", ".join(_keys()))
     try:
         return Specification.model_validate(content)
     except ValidationError as error:

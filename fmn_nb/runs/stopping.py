@@ -117,13 +117,19 @@ def end_at_once() -> None:
 
 
 def keep_semaphores_tracked() -> None:
-    """Start the process that tracks multiprocessing's semaphores; it ignores two of the signals, and so all three."""
+    """Start the process that tracks multiprocessing's semaphores; it ignores two of the signals, and so all three.
+
+    It removes without a warning what a killed process left.
+    """
     from multiprocessing import resource_tracker
 
     if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before, warnings = signal.signal(signal.SIGHUP, signal.SIG_IGN), os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = "ignore"
         resource_tracker.ensure_running()
         signal.signal(signal.SIGHUP, before)
+        del os.environ["PYTHONWARNINGS"]
+        os.environ.update({} if warnings is None else {"PYTHONWARNINGS": warnings})
 
 
 @contextmanager

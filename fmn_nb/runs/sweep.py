@@ -7,19 +7,18 @@ valid. Everything else is begun anew, so a killed sweep's table ends up equal to
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TextIO
 
 from fmn_nb.files import write_json
 from fmn_nb.runs.executors import Outcome, executed
 from fmn_nb.runs.folder import SWEEP_FILE, Row, RunFolder, failed_row, write_table
 from fmn_nb.runs.notebook import RunError, without_slow_formats
 from fmn_nb.runs.plan import SHARED_CACHE, Plan
+from fmn_nb.runs.progress import SweepProgress
 from fmn_nb.runs.report import write_report
 from fmn_nb.runs.runner import execute
 from fmn_nb.runs.spec import Sweep
@@ -35,18 +34,18 @@ def run_sweep(
     workers: int | None = None,
     scheduler: str | None = None,
     retry_failed: bool = False,
-    progress: Progress | None = None,
+    progress: SweepProgress | None = None,
     page: bool = True,
 ) -> tuple[Path | str, list[Row]]:
     """Execute what is not finished yet; return the sweep's folder (or URL) and the rows of failed runs.
 
     Leaves `results.csv`, `results.parquet` (a row a run, in the order of the specification) and a folder a run, also
     when interrupted; at the end `report.html`, which is notebook 07, where `page` says so and a run was measured. Runs
-    that failed in an earlier attempt are repeated with `retry_failed`. `progress` is told of every run that ends. What
-    the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are finished: about 5
-    KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for the images of every run's own model as well, so
-    that a killed run goes on. `scheduler` is the address of a Dask scheduler, used in place of processes on this
-    machine.
+    that failed in an earlier attempt are repeated with `retry_failed`. `progress` is told of every run that begins and
+    ends. What the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are
+    finished: about 5 KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for the images of every run's own
+    model as well, so that a killed run goes on. `scheduler` is the address of a Dask scheduler, used in place of
+    processes on this machine.
 
     Raises:
         SweepError: another sweep is working there, or the storage can't be used.
@@ -57,7 +56,7 @@ def run_sweep(
             stack.callback(shutil.rmtree, sweep.folder.parent, ignore_errors=True)
         sweep.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(sweep.storage.held(sweep.folder))
-        progress = stack.enter_context(progress or Progress())
+        progress = stack.enter_context(progress or SweepProgress())
         with telling(partial(_finished, sweep)):
             rows = _run_all(sweep, workers or sweep.workers, scheduler, retry_failed, progress)
             if page:
@@ -68,7 +67,8 @@ def run_sweep(
     return sweep.place, unfinished
 
 
-def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bool, progress: Progress) -> list[Row]:
+def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bool,
+             progress: SweepProgress) -> list[Row]:
     """The rows of all runs, in the order of the specification; the tables are written whatever happens."""
     import pandas  # noqa: F401  for the tables: loaded before the runs, so that a stopped sweep ends at once
 
@@ -81,9 +81,9 @@ def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bo
     storage.fetch(plan.out for plan in sweep.plans)
     rows = {plan.key: row for plan in sweep.plans if (row := RunFolder(plan.out).earlier_row(plan, retry_failed))}
     todo = [plan for plan in sweep.plans if plan.key not in rows]
-    progress.start(len(sweep.plans), len(rows), workers)
+    progress.start(len(sweep.plans), list(rows.values()), workers)
     try:
-        with closing(_executed(sweep, todo, workers, scheduler)) as ended:
+        with closing(_executed(sweep, todo, workers, scheduler, progress)) as ended:
             for plan, error in ended:
                 if error is None:
                     storage.fetch([plan.out])
@@ -100,12 +100,14 @@ def _finished(sweep: Sweep) -> str:
     return f"{done} of {len(sweep.plans)} runs finished; the same command goes on"
 
 
-def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None) -> Iterator[Outcome]:
+def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None,
+              progress: SweepProgress) -> Iterator[Outcome]:
     if not todo:
         return
     elsewhere = sweep.folder / SHARED_CACHE if isinstance(sweep.storage, Remote) else None
     workers = min(workers, len(todo))
-    yield from executed(todo, partial(attempt, storage=sweep.storage), workers, scheduler, sweep.cluster, elsewhere)
+    yield from executed(todo, partial(attempt, storage=sweep.storage), workers, scheduler, sweep.cluster, elsewhere,
+                        lambda plan: progress.begun(plan.out.name))
 
 
 def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  it is frozen and holds nothing
@@ -126,72 +128,9 @@ def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  
     return error
 
 
-def _write_page(sweep: Sweep, progress: Progress) -> None:
+def _write_page(sweep: Sweep, progress: SweepProgress) -> None:
     """The sweep's page; where there can't be one, a line that says why."""
     try:
         sweep.storage.keep([write_report(sweep.folder)])
     except Exception as error:  # noqa: BLE001  the tables are there, and whatever nbconvert lacks must not undo them
         progress.say(f"no report.html: {' '.join(str(error).split())}")
-
-
-class Progress:
-    """How far a sweep is: a line a run on `stream` (none where it is None), and in a terminal a bar below them."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream, self.bar = stream, None
-
-    @classmethod
-    def shown(cls) -> Self:
-        """On standard error."""
-        return cls(sys.stderr)
-
-    def start(self, total: int, done: int, workers: int) -> None:
-        """The sweep begins: `done` of `total` runs were finished earlier."""
-        self.total, self.before, self.done = total, done, done
-        self.enough = max(3, workers)  # runs to see before the time left means anything
-        self.started = time.monotonic()
-        self.say(f"{total} runs, {done} of them through already")
-        if self.stream is not None and self.stream.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=done, file=self.stream, unit="run", dynamic_ncols=True)
-
-    def ended(self, row: Row) -> None:
-        """A run ended; `row` is its line of the results table."""
-        self.done += 1
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f} s, "
-        state = "done" if row["status"] == "done" else (row["error"].splitlines() or ["failed"])[0]
-        self.say(f"{row['folder']}: {seconds}{state} ({self})")
-        if self.bar is not None:
-            self.bar.update()
-
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(line, file=self.stream)
-        elif self.stream is not None:
-            print(line, file=self.stream, flush=True)
-
-    def seconds_left(self) -> float | None:
-        """An estimate from the runs that ended since the start; None until a few have."""
-        ended = self.done - self.before
-        return (time.monotonic() - self.started) / ended * (self.total - self.done) if ended >= self.enough else None
-
-    def __str__(self) -> str:
-        left = self.seconds_left()
-        said = "" if left is None or self.done == self.total else f", about {readable_time(left)} left"
-        return f"{self.done} of {self.total} runs{said}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def readable_time(seconds: float) -> str:
-    """Seconds up to a minute and a half, then minutes, then hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -31,7 +31,16 @@ def _natural_size() -> ipywidgets.Image:
     return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
 
 
-class AttentionExplorer(ipywidgets.VBox):
+class _Explorer(ipywidgets.VBox):
+    """What shows a sentence, at most 110 characters of it, to those who read the notebook without a kernel."""
+
+    without_kernel = ""
+
+    def __repr__(self) -> str:
+        return self.without_kernel
+
+
+class AttentionExplorer(_Explorer):
     """Choose token, layer, head, step, branch and image of a record, and see that map and a sentence about it.
 
     Args:
@@ -45,6 +54,8 @@ class AttentionExplorer(ipywidgets.VBox):
         words: the sentence.
     """
 
+    without_kernel = "An explorer of attention maps. It needs a running kernel; the figure below is what it opens with."
+
     def __init__(self, attention: AttentionRecord, images: list[Image.Image] | None = None,
                  phrase: str | Concept | None = None) -> None:
         self.attention, self.images = attention, images
@@ -57,7 +68,7 @@ class AttentionExplorer(ipywidgets.VBox):
             (short_name, attention.layers), (str, heads), (str, attention.steps)))
         self.layer = ipywidgets.Dropdown(options=layers, description="layer")
         self.head = ipywidgets.Dropdown(options=heads, description="head")
-        self.step = ipywidgets.SelectionSlider(options=steps, description="step")
+        self.step = ipywidgets.Dropdown(options=steps, description="step")  # a slider would have no name to read out
         self.picture, self.words = _natural_size(), ipywidgets.HTML()
         self._offer_tokens()
         self._show()
@@ -106,8 +117,8 @@ class AttentionExplorer(ipywidgets.VBox):
         self.picture.value, self.words.value = as_png(shown), html.escape(describe(values, label))
 
 
-class PatchScale(ipywidgets.VBox):
-    """Images of some prompts under a patch at the scale that a slider says: 0 the base model, 1 the patch as trained.
+class PatchScale(_Explorer):
+    """Images of some prompts under a patch at a chosen scale: 0 is the base model, 1 the patch as trained.
 
     Each scale is drawn once, that of the patch as trained at the start. The pipeline carries the patch only while it
     draws.
@@ -117,22 +128,24 @@ class PatchScale(ipywidgets.VBox):
         patch: what to apply.
         prompts: one image each; image n has the seed `seed` + n.
         drawn: scale -> the prompts' images, where some were drawn before.
-        most: the slider's end; beyond 1 the patch is stronger than it was trained.
+        scales: what can be chosen; beyond 1 the patch is stronger than it was trained.
         options: of `generate`, such as `steps` and `guidance`.
 
     Attributes:
-        scale: the slider.
+        scale: the control.
         picture: the images as PNG.
         state: whether it is drawing.
     """
 
+    without_kernel = "A choice of the patch's scale. It needs a running kernel; the rows below show four scales."
+
     def __init__(self, pipe: DiffusionPipeline, patch: Patch, prompts: list[str], seed: int = 0, *,
-                 drawn: Mapping[float, Sequence[Image.Image]] | None = None, most: float = 1.5,
-                 **options: Any) -> None:
+                 drawn: Mapping[float, Sequence[Image.Image]] | None = None,
+                 scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5), **options: Any) -> None:
         self.pipe, self.patch, self.prompts, self.seed, self.options = pipe, patch, list(prompts), seed, options
         self._drawn = {float(scale): self._grid(images) for scale, images in (drawn or {}).items()}
-        self.scale = ipywidgets.FloatSlider(1.0, min=0.0, max=most, step=0.25, description="scale",
-                                            continuous_update=False)
+        choices = sorted({1.0, *map(float, scales)})
+        self.scale = ipywidgets.Dropdown(options=choices, value=1.0, description="scale")  # as the explorer's step
         self.picture, self.state = _natural_size(), ipywidgets.HTML()
         self.scale.observe(lambda change: self.show(change["new"]), "value")
         self.show(1.0)
@@ -154,7 +167,7 @@ class PatchScale(ipywidgets.VBox):
         return as_png(image_grid(images, columns=len(images), titles=self.prompts))
 
 
-class SweepExplorer(ipywidgets.VBox):
+class SweepExplorer(_Explorer):
     """A measure along one of the varied parameters, colours for another; below, a run's images before and after.
 
     Args:
@@ -169,6 +182,8 @@ class SweepExplorer(ipywidgets.VBox):
     Raises:
         ValueError: no finished run was measured.
     """
+
+    without_kernel = "An explorer of the sweep. It needs a running kernel; the figures show the same measures."
 
     def __init__(self, results: SweepResults) -> None:
         self.results, self.measures = results, results.measures()

@@ -168,7 +168,7 @@ def test_guidance_switched_off_midway(sd):
                  callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert attention.steps == [0, 1, 2] and len(attention.images) == 2
     assert attention.select("dog", image=1, step=2).any()
-    with pytest.raises(NotRecordedError, match=r"steps \[1, 2\] weren't recorded"):
+    with pytest.raises(NotRecordedError, match=r"'uncond' of down 0.0 ran at steps \[0\], not at \[1, 2\]"):
         attention.select("cat", branch="uncond", step=[0, 1, 2])
 
 
@@ -368,3 +368,65 @@ def test_learned_tokens_of_several_vectors():
     assert [attention.text().tokens[column] for column in columns] == ["<toy>", "<toy>_1", "<toy>_2"]
     assert attention.text().tokens[columns[-1] + 1] == "and</w>"
     assert attention.map("<toy>").any()
+
+
+LONG = "a photo of a cat and a dog and a fish and a penguin on a blue background and a frog"
+
+
+@pytest.mark.parametrize("make, cat, frog", [(tiny_sd3, [5, 22], [43]), (tiny_flux, [6], [27])])
+def test_words_of_a_long_prompt_that_only_t5_reads(make, cat, frog):
+    attention = recorded(make(), LONG, max_sequence_length=40)
+    read = attention.text()
+    assert [read.label(column) for column in (*cat, *frog)] == ["cat"] * len(cat) + ["frog"]
+    assert (list(read.find("cat").columns), list(read.find("frog").columns)) == (cat, frog)
+    assert (attention.map("frog") == attention.select(columns=frog)).all()
+    short = recorded(make(), LONG, max_sequence_length=12)
+    with pytest.raises(PhraseNotFoundError, match="'frog' stands past the limit of 1[26] tokens"):
+        short.map("frog")
+
+
+def test_columns_of_an_encoder_that_is_not_loaded_hold_no_words():
+    pipe = tiny_sd3()
+    pipe.text_encoder_3 = None  # its tokenizer is still there, and zeros stand in its columns
+    attention = recorded(pipe, LONG, max_sequence_length=40)
+    assert attention.text().find("cat").columns == (5,)
+    with pytest.raises(PhraseNotFoundError, match="'frog' stands past the limit of 16 tokens"):
+        attention.map("frog")
+    kept = tiny_sd3()
+    texts = kept.encode_prompt(LONG, None, None, max_sequence_length=40, do_classifier_free_guidance=False)
+    kept.text_encoder_3 = None
+    with record_attention(kept, prompts=[LONG]) as attention:
+        generate(kept, None, prompt_embeds=texts[0], pooled_prompt_embeds=texts[2], guidance_scale=1.0,
+                 max_sequence_length=40)
+    assert attention.text().find("frog").columns == (43,)
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_recordings_may_end_in_any_order(first_to_end):
+    pipe = tiny_sd()
+    open_ones = [record_attention(pipe), record_attention(pipe)]
+    records = [one.__enter__() for one in open_ones]
+    generate(pipe, "a photo of a cat")
+    open_ones[first_to_end].__exit__(None, None, None)
+    generate(pipe, "a photo of a dog")
+    open_ones[1 - first_to_end].__exit__(None, None, None)
+    texts = [[image.prompt.prompt for image in record.images] for record in records]
+    assert texts[first_to_end] == ["a photo of a cat"]
+    assert texts[1 - first_to_end] == ["a photo of a cat", "a photo of a dog"]
+    assert not {"encode_prompt", "prepare_latents"} & set(vars(pipe))
+
+
+def test_a_layer_that_a_cache_skipped_is_named_with_its_steps():
+    pipe, kept = tiny_sd(), []
+    middle = pipe.unet.mid_block.forward
+
+    def every_other(*args, **more):
+        kept.append(kept[-1] if len(kept) % 2 else middle(*args, **more))
+        return kept[-1]
+
+    pipe.unet.mid_block.forward = every_other
+    attention = recorded(pipe, steps=4)
+    assert attention.map("cat").any()
+    with pytest.raises(NotRecordedError, match=r"'cond' of mid 0 ran at steps \[0, 2\], not at \[1\]"):
+        attention.map("cat", step=1)
+    assert attention.map("cat", step=1, layer="up*").any()

@@ -1,17 +1,16 @@
 """The evaluation on judges and images with known answers: every figure equals the one computed by hand."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from judges import faithful, outcomes
+from judges import Puppet, faithful, outcomes, picture
+from PIL import Image
 
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation import Measures, drawings, harmonic_mean, measure
-from fmn_nb.evaluation.measures import check_image
+from fmn_nb.evaluation import Measures, drawings, harmonic_mean, judge_images, measure
 from fmn_nb.evaluation.protocol import FORGET_SET, REPEATS, image_seed
 from fmn_nb.stats import bootstrap, harmonic_mean_interval, wilson
 
@@ -170,11 +169,13 @@ def test_what_could_not_be_computed_is_absent_with_its_reason():
     assert not [v for v in metrics.values() if isinstance(v, float) and math.isnan(v)]
 
 
-def test_what_is_no_image_is_never_judged() -> None:
-    asked = SimpleNamespace(prompt="a cat", seed=0)
-    check_image(np.eye(4), asked, may_be_blank=False)
-    for wrong in (None, np.zeros(3), np.full((4, 4, 3), np.nan)):
-        with pytest.raises(ValueError, match="'a cat', seed 0"):
-            check_image(wrong, asked)
-    with pytest.raises(ValueError, match="one colour throughout"):
-        check_image(np.zeros((4, 4, 3), np.uint8), asked, may_be_blank=False)
+@pytest.mark.parametrize(("image", "why"), [
+    (None, "is no image but NoneType"), (np.zeros(3), "is no image but ndarray"),
+    (np.full((4, 4, 3), np.nan), "holds NaN"), (Image.new("RGB", (4, 4)), "is one colour throughout"),
+    (np.full((4, 4, 3), 200, np.uint8), "is one colour throughout"),
+    (Image.new("L", (4, 4), 255), "is one colour throughout")])
+def test_what_is_no_image_is_never_judged(image, why) -> None:
+    wanted, judge = drawings(CAT, VOCABULARY)[:2], Puppet(lambda *_: ("dog", "noto"))
+    with pytest.raises(ValueError, match=f"{wanted[1].prompt}', seed {wanted[1].seed}, {why}"):
+        judge_images(judge, CAT, wanted, [picture(), image], VOCABULARY)
+    assert judge.calls == 0 and len(judge_images(judge, CAT, wanted, [picture(), np.eye(4)], VOCABULARY)) == 2

@@ -12,8 +12,8 @@ from tiny import tiny_sd
 
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation import rebound, sequence_table, stages
-from fmn_nb.evaluation.sequence import OTHERS, kept_drawings
+from fmn_nb.evaluation import rebound, sequence_table, stages, together_table
+from fmn_nb.evaluation.sequence import FORGOTTEN, OTHERS, kept_drawings
 from fmn_nb.forgetting import forget_several, settings_for
 from fmn_nb.patches import combine
 from fmn_nb.plots import sequence_figure
@@ -74,6 +74,27 @@ def test_a_single_patch_is_one_stage() -> None:
     table = sequence_table(session(pipe, nothing_seen()), [CAT, DOG], [patch], images=2, retain_images=2)
     assert table.groupby("stage")["forgotten"].first().tolist() == [0, 2]
     assert set(table.loc[table["stage"] == 1, "state"]) == {"forgotten", "retained"}
+
+
+def test_patches_for_several_at_once_by_hand() -> None:
+    pipe, concepts = tiny_sd(), [CAT, DOG, Concept("frog")]
+    made, before, drawn = several(pipe, concepts[:2], "apart"), snapshot(pipe), []
+
+    def sees(call, image):  # patch for one: the cat, all others; patch for two: the cat, the dog, all others
+        drawn.append(call)
+        gone = {0: 4, 2: 2, 3: 1}.get(call, 0)  # of four images, then of two each
+        return ("nothing" if image < gone else {0: "cat", 2: "cat", 3: "dog"}.get(call, "nothing")), "another"
+
+    table = together_table(session(pipe, Puppet(sees)), concepts, {2: combine(made), 1: made[0]}, images=4,
+                           retain_images=3)
+    assert_unchanged(pipe, before)
+    assert stages(table)[f"{FORGOTTEN}, UA"].to_dict() == {1: 1.0, 2: 0.75}
+    assert table.query("measure == 'ua'")["images"].tolist() == [4, 4]
+    assert table.query("measure == 'label'")["value"].tolist() == [0, 0]
+    assert [drawn.count(call) for call in range(5)] == [4, 3, 2, 2, 3]
+    for patches in ({}, {0: made[0]}, {4: made[0]}):
+        with pytest.raises(ValueError, match="of 3 concepts; give them for 1 to 3"):
+            together_table(pipe, concepts, patches)
 
 
 def test_patches_one_after_the_other_are_their_sum() -> None:

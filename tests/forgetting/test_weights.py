@@ -48,3 +48,11 @@ def test_a_lora_is_refused_until_adapters_are_fused_and_unloaded(tmp_path: Path)
         pass
     with pytest.raises(ValueError, match="was made for the base model"):
         patch.apply(tiny_sd())
+
+
+def test_fused_projections_are_refused_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmn_nb.forgetting.finetune.training_sets", lambda *_: pytest.fail("drawn for nothing"))
+    pipe = tiny_sd()
+    pipe.fuse_qkv_projections()
+    with pytest.raises(SettingsError, match=r"unfuse_qkv_projections\(\)"):
+        quick(pipe, "cat", references=noise_images(1))

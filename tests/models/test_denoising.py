@@ -11,9 +11,15 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from judges import cats
+from sessions import session
+from snapshots import noise_images
 from tiny import tiny_flux, tiny_sd, tiny_sd3
 
+from fmn_nb import attacks
+from fmn_nb.concepts import Concept
 from fmn_nb.forgetting import forget
+from fmn_nb.inversion import invert
 from fmn_nb.models import (
     Latents,
     Noising,
@@ -89,8 +95,16 @@ def test_a_diffusion_model_is_noised_by_its_betas_under_any_sampler(kind) -> Non
     (tiny_sd, UniPCMultistepScheduler, dict(prediction_type="trigflow")),  # a training that nobody here knows
     (tiny_sd3, UniPCMultistepScheduler, {}),  # a flow model, and a sampler that was told nothing of it
 ])
-def test_another_training_is_refused_by_its_schedulers_name(make, kind, settings) -> None:
+def test_another_training_is_refused_by_its_schedulers_name(make, kind, settings, monkeypatch) -> None:
     pipe = make()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
-    with pytest.raises(UnsupportedPipelineError, match=kind.__name__):
-        forget(pipe, "cat", preset="paper", steps=1)
+    for work in ("fmn_nb.inversion.encode", "fmn_nb.attacks.relearning.encode", "fmn_nb.evaluation.session.generate",
+                 "fmn_nb.forgetting.finetune.training_sets"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("drawn or encoded before the refusal"))
+    judge, cat, images = cats(1), Concept("cat"), noise_images(8)
+    for asked in (lambda: forget(pipe, "cat", preset="paper", steps=1), lambda: invert(pipe, images),
+                  lambda: attacks.concept_inversion(session(pipe, judge), cat, None, references=images),
+                  lambda: attacks.relearn(session(pipe, judge), cat, None, references=images),
+                  lambda: attacks.adversarial_prompt(session(pipe, judge), cat, None, references=images)):
+        with pytest.raises(UnsupportedPipelineError, match=kind.__name__):
+            asked()

@@ -238,3 +238,19 @@ def test_pipelines_that_need_a_picture_are_refused_and_left_alone(kind: type) ->
         with pytest.raises(UnsupportedPipelineError, match=f"{kind.__name__}.*from_pipe"):
             use()
     assert_unchanged(pipe, before)
+
+
+def test_without_an_autoencoder_nothing_is_decoded_or_encoded() -> None:
+    pipe = tiny_sd()
+    pipe.vae = None
+    assert generate(pipe, ["a cat"], [0], steps=1, output_type="latent")[0].shape == (4, 8, 8)
+    for asked in (lambda: generate(pipe, ["a cat"], [0], steps=1), lambda: encode(pipe, noise_images(1))):
+        with pytest.raises(ValueError, match="has no autoencoder"):
+            asked()
+
+
+def test_a_pipeline_in_training_mode_draws_the_same_twice_and_stays_in_it() -> None:
+    pipe = tiny_sd(dropout=0.5)
+    pipe.unet.train()
+    first, second = (generate(pipe, ["a cat"], [0], steps=1, output_type="np")[0] for _ in range(2))
+    assert np.array_equal(first, second) and pipe.unet.training and pipe.unet.mid_block.training

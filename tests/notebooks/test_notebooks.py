@@ -17,7 +17,7 @@ from fmn_nb.runs.plan import read_parameters
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent.parent / "notebooks"
 MOST_BYTES = 300_000
-MOST_CELLS = 68
+MOST_CELLS = 74
 MEDIAN_LINES = 6
 MOST_FOLDERS = 6  # of the package, that a reader meets in one notebook
 CHECKED = "nbval-check-output"
@@ -114,6 +114,40 @@ def test_it_opens_with_what_it_is_about_and_ends_in_a_check(path):
 def test_it_leaves_paths_to_the_package(path):
     """`../data` and the like break as soon as the working directory is another one."""
     assert not [cell.source for cell in code_cells(path) if re.search(r"""["']\.\.?/|os\.getcwd|chdir""", cell.source)]
+
+
+EXERCISE = re.compile(r"^\*\*\d\. .*?\((?:easy|medium|hard), (\d+) minutes", re.MULTILINE)
+
+
+@every_course_notebook
+def test_it_counts_its_exercises_and_says_their_minutes(path):
+    notebook = nbformat.read(path, as_version=4)
+    minutes = [int(found) for cell in notebook.cells if cell.cell_type == "markdown"
+               for found in EXERCISE.findall(cell.source)]
+    assert f" to read, {sum(minutes)} for the exercises, " in notebook.cells[0].source.replace("\n", " ")
+    code = "\n".join(cell.source for cell in code_cells(path))
+    assert re.findall(r"^    solved\.add\((\d+)\)$", code, re.M) == [str(n + 1) for n in range(len(minutes))]
+    assert f"{{len(solved)}} of {len(minutes)} exercises done" in code
+
+
+@every_course_notebook
+def test_links_lead_through_the_course(path):
+    place, names = COURSE.index(path), [one.name for one in COURSE]
+    wanted = {names[n] for n in (place - 1, place + 1) if 0 <= n < len(names)} | ({names[0]} if place else set())
+    markdown = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    for cell in (markdown[0], markdown[-1]):
+        assert wanted <= set(re.findall(r"\]\((\d\d_\w+\.ipynb)", cell))
+    assert not re.search(r"arXiv\s\d{4}\.\d{5}(?!\])", "\n".join(markdown)), "a paper without a link"
+    if place == 0:
+        assert set(names[1:]) <= {found for cell in markdown[1:-1] for found in re.findall(r"\d\d_\w+\.ipynb", cell)}
+
+
+@every_course_notebook
+def test_its_pictures_are_described(path):
+    """nbconvert makes the output's `alt` the picture's alternative text."""
+    pictures = [output for cell in code_cells(path) for output in cell.outputs if "image/png" in output.get("data", {})
+                and not output.data["text/plain"].startswith("<PIL.")]  # an image by itself says nothing of itself
+    assert not [one for one in pictures if not one.metadata.get("image/png", {}).get("alt")]
 
 
 def imported(path: Path) -> list[tuple[str, str]]:

@@ -17,9 +17,11 @@ MODELS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 #: what makes a notebook quick, where the result doesn't matter
 SMALL = {
     "01": {"draw_steps": 6}, "02": {"draw_steps": 6}, "03": {"steps": 4}, "04": {},
-    "05": {"inversion_steps": 5, "images": 4, "draw_steps": 4}, "06": {"steps": 3, "images": 2, "draw_steps": 4},
+    "05": {"inversion_steps": 5, "images": 4, "draw_steps": 4},
+    "06": {"steps": 3, "images": 2, "draw_steps": 4, "sizes": "1, 3"},
+    "08": {"steps": 2, "images": 3, "draw_steps": 3},
 }
-FORGETTING = ("03", "04", "05", "06")
+FORGETTING = ("03", "04", "05", "06", "08")
 #: answers to each exercise that its check must refuse: what a reader may well try
 WRONG = {
     "answer": ('draw("a photo of umbrella in the style of fluent", 3)', 'draw("a photo of an umbrella", 3)'),
@@ -45,6 +47,10 @@ WRONG = {
     "cheap": ('done["forgetting.seconds"].idxmax()', 'done["after.h"].idxmin()'),
     "sure": ("[(rows[0].run, rows[0].run)]",
              "[(one.run, other.run) for one in ua for other in ua if one.value > other.value]"),
+    "edit_rank": ("1", "said.shape[-1]"), "no_push": ("4.0", "0.0"),
+    "confined": ("patches['uce']", "fmn.forget(bench, other, preset='uce', null_space=0.1)"),
+    "nothing_instead": ("patches['ca']", "patches['esd-x']"),
+    "gentle": ("fused[len(wanted)]", "fmn.combine(apart)"),
     "sequel": ('{"notebooks": ["03"], "grid": {"seed": [0, 1, 2]}}', '{"notebooks": ["03"], "grid": {"seed": [7]}}'),
 }
 
@@ -74,11 +80,11 @@ def test_notebook_02_looks_for_other_concepts(concept, kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["03", "04", "05"])
+@pytest.mark.parametrize("number", ["03", "04", "05", "08"])
 @pytest.mark.parametrize("concept, kind", [("noto", "style"), ("Milo", "identity"), ("birthday cake", "object")])
 def test_any_kind_of_concept_is_forgotten(number, concept, kind, tmp_path):
     run_notebook(number, tmp_path, {"concept": concept, "kind": kind, "seed": 1} | SMALL[number])
-    assert json.loads((tmp_path / "runs" / "notebooks" / "metrics.json").read_text())
+    assert number == "08" or json.loads((tmp_path / "runs" / "notebooks" / "metrics.json").read_text())
 
 
 @pytest.mark.slow
@@ -88,6 +94,12 @@ def test_real_checkpoints_are_taken(number, model, tmp_path):
     """Pipelines of the real architectures, saved and loaded as a checkpoint's folder is."""
     model().save_pretrained(tmp_path / "model")
     run_notebook(number, tmp_path, {"model": str(tmp_path / "model")} | SMALL[number])
+
+
+@pytest.mark.slow
+def test_notebook_08_compares_any_presets_and_fuses_any_number_of_concepts(tmp_path):
+    few = {"presets": "uce, esd-u", "others": "frog, alarm clock, dog"}
+    run_notebook("08", tmp_path, few | SMALL["08"])
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ from fmn_nb.attention.grounding import ground
 from fmn_nb.attention.qkv import attend, join_heads, probabilities, scores, split_heads
 from fmn_nb.attention.recorder import record_attention
 from fmn_nb.files import notebooks_dir
+from fmn_nb.forgetting.methods import Seen, esd
+from fmn_nb.forgetting.settings import settings_for
+from fmn_nb.patches.least_squares import Weighing, solved
+from fmn_nb.patches.patch import Patch
 
 CLOSE = 1e-5
 SHAPES = [(2, 3, 4, 2), (5, 1, 8, 8), (16, 32, 16, 16), (7, 77, 40, 64)]  # pixels, tokens, d, channels of the values
@@ -27,6 +31,7 @@ TAUGHT = {
     "01_qkv_cross_attention": {
         "taught_loop", "taught_map", "taught_attention", "taught_heads", "taught_layer", "taught_removed"},
     "02_concept_attention_maps": {"taught_scores"},
+    "08_other_ways_to_forget": {"taught_uce", "taught_esd"},
 }
 
 
@@ -122,6 +127,29 @@ def test_the_taught_scores_are_the_package_s():
         values, mask = rng.integers(0, 6, (8, 9)).astype(np.float32) + 0.5, rng.random((8, 9)) > 0.6
         expected = ground(values, mask)
         assert np.allclose(taught_scores(values, mask), (expected.pointing, expected.iou, expected.inside), atol=CLOSE)
+
+
+def test_the_taught_edit_is_the_package_s_and_makes_its_own_sum_of_squares_smallest():
+    random = torch.Generator().manual_seed(0)
+    W, E, G, K = (torch.randn(rows, 12, generator=random).double() for rows in (20, 2, 2, 5))
+    edited = taught("08_other_ways_to_forget")["taught_uce"](W, E, G, K, ridge=0.3)
+    kind, tensors = solved({"layer": W}, E, G, K, Weighing(keep=1.0, ridge=0.3))
+    ((_, change),) = Patch(kind, tensors).differences()
+    torch.testing.assert_close((edited - W).float(), change, atol=CLOSE, rtol=CLOSE)
+
+    def squares(changed: torch.Tensor) -> float:
+        parts = changed @ E.T - W @ G.T, (changed - W) @ K.T, 0.3**0.5 * (changed - W)
+        return sum(float(part.square().sum()) for part in parts)
+
+    assert all(squares(edited) < squares(edited + 1e-3 * torch.randn(W.shape, generator=random)) for _ in range(5))
+
+
+def test_the_taught_loss_is_the_package_s_objective():
+    now, named, guide = torch.randn(3, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings = settings_for("esd-x", {"anchor_guidance": 0.7})
+    seen = Seen({}, now, None, None, {"concept": named, "guide": guide}.get)
+    found = taught("08_other_ways_to_forget")["taught_esd"](now, named, guide, 0.7)
+    torch.testing.assert_close(found, esd.objective(seen, settings), atol=CLOSE, rtol=CLOSE)
 
 
 def test_the_comparison_notices_a_wrong_formula(lesson):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from snapshots import draw
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sd3
 
 from fmn_nb.models import base_of, denoiser, fingerprint
 from fmn_nb.models.parameters import own_parameters
-from fmn_nb.patches import ChangedWeightsError, Patch, applied_patches
+from fmn_nb.patches import ChangedWeightsError, Patch, applied_patches, is_fused
 
 PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 FLOAT8 = torch.float8_e4m3fn
@@ -181,3 +181,46 @@ def test_fingerprint_and_further_patches_see_the_model_under_a_patch_and_an_adap
         with second.applied(pipe, 0.5):
             pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), clean)
+
+
+def exchanged_by_a_copy(pipe: DiffusionPipeline) -> None:
+    pipe.unet = copy.deepcopy(pipe.unet)
+
+
+def exchanged_by_another(pipe: DiffusionPipeline) -> None:
+    pipe.unet = tiny_sd().unet
+
+
+@pytest.mark.parametrize("exchange", [exchanged_by_a_copy, exchanged_by_another])
+def test_a_patch_leaves_every_denoiser_that_it_stood_in(exchange, patch: Patch) -> None:
+    pipe = tiny_sd()
+    clean, first = draw(pipe), pipe.unet
+    with patch.applied(pipe):
+        exchange(pipe)
+    assert torch.equal(draw(pipe), clean)
+    pipe.unet = first
+    assert torch.equal(draw(pipe), clean) and not applied_patches(pipe)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
+def test_once_unfused_again_a_model_is_the_one_it_was(make) -> None:
+    pipe = make()
+    known, clean = fingerprint(pipe), draw(pipe)
+    name = next(name for name, _ in denoiser(pipe).named_parameters() if name.endswith("to_k.weight"))
+    change = Patch("weights", {name: torch.randn(denoiser(pipe).get_parameter(name).shape)}, {"base": base_of(pipe)})
+    change.apply(pipe)
+    denoiser(pipe).fuse_qkv_projections()
+    assert is_fused(denoiser(pipe)) and fingerprint(pipe) == known
+    denoiser(pipe).unfuse_qkv_projections()
+    assert not is_fused(denoiser(pipe)) and fingerprint(pipe) == known
+    change.remove(pipe)
+    assert torch.equal(draw(pipe), clean)
+    change.apply(pipe)
+
+
+def test_a_patch_put_on_in_inference_mode_can_be_trained_on(patch: Patch) -> None:
+    pipe = tiny_sd()
+    with torch.inference_mode():
+        patch.apply(pipe)
+    pipe.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 16)).sample.sum().backward()
+    assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())

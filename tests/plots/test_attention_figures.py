@@ -63,9 +63,12 @@ def test_a_panel_for_each_token(record):
     figure = plots.token_panel(record)
     shown = drawn(figure)
     assert len(shown) == 11  # begin, eight words, end, padding
-    for column in range(10):
+    padding, limit = record.select(part="padding"), max(shown[column].max() for column in range(1, 9))
+    for column in range(1, 9):
         assert np.array_equal(shown[column], record.select(columns=[column]))
-    assert np.array_equal(shown[10], record.select(part="padding"))
+    assert padding.max() > limit, "it would be one colour on the words' scale"
+    assert np.allclose(shown[10], (padding - padding.min()) / np.ptp(padding) * limit)
+    assert f"({padding.min():.2g} to {padding.max():.2g})" in texts(figure)
     assert all(word in texts(figure) for word in ("begin", "photo", "frog", "end", "padding (6)"))
 
 
@@ -142,11 +145,12 @@ def test_every_figure_says_in_words_what_it_shows(record, picture, tmp_path):
 def test_a_notebook_shows_a_figure_without_pyplot(record):
     """IPython asks a cell's last value for `_repr_png_`; nothing may have to be switched on before."""
     for figure in (plots.attention_map(record.map("cat")), plots.token_panel(record)):
-        assert figure._repr_png_().startswith(b"\x89PNG")
+        png, described = figure._repr_png_()
+        assert png.startswith(b"\x89PNG") and described == {"alt": figure.words}
 
 
 def test_a_notebook_s_smaller_picture_keeps_the_colours(record):
-    pngs = as_png(plots.cond_uncond(record, "cat")), plots.cond_uncond(record, "cat")._repr_png_()
+    pngs = as_png(plots.cond_uncond(record, "cat")), plots.cond_uncond(record, "cat")._repr_png_()[0]
     full, small = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int) for png in pngs)
     assert len(pngs[1]) < len(pngs[0]) / 2 and abs(full - small).max() < 24
 

@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from fmn_nb.plots import beginning_and_end, collateral_figure, confusion_figure, curves, success_figure
+from fmn_nb.plots import (
+    attention_figure,
+    beginning_and_end,
+    collateral_figure,
+    confusion_figure,
+    curves,
+    similarity_figure,
+    success_figure,
+)
 
 
 def test_a_confusion_figure_shows_shares_of_rows():
@@ -20,6 +28,27 @@ def test_a_collateral_figure_puts_the_worst_on_top():
     axes = collateral_figure(table).axes[0]
     places = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.get_yticks(), strict=True))
     assert places == {"dog": 1, "frog": 0}
+
+
+def test_a_figure_without_a_loss_says_so_instead_of_showing_a_flat_line():
+    table = pd.DataFrame({"after": [1.0, 0.9], "before": [1.0, 0.9], "change": [0.0, 0.0], "similarity": [0.1, 0.5]},
+                         index=["dog", "frog"])
+    for figure in (collateral_figure(table), similarity_figure(table, "cat")):
+        assert figure.words == "Nobody lost anything."
+        assert "nobody lost anything" in [text.get_text() for text in figure.axes[0].texts]
+    assert similarity_figure(table, "cat").axes[0].get_ylim()[0] <= -0.25, "a range in which a loss would show"
+    lost = table.assign(after=[0.5, 0.9], change=[-0.5, 0.0])
+    assert collateral_figure(lost).words == "Lost accuracy: dog from 1.00 to 0.50."
+    assert similarity_figure(lost, "cat").words == "Lost accuracy: dog -0.50, similarity 0.10."
+
+
+def test_figures_say_in_words_what_they_show():
+    confusion = pd.DataFrame([[3, 1], [0, 2]], index=["cat", "dog"], columns=["cat", "dog"])
+    assert confusion_figure(confusion).words == "Seen as asked: cat 75%; all others more often."
+    layers = pd.DataFrame({"words_before": [0.2, 0.4], "words_after": [0.1, 0.1], "later_before": [0.5, 0.5],
+                           "later_after": [0.5, 0.5]}, index=["mid_block.attn2", "up_blocks.0.attn2"])
+    assert "on its words 30.0% before, 10.0% after" in attention_figure(layers).words
+    assert "re-steering loss 2 to 1" in curves({"losses": [2.0, 1.0]}).words
 
 
 def test_a_skipped_attack_has_a_row_and_no_dots():

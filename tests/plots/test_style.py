@@ -1,10 +1,10 @@
-"""The look of figures: grids of images, groups apart, names of layers."""
+"""The look of figures: grids of images, groups apart."""
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fmn_nb.plots.style import image_grid, look, short_name
+from fmn_nb.plots.style import image_grid, look
 
 IMAGES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
 
@@ -14,7 +14,8 @@ def test_an_image_grid_shows_every_image_under_its_title():
     assert isinstance(figure, Figure) and len(figure.axes) == 4
     assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c", ""]
     assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 0]
-    assert figure._repr_png_().startswith(b"\x89PNG")
+    png, described = figure._repr_png_()
+    assert png.startswith(b"\x89PNG") and described == {"alt": "3 images in rows of 2: first; second."}
 
 
 def test_an_image_grid_refuses_what_does_not_fit():
@@ -24,24 +25,14 @@ def test_an_image_grid_refuses_what_does_not_fit():
         image_grid(IMAGES, columns=2, titles=["a"])
 
 
-def test_rows_are_as_high_as_their_images_and_one_column_says_its_titles():
+def test_rows_are_as_high_as_their_images_and_the_words_name_them():
     wide = [Image.new("RGB", (40, 20), colour) for colour in ("red", "blue")]
     assert image_grid(wide, 2, width=2.0).get_size_inches().tolist() == [4.0, 1.0]
     figure = image_grid(wide, 1, ["before", "after"], width=6.4)
     assert figure.get_size_inches().tolist() == pytest.approx([6.4, 6.84])
-    assert figure.words == "From top to bottom: before; after."
+    assert figure.words == "2 images in rows of 1: before; after."
 
 
 def test_thirty_six_groups_look_different_and_a_few_differ_in_both():
     assert len({look(number) for number in range(36)}) == 36
     assert all(len(set(part)) == 6 for part in zip(*map(look, range(6)), strict=True))
-
-
-@pytest.mark.parametrize("layer, short", [
-    ("down_blocks.0.attentions.1.transformer_blocks.0.attn2", "down 0.1"),
-    ("mid_block.attentions.0.transformer_blocks.0.attn2", "mid 0"),
-    ("up_blocks.1.attentions.0.transformer_blocks.1.attn2", "up 1.0.1"),
-    ("transformer_blocks.3.attn", "transformer_blocks.3"),
-    ("single_transformer_blocks.3.attn", "single_transformer_blocks.3")])
-def test_short_names(layer, short):
-    assert short_name(layer) == short

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from fmn_nb.plots.style import look
-from fmn_nb.plots.tradeoff import forgetting_against_keeping, forgotten_and_kept, tradeoff_figure
+from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping, forgotten_and_kept, tradeoff_figure
 
 RUNS = pd.DataFrame({"concept": ["cat", "cat", "frog"], "steps": [35, 5, 5]}, index=["a", "b", "c"])
 
@@ -44,3 +44,14 @@ def test_only_the_furthest_concepts_of_a_preset_are_named():
     assert [text.get_text() for text in near] == ["f", "g"], "what is near its ceiling needs no name"
     with pytest.raises(ValueError, match="no rows"):
         forgetting_against_keeping(table[:0])
+
+
+def test_every_preset_has_its_cost_and_its_interval():
+    summary = [{"preset": "uce", "kind": "all", "h": 0.5, "h_ci95": [0.4, 0.8], "seconds": 0.3, "patch_bytes": 100.0},
+               {"preset": "uce", "kind": "style", "h": 0.9}, {"preset": "paper", "kind": "all", "h": 0.7, "seconds": 6}]
+    figure = cost_of_presets(summary)
+    seconds, size = (dots(axes) for axes in figure.axes)
+    assert seconds == {look(0): [[0.3, 0.5]], look(1): [[6, 0.7]]} and size[look(0)] == [[100, 0.5]]
+    assert figure.words.endswith("paper: H 0.70, 6 seconds of forgetting.")
+    with pytest.raises(ValueError, match="no rows"):
+        cost_of_presets(summary[1:2])

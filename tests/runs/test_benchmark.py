@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,27 +14,32 @@ from fmn_nb.attacks.attack import InversionBudget
 from fmn_nb.cli import main
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation.protocol import drawings
-from fmn_nb.evaluation.session import Session
+from fmn_nb.evaluation.session import Sampling
 from fmn_nb.files import read_json
 from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
-from fmn_nb.plots.tradeoff import forgetting_against_keeping
-from fmn_nb.runs import measure
-from fmn_nb.runs.benchmark import COSTS, BenchmarkError, plan_jobs, read_overrides, run_benchmark, summary, table_of
+from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
+from fmn_nb.runs import executors, measure
+from fmn_nb.runs.benchmark import (
+    COSTS,
+    BenchmarkError,
+    plan_jobs,
+    read_overrides,
+    run_benchmark,
+    schedule,
+    summary,
+    table_of,
+    tuned_on,
+)
 from fmn_nb.runs.measure import CACHE, Bench
 from fmn_nb.runs.stopping import Stopped
 
 SHORT = {"steps": 1, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "batch_size": 1, "retain_batch": 1}
 
 
-@pytest.fixture(scope="module")
-def session() -> Session:
-    """The emoji model with two sampling steps: the figures mean nothing, the plumbing is the same."""
-    return Bench.of("emoji", Path(), steps=2, batch=6).session
-
-
 @pytest.fixture
-def bench(session, tmp_path) -> Bench:
-    return Bench(session, "emoji", tmp_path / "work")
+def bench(tmp_path) -> Bench:
+    """The emoji model with two sampling steps: the figures mean nothing, the plumbing is the same."""
+    return Bench("emoji", tmp_path / "work", Sampling(steps=2, batch=6))
 
 
 def short_plan(*concepts: str, presets=("balanced",), **options):
@@ -70,7 +76,7 @@ def test_all_concepts_of_the_world_are_planned_and_words_corrected() -> None:
 
 @pytest.mark.parametrize(("wrong", "text"), [
     ({"concepts": ["unicorn"]}, "no 'unicorn'; groups: objects, styles"), ({"size": "huge"}, "quick or full"),
-    ({"presets": ["best"]}, "no preset 'best'"), ({"seeds": [-1]}, "whole numbers"), ({"seeds": []}, "whole numbers"),
+    ({"presets": ["best"]}, "no preset 'best'"), ({"seeds": [-1]}, "whole number"), ({"seeds": []}, "nothing to do"),
     ({"presets": ["paper"], "overrides": {"balanced": {}}}, "isn't asked for"),
     ({"overrides": {"paper": {"rate": 1}}}, "no setting 'rate'"),
 ])
@@ -81,17 +87,18 @@ def test_wrong_requests_tell_what_there_is(wrong, text) -> None:
 
 def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("paper: {learning_rate: 1e-4, positions: [words]}\nbalanced: {steps: 9}\n")
+    file.write_text("paper: {learning_rate: 1e-4, positions: [words]}\nbalanced: {steps: 9}\ntuned_on: [cat]\n")
+    assert tuned_on(file) == ["cat"] and tuned_on(None) == []
     found = read_overrides(file, ["paper.steps=50", "paper.learning_rate=2e-4"], ["paper"])
-    assert found == {"paper": {"learning_rate": 2e-4, "positions": ("words",), "steps": 50}}
+    assert found == {"paper": {"learning_rate": 2e-4, "positions": ["words"], "steps": 50}}
     (job,) = plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides=found)
     assert (job.settings.learning_rate, job.settings.steps, job.settings.norm) == (2e-4, 50, "published")
     for text in ("paper=1", "steps=3", "paper.steps"):
-        with pytest.raises(SettingsError, match="preset.name=value"):
+        with pytest.raises(SettingsError, match="name=value"):
             read_overrides(None, [text])
-    for content in ("paper: 3", "- paper", "paper: ["):
+    for content in ("paper: 3", "- paper", "paper: [", "tuned_on: cat"):
         file.write_text(content)
-        with pytest.raises(SettingsError, match="settings.yaml"):
+        with pytest.raises(ValueError, match="settings.yaml"):
             read_overrides(file)
     for content in ("papre: {}", "words: {preset: papre}"):
         file.write_text(content)
@@ -130,8 +137,9 @@ def test_a_killed_benchmark_goes_on_and_ends_in_the_same_table(bench: Bench, few
     assert len(pd.read_csv(halves / "results.csv")) == 1
     assert read_json(halves / "results.json")["missing"] == [job.name for job in jobs[1:]]
     run(other, jobs, log=lines.append)
-    assert "4 jobs, 1 done before, 3 to do now" in lines
-    tables = [pd.read_csv(one / "results.csv").drop(columns=list(COSTS)) for one in (whole, halves)]
+    assert "4 jobs, 1 done before, 3 to do now" in lines[0] and "balanced: 1 to do, " in lines[0]
+    assert "paper: 2 to do, not timed yet" in lines[0]
+    tables = [pd.read_csv(one / "results.csv").drop(columns=[*COSTS, "job_seconds"]) for one in (whole, halves)]
     pd.testing.assert_frame_equal(*tables)
     assert tables[0]["overshadowed_after"].notna().tolist() == [False, False, True, True]
     stamps = {file: file.stat().st_mtime_ns for file in bench.work.glob("*.json")}
@@ -141,14 +149,27 @@ def test_a_killed_benchmark_goes_on_and_ends_in_the_same_table(bench: Bench, few
     assert made["command"] == "fmn-nb benchmark" and made["versions"]["torch"] and "missing" not in made
     assert made["settings"]["balanced"]["steps"] == 1 and made["fingerprint"] == bench.shared["fingerprint"]
     assert sorted(path.name for path in whole.iterdir()) == [
-        "forgetting-against-keeping.png", "results.csv", "results.json"]
+        "cost.png", "forgetting-against-keeping.png", "results.csv", "results.json"]
 
 
-def test_the_base_models_images_are_drawn_once(bench: Bench, few, monkeypatch) -> None:
+def test_what_the_base_model_draws_is_drawn_once(bench: Bench, few) -> None:
+    def drawn(ending):
+        return {file: file.stat().st_mtime_ns for file in (bench.work / CACHE).rglob(f"*.{ending}")}
+
     run(bench, short_plan("cat"))
-    drawn = {file: file.stat().st_mtime_ns for file in (bench.work / CACHE).rglob("*.png")}
+    images = drawn("png")
+    assert len(images) == 6 and not drawn("safetensors"), "the first seed's jobs draw all themselves: the cost is whole"
+    balanced, paper = short_plan("cat", presets=("balanced", "paper"), seeds=[0, 1])[2:]
+    (other,) = plan_jobs(VOCABULARY, ["cat"], ["more"], [0, 1], overrides={
+        "more": {"preset": "balanced", **SHORT, "learning_rate": 1e-3}})[1:]
+    assert not (balanced.draws or paper.draws or other.draws)
+    run(bench, [balanced])
+    latents = drawn("safetensors")
+    run(bench, [other])
+    assert len(latents) == 2 and latents == drawn("safetensors"), "references and retain images"
+    images |= drawn("png")
     run(bench, short_plan("cat", presets=("paper",)))
-    assert len(drawn) == 6 and drawn == {file: file.stat().st_mtime_ns for file in (bench.work / CACHE).rglob("*.png")}
+    assert images == drawn("png"), "other presets are judged beside the same images"
 
 
 def test_other_settings_or_another_model_are_other_jobs(bench: Bench, few) -> None:
@@ -184,14 +205,14 @@ def test_a_failing_job_is_named_and_tried_again(bench: Bench, few, tmp_path: Pat
 
 
 def test_a_stopped_benchmark_says_how_many_jobs_are_done(bench: Bench, few, monkeypatch) -> None:
-    jobs, do = short_plan("cat", "frog"), Bench.do
+    jobs, attempt = short_plan("cat", "frog"), Bench.attempt
 
     def struck(self, job):
         if job.concept.name == "frog":
             raise KeyboardInterrupt
-        return do(self, job)
+        return attempt(self, job)
 
-    monkeypatch.setattr(Bench, "do", struck)
+    monkeypatch.setattr(Bench, "attempt", struck)
     with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command goes on$"):
         run(bench, jobs)
 
@@ -213,6 +234,58 @@ def test_the_table_and_its_means_by_hand() -> None:
     assert objects["cra"] == pytest.approx(0.8) and objects["cra_ci95"] == pytest.approx([0.7, 0.9])
     assert styles["ua"] == 0.5 and "ua_ci95" not in styles, "one concept has no spread over concepts"
     assert objects["lowest"] == {"concept": "dog", "h_of_ceiling": 0}
+
+
+def test_a_table_of_many_methods_says_what_each_needs_and_how_they_differ() -> None:
+    jobs = plan_jobs(VOCABULARY, ["cat", "dog", "frog", "noto"], ["paper", "balanced"], seeds=[0, 1])
+    found = {job: result_of(*((1, 0.5, 0.7, 0.6) if job.preset == "paper" else (0.8, 1, 0.9, 0.9 - 0.1 * job.seed)))
+             for job in jobs if (job.preset, job.seed) != ("paper", 1)}
+    for job, result in found.items():
+        seconds = 10.0 if job.draws else 1.0
+        result |= {"draws": job.draws, "facts": {"needs_images": True, "linear_patch": True}, "seconds": 2 * seconds}
+        result["forgetting"] |= {"seconds": seconds, "patch_bytes": 8}
+    found[jobs[4]] |= result_of(0, 0, 0, 0)  # frog, paper
+    table = table_of(found, ["cat"])
+    assert table["tuned_on"].sum() == 3 and table["needs_images"].all() and table["drew_all"].sum() == 8
+    rows = {(row["preset"], row["kind"]): row for row in summary(table)}
+    paper, balanced = rows["paper", "all"], rows["balanced", "all"]
+    assert paper["concepts"] == balanced["concepts"] == 3, "what settings were tuned on is in no mean"
+    assert balanced["seconds"] == 10.0 and "against" not in rows["paper", "object"]
+    pairs = paper["against"]["balanced"]
+    assert (pairs["concepts"], pairs["pairs"]) == (3, 3), "paired by concept and seed"
+    assert pairs["h"] == pytest.approx((0.6 - 0.9) * 2 / 3 - 0.9 / 3) and pairs["ira"] == pytest.approx(-2 / 3)
+    assert pairs["h_ci95"] == pytest.approx([-0.9, -0.3])
+    assert balanced["against"]["paper"]["h"] == -pairs["h"]
+    figure = cost_of_presets(list(rows.values()))
+    assert "balanced: H 0.85, 10 seconds of forgetting, 8 bytes of the patch" in figure.words
+    assert [len(axes.containers) for axes in figure.axes] == [2, 2]
+    everything = summary(table_of(found, [job.concept.name for job in jobs]))
+    assert everything[0]["concepts"] == 4, "there are no others"
+
+
+def test_several_jobs_at_a_time_go_through_the_sweeps_executor(bench: Bench, few, monkeypatch) -> None:
+    def executed(todo, attempt, workers):
+        assert workers == 2
+        for job, do in pickle.loads(pickle.dumps([(job, attempt) for job in todo])):
+            yield job, "its worker died" if job.concept.name == "dog" else do(job)
+
+    monkeypatch.setattr(executors, "executed", executed)
+    with pytest.raises(BenchmarkError, match="dog-balanced-seed0: its worker died"):
+        run(bench, short_plan("cat", "dog"), workers=2)
+    assert pd.read_csv(bench.work.parent / "out" / "results.csv")["concept"].tolist() == ["cat"]
+
+
+@pytest.mark.slow
+def test_jobs_can_be_done_by_several_workers_and_give_the_same(bench: Bench, tmp_path: Path) -> None:
+    jobs, lines = short_plan("cat", "dog"), []
+    short = Bench("emoji", bench.work, Sampling(steps=1, batch=48))
+    run(short, jobs, workers=2, log=lines.append)
+    alone = replace(short, work=tmp_path / "alone" / "work")
+    tables = [pd.read_csv(one / "results.csv").drop(columns=[*COSTS, "job_seconds"])
+              for one in (tmp_path / "out", run(alone, jobs))]
+    pd.testing.assert_frame_equal(*tables)
+    assert sorted(line[:5] for line in lines[1:]) == ["[1/2]", "[2/2]"]
+    assert schedule(short, jobs) == ["2 jobs, 2 done before, 0 to do now"]
 
 
 def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few) -> None:
@@ -247,4 +320,11 @@ def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> 
                           (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal")):
         result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *options])
         assert result.exit_code == 2 and text in result.output, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_what_is_to_be_done_and_does_nothing(tmp_path: Path) -> None:
+    words = ["--plan", "--concepts", "styles", "--presets", "balanced", "--seeds", "0,1", "--work", str(tmp_path / "w")]
+    result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *words])
+    assert result.output == "balanced: 12 to do, not timed yet\n12 jobs, 0 done before, 12 to do now\n"
     assert not list(tmp_path.iterdir())

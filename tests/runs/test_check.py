@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import EDMEulerScheduler
+from tiny import tiny_sd
 
 from fmn_nb.files import bundled_models
 from fmn_nb.runs import check as check
@@ -85,13 +87,27 @@ def test_a_spoilt_folder_is_told_with_what_is_wrong(folder, spoil, says):
     assert found.state == "failed" and re.search(says, found.found) and found.advice and "\n" not in found.found
 
 
+def test_a_model_whose_training_is_unknown_can_be_loaded_but_not_forget(folder):
+    EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    _replace(folder / "model_index.json", "DPMSolverMultistepScheduler", EDMEulerScheduler.__name__)
+    found = check.named_model(str(folder))
+    assert found.state == "note" and "can't forget" in found.found and "EDMEulerScheduler" in found.advice
+
+
 def test_a_single_file_needs_its_configuration_from_elsewhere(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     found = check.named_model(str(tmp_path / "model.safetensors"))
-    assert found.state == "note" and "config=" in found.advice
+    assert found.state == "note" and "--config FOLDER" in found.advice
+
+
+def test_a_folder_of_half_precision_variants_is_named_as_such(tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "half", variant="fp16")
+    found = check.named_model(str(tmp_path / "half"))
+    assert found.state == "ok" and "as fp16 variants, loaded" in found.found
 
 
 def test_a_pickled_checkpoint_is_refused_with_the_reason(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     found = check.named_model(str(tmp_path / "model.ckpt"))
     assert found.state == "failed" and "could run code" in found.found and ".safetensors" in found.found
+    assert "use one of these" in check.named_model("foo").advice

@@ -36,10 +36,13 @@ def test_help_answers_in_under_a_third_of_a_second():
     assert 0 < min(seconds() for _ in range(5)) < 0.3
 
 
-def test_help_names_every_command(command):
+def test_help_names_every_command(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = command("--help")
-    assert all(f"  {name} " in result.output for name in ("run", "sweep", "report", "check", "pretrain"))
-    for name in ("run", "sweep", "report", "check", "pretrain"):
+    names = ("run", "forget", "evaluate", "sweep", "report", "check", "pretrain", "benchmark")
+    assert "..." not in result.output.partition("Commands:")[2], "no summary is cut"
+    assert all(f"  {name} " in result.output for name in names)
+    for name in names:
         assert command(name, "--help").exit_code == 0
 
 
@@ -55,7 +58,12 @@ def test_help_names_every_command(command):
         (["-p", "colour=red", "-p", "colour=blue"], "-p gives 'colour' twice"),
         (["-p", "colour=red"], "no chosen notebook has a parameter 'colour'"),
         (["--steps", "3"], "no chosen notebook has a parameter 'steps'"),
-        (["--seed", "77"], "seed must lie from 0 to 9"),
+        (["--seed", "77"], "seed must lie from 0 to 9,"),
+        (["--seed", "-1"], "seed must lie from 0 to 9223372036854775807, not -1"),
+        (["frog", "--concept", "cat"], "the concept is given twice"),
+        (["-p", "kolour=red"], "no chosen notebook has a parameter 'kolour'; there are"),
+        (["-p", "sed=1"], "has a parameter 'sed' (did you mean 'seed'?)"),
+        (["--config", "."], "no chosen notebook has a parameter 'config'"),
     ],
 )
 def test_a_wrong_request_exits_with_one_clear_error(command, write_notebook, tmp_path, words, says):
@@ -75,6 +83,9 @@ def test_a_run_ends_with_a_table_and_the_reports_path(command, write_notebook, t
         f"report: {out / 'report.html'}",
     ]
     assert command("report", out).exit_code == 0
+    again = command("run", "frog", "--notebooks", tmp_path / "course" / "03_stub.ipynb")
+    assert again.exit_code == 0 and again.stderr == "finished already; --again repeats it\n"
+    assert again.stdout == result.stdout
 
 
 def test_a_run_without_a_terminal_says_in_plain_lines_where_it_is(command, write_notebook):
@@ -158,10 +169,10 @@ def test_runs_start_this_python_whatever_kernels_are_installed(another_kernel, c
     assert "ipykernel install" in kernel().advice
 
 
-@pytest.mark.parametrize("name", ["run", "benchmark", "pretrain", "sweep"])
+@pytest.mark.parametrize("name", ["run", "forget cat", "benchmark", "pretrain", "sweep spec.yaml"])
 @pytest.mark.parametrize("out", ["", " ", "data://x", "://x"])
 def test_a_folder_that_is_none_is_no_place_for_results(command, tmp_path, name, out):
     (tmp_path / "spec.yaml").write_text("grid: {concept: [cat]}")
-    result = command(name, *(["spec.yaml"] if name == "sweep" else []), "--out", out)
+    result = command(*name.split(), "--out", out)
     assert result.exit_code == 2 and "Error: " in result.output and "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["spec.yaml"]

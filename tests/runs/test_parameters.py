@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fmn_nb.forgetting.settings import PRESETS
 from fmn_nb.runs.plan import Parameter, ParameterError, check_parameters, read_parameters
 
 CELL = """\
@@ -108,3 +109,14 @@ def test_a_broken_notebook_is_told_in_one_line(tmp_path, content):
     with pytest.raises(ParameterError, match="03_broken.ipynb is no notebook that can be executed") as caught:
         read_parameters(tmp_path / "03_broken.ipynb")
     assert "\n" not in str(caught.value)
+
+
+def test_every_preset_is_a_value_of_the_course_s_notebooks() -> None:
+    declared = [read_parameters(path) for path in sorted((Path(__file__).parents[2] / "notebooks").glob("0*.ipynb"))]
+    presets = [found["preset"] for found in declared if "preset" in found]
+    assert len(presets) >= 4
+    for preset in PRESETS:
+        for parameter in presets:
+            parameter.check(preset)
+    with pytest.raises(ParameterError, match="it is one of: paper, balanced"):
+        presets[0].check("balancd")

@@ -75,6 +75,17 @@ def test_notebooks_are_found_by_number_and_name(course, given):
     assert find_notebooks(given) == [course[1]]
 
 
+@pytest.mark.parametrize(("given", "found"), [("1-3", 2), ("01-03", 2), (["3-3"], 1), ("01,3-3", 2)])
+def test_a_range_names_the_notebooks_between_its_ends(course, given, found):
+    assert find_notebooks(given) == course[-found:]
+
+
+@pytest.mark.parametrize("given", ["3-1", "1-9", "0-3", "1-", "-", "1-2-3"])
+def test_a_range_whose_ends_are_not_there_is_refused(course, given):
+    with pytest.raises(RequestError, match=f"no notebook '{given}'"):
+        find_notebooks(given)
+
+
 def test_notebooks_are_found_by_path(course):
     assert find_notebooks(str(course[0])) == [course[0]]
 
@@ -222,11 +233,20 @@ def test_wrong_names_are_answered_without_torch():
     assert len(result.stdout.splitlines()) == 3
 
 
-def test_a_single_file_whose_configuration_is_out_of_reach_is_refused_before_a_kernel(course, tmp_path, monkeypatch):
+def test_a_single_file_whose_configuration_is_out_of_reach_is_refused_before_a_kernel(course, write_notebook, tmp_path,
+                                                                                      monkeypatch):
     """Tests are offline, and nothing is cached for it."""
     save_file({"x": np.zeros(1)}, tmp_path / "sd15.safetensors")
-    with pytest.raises(RequestError, match=r"holds weights alone.*config=FOLDER.*save_pretrained"):
+    with pytest.raises(RequestError, match=r"holds weights alone.*--config \(weights aren't needed\)"):
         plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
+    path = write_notebook("05_model.ipynb", 'model: str = ""  # name\nconfig: str = ""  # folder of a single file')
+    request = {"notebooks": [str(path)], "model": str(tmp_path / "sd15.safetensors")}
+    with pytest.raises(RequestError, match=r"config is no folder with a model_index.json: '.*none'"):
+        plan_run(**request, parameters={"config": str(tmp_path / "none")})
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    plan = plan_run(**request, texts={"config": "."})
+    assert plan.notebooks[0].values == {"model": request["model"], "config": str(tmp_path)}
     monkeypatch.setattr(plans, "check_on_hub", lambda name: None)
     assert plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes(b"cut")

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from PIL import Image
 from fmn_nb.files import data_dir, write_json
 from fmn_nb.runs.folder import StateError, record, save_image
 from fmn_nb.runs.metrics import comparison
-from fmn_nb.runs.report import ReportError, format_figure, format_size, verdict, write_report
+from fmn_nb.runs.progress import SweepProgress
+from fmn_nb.runs.report import WIDGET, ReportError, format_figure, format_size, verdict, write_report
 from fmn_nb.runs.spec import plan_sweep
-from fmn_nb.runs.sweep import Progress, run_sweep
+from fmn_nb.runs.sweep import run_sweep
 
 PROBE = """<script>document.title = JSON.stringify({
   overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
@@ -88,6 +90,59 @@ def test_before_and_after_stand_side_by_side(run_folder):
     assert "orange" in alts[0] and "tan" in alts[2]
 
 
+def test_one_figure_that_pairs_before_and_after_stands_for_both(run_folder):
+    save_image(run_folder, "pairs_cats", Image.new("RGB", (700, 400), "tan"), alt="before over after")
+    page = write_report(run_folder).read_text()
+    alts = re.findall(r'alt="([^"]+)"', page)
+    assert alts == ["before over after", "the map of &lt;cat&gt;"] and page.count("Before and after</h2>") == 1
+
+
+def test_a_page_says_how_to_use_its_patch(run_folder):
+    assert "How to use this patch" not in write_report(run_folder).read_text(), "there is none"
+    for kind, plain in (("lora", True), ("weights", False)):
+        write_json(run_folder / "patch" / "fmn.json", {"kind": kind})
+        words = words_of(write_report(run_folder).read_text())
+        assert 'fmn.load("emoji"), fmn.Patch.load("patch")' in words and 'pipe("a photo of a cat")' in words
+        assert ("pipe.load_lora_weights" in words) == plain
+    (run_folder / "patch" / "fmn.json").write_text("{")
+    assert "How to use this patch" not in write_report(run_folder).read_text()
+
+
+def test_what_the_fine_tune_cost_stands_there_once(run_folder):
+    record(run_folder, {"cost": {"evaluation_seconds": 12.5, "forgetting_seconds": 9.1, "patch_bytes": 182_344}})
+    words = words_of(write_report(run_folder).read_text())
+    assert words.count("182.3 kB") == words.count("9.100") == 1
+
+
+@pytest.fixture
+def executed(run_folder) -> str:
+    """The run's notebook with a formula, a link to itself, a picture with words and a widget."""
+    import nbformat
+    from nbformat import v4
+
+    png = {"image/png": "iVBORw0KGgo=", "text/plain": "words"}
+    outputs = [v4.new_output("display_data", png, metadata={"image/png": {"alt": "a <picture>"}}),
+               v4.new_output("display_data", {WIDGET: {"model_id": "x"}, "text/plain": "It needs a kernel."})]
+    cells = [v4.new_markdown_cell("$x^2$ and [itself](03_forget.ipynb)"), v4.new_code_cell("1 + 1", outputs=outputs)]
+    notebook = v4.new_notebook(cells=cells, metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {}}})
+    nbformat.write(notebook, run_folder / "03_forget.ipynb")
+    return "03_forget"
+
+
+def test_executed_notebooks_are_pages_that_load_nothing(run_folder, executed):
+    report = write_report(run_folder, notebooks=True).read_text()
+    assert f'href="{executed}.html"' in report and f'href="{executed}.ipynb"' not in report
+    page = (run_folder / f"{executed}.html").read_text()
+    assert not re.search(r"<script|<link|@import|import\(|src=\"(?!data:)", page) and "<title>03_forget</title>" in page
+    assert 'alt="a &lt;picture&gt;"' in page and "It needs a kernel." in page and f'href="{executed}.html"' in page
+
+
+def test_a_notebook_that_was_executed_again_is_linked_itself(run_folder, executed):
+    write_report(run_folder, notebooks=True)
+    os.utime(run_folder / f"{executed}.html", (0, 0))
+    assert f'href="{executed}.ipynb"' in write_report(run_folder).read_text()
+
+
 def test_nothing_is_loaded_from_elsewhere(run_folder, sweep_folder):
     for page in (write_report(run_folder).read_text(), (sweep_folder / "report.html").read_text()):
         assert not re.search(r"<script|<link|@import|url\(|src=\"(?!data:)", page)
@@ -112,7 +167,7 @@ def test_a_sweeps_page_is_notebook_07(sweep_folder):
         assert said in words, said
     assert 'href="07_a_sweep.ipynb"' in page and (sweep_folder / "07_a_sweep.ipynb").is_file()
     assert len(re.findall(r'href="[\w-]+/report.html"', page)) == 6
-    alts = re.findall(r'<img alt="([^"]+)"', page)
+    alts = [html.unescape(alt) for alt in re.findall(r'<img[^>]*alt="([^"]+)"', page, re.DOTALL)]
     assert len(alts) == page.count("<img") == 4 and alts[0].startswith("6 runs. UA from")
     assert "Exercises" not in page and "SweepExplorer" not in page, "they need a reader"
 
@@ -127,7 +182,7 @@ def test_a_sweep_of_which_nothing_was_measured_has_no_page_and_ends_well(tmp_pat
     cell = 'concept: str = "cat"  # what\nseed: int = 0  # seed\nout: str = ""  # folder'
     spec = {"notebook": str(write_notebook("03_stub.ipynb", cell)), "grid": {"seed": [0]}}
     shown = io.StringIO()
-    folder, failed = run_sweep(plan_sweep(spec, tmp_path / "out"), progress=Progress(shown))
+    folder, failed = run_sweep(plan_sweep(spec, tmp_path / "out"), progress=SweepProgress(shown))
     assert failed == [] and "\nno report.html: no finished run" in shown.getvalue()
     assert (folder / "results.csv").is_file() and not (folder / "report.html").exists()
 

@@ -4,20 +4,21 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 from PIL import Image
 
 from fmn_nb.runs.folder import record
 from fmn_nb.runs.notebook import RunError
 from fmn_nb.runs.plan import RequestError, plan_run
+from fmn_nb.runs.progress import Position
 from fmn_nb.runs.report import ReportError, write_report
-from fmn_nb.runs.runner import execute
+from fmn_nb.runs.runner import execute, is_finished
+from fmn_nb.runs.stopping import Stopped
 
 CELL = 'concept: str = "cat"  # what\nseed: int = 0  # seed\nsteps: int = 2  # steps [1..9]\nout: str = ""  # folder'
 FORGET = """\
@@ -53,7 +54,7 @@ def finished(tmp_path_factory):
     os.chdir(folder)
     try:
         plan = plan_run(notebooks=[str(one), str(two)], concept="frog", out="out", parameters={"steps": 3})
-        return execute(plan, said.append), "".join(said)
+        return execute(plan, lambda where: said.append(str(where))), [line for line in said if "  " not in line]
     finally:
         os.chdir(before)
 
@@ -65,7 +66,7 @@ def test_a_run_leaves_everything_whole(finished):
     }
     executed = nbformat.read(out / "03_forget.ipynb", as_version=4)
     assert [cell.execution_count for cell in executed.cells if cell.cell_type == "code"] == [1, 2, 3]
-    assert re.fullmatch(r"\[1/2\] 03_forget [\d.]+ s\n\[2/2\] 04_measure [\d.]+ s\n", said)
+    assert re.fullmatch(r"\[1/2\] 03_forget [\d.]+ s\n\[2/2\] 04_measure [\d.]+ s", "\n".join(said))
 
 
 def test_the_notebooks_got_their_parameters_and_metrics_follow_the_schema(finished):
@@ -123,14 +124,15 @@ def test_the_report_needs_nothing_but_itself(finished):
     assert 'href="03_forget.ipynb"' in page and "0.960" in page and "not asked for" in page
 
 
-def test_plain_papermill_does_as_well(write_notebook, tmp_path):
+def test_plain_papermill_does_as_well(write_notebook, tmp_path, monkeypatch):
+    from papermill.cli import papermill
+
+    monkeypatch.chdir(tmp_path)
     notebook = write_notebook("03_stub.ipynb", CELL, "assert concept == 'frog' and seed == 0")
-    papermill = [sys.executable, "-m", "papermill"]
-    told = subprocess.run([*papermill, "--help-notebook", notebook], capture_output=True, text=True, cwd=tmp_path)
-    assert "steps: int (default 2)" in told.stdout and "steps [1..9]" in told.stdout
-    command = [*papermill, "course/03_stub.ipynb", "done.ipynb", "-p", "concept", "frog"]
-    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "done.ipynb").exists()
+    told = CliRunner().invoke(papermill, ["--help-notebook", str(notebook)]).output
+    assert "steps: int (default 2)" in told and "steps [1..9]" in told
+    done = CliRunner().invoke(papermill, ["course/03_stub.ipynb", "done.ipynb", "-p", "concept", "frog"])
+    assert done.exit_code == 0 and (tmp_path / "done.ipynb").exists()
 
 
 def test_a_failing_cell_is_named_and_nothing_half_made_stays(write_notebook, tmp_path):
@@ -192,6 +194,39 @@ def test_two_runs_never_meet_in_one_folder(finished, write_notebook, tmp_path):
         execute(plan)
 
 
+def test_a_run_goes_on_where_it_failed_and_a_finished_one_stays(write_notebook, tmp_path):
+    mended, out = tmp_path / "mended", tmp_path / "out"
+    one = write_notebook("03_forget.ipynb", CELL, FORGET, metrics=["forgetting"], gives=["images"])
+    two = write_notebook("04_measure.ipynb", CELL, f"import pathlib; assert pathlib.Path({str(mended)!r}).exists()")
+    plan = plan_run(notebooks=[str(one), str(two)], out=out)
+
+    def files() -> dict:
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    with pytest.raises(RunError):
+        execute(plan)
+    first = (out / one.name).read_bytes()
+    mended.touch()
+    assert not is_finished(plan) and json.loads((execute(plan) / "run.json").read_text())["status"] == "done"
+    assert (out / one.name).read_bytes() == first, "a finished notebook is not repeated"
+    whole = files()
+    assert is_finished(plan) and execute(plan) == out and files() == whole
+
+    def stop(where):
+        if where.position.cell:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped, match="0 of 2 notebooks finished; the same command goes on"):
+        execute(plan, stop, again=True)
+    assert is_finished(plan) and {name: files()[name] for name in whole} == whole, "the finished run is as it was"
+    write_notebook("04_measure.ipynb", CELL, "pass")
+    assert not is_finished(plan_run(notebooks=[str(one), str(two)], out=out)), "a notebook was changed"
+    (out / "images" / "after_cat.png").unlink()
+    (out / "images" / "before_cat.png").unlink()
+    (out / "images").rmdir()
+    assert not is_finished(plan_run(notebooks=[str(one)], out=out)), "what it made is gone"
+
+
 def test_a_folder_that_is_no_run_has_no_report(tmp_path):
     with pytest.raises(ReportError, match="holds no run.json and no sweep.json"):
         write_report(tmp_path)
@@ -233,7 +268,7 @@ def test_a_running_notebook_is_saved_now_and_then(monkeypatch):
 
     saved, clock = [], [datetime.datetime.now(datetime.UTC)]
     monkeypatch.setattr("papermill.engines.write_ipynb", lambda nb, path: saved.append(nb["cells"]))
-    manager = NotebookExecutionManager({"cells": 0}, "out.ipynb", progress_bar=False)
+    manager = NotebookExecutionManager(nbformat.NotebookNode(cells=[]), "out.ipynb", progress_bar=False)
     monkeypatch.setattr(manager, "now", lambda: clock[0])
     manager.last_save_time = clock[0]
 
@@ -243,7 +278,7 @@ def test_a_running_notebook_is_saved_now_and_then(monkeypatch):
             nb_man.save(nb={"cells": number})
 
     monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", cells)
-    papermill_engines.get_engine(engine()).execute_managed_notebook(manager, "python3")
+    papermill_engines.get_engine(engine()).execute_managed_notebook(manager, "python3", position=Position())
     assert saved == [2, 4] and manager.nb == {"cells": 4}
     manager.save()
     assert saved == [2, 4, 4], "papermill's own save is back"

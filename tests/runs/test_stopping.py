@@ -67,7 +67,7 @@ def test_a_run_keeps_what_is_finished_and_says_how_to_go_on(stopped, write_noteb
     words = ("run", "--notebooks", f"{one},{two}", "--out", "out")
     out = tmp_path / "out"
     said = stopped(*words, ready=(out / "begun").exists, number=getattr(signal, name))
-    assert said == f"stopped: 1 of 2 notebooks finished; go on with --notebooks {two}"
+    assert said == "stopped: 1 of 2 notebooks finished; the same command goes on"
     state = json.loads((out / "run.json").read_text())
     assert state["status"] == "stopped"
     assert [note["status"] for note in state["notebooks"].values()] == ["done", "stopped"]
@@ -78,11 +78,11 @@ def test_a_run_keeps_what_is_finished_and_says_how_to_go_on(stopped, write_noteb
 def test_a_kernel_that_will_not_end_is_ended(stopped, write_notebook, tmp_path):
     slow = write_notebook("02_slow.ipynb", CELL, STUBBORN)
     said = stopped("run", "--notebooks", slow, "--out", "out", ready=(tmp_path / "out" / "begun").exists, group=False)
-    assert said == "stopped: 0 of 1 notebooks finished; the same command begins it again"
+    assert said == "stopped: 0 of 1 notebooks finished; the same command goes on"
     assert (tmp_path / "out" / "02_slow.failed.ipynb").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_sweep_stops_with_its_workers_and_goes_on(stopped, stub_sweep, tmp_path, name):
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(stub_sweep(SLOW.replace("100", "100 * seed"), workers=2)))
 

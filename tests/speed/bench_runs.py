@@ -1,6 +1,6 @@
 """What running notebooks costs beside the notebooks themselves, each figure with its bar.
 
-    python tests/speed/bench_runs.py [help] [bookkeeping] [overhead] [workers]      all four by default, some 15 minutes
+    python tests/speed/bench_runs.py [help] [bookkeeping] [overhead] [workers] [cores]   all by default, some 20 minutes
 
     help          seconds until `fmn-nb --help` has answered, median of nine
     bookkeeping   a sweep of 1,000 runs whose notebook is a stub: milliseconds a run of all the rest (the check of its
@@ -9,14 +9,17 @@
     overhead      seconds that `fmn-nb run` of notebooks 01 to 04 (two fine-tuning steps) takes beside its cells, as
                   papermill timed these: its own import, planning, four kernels started and ended, metrics, the report.
                   Below it, what the cells that first import fmn_nb take, which papermill counts as the notebooks'
-    workers       runs an hour of an 8-run sweep with two workers against one: notebook 03 with two fine-tuning steps on
-                  four concepts and two seeds, in the order 1, 2, 2, 1 workers
+    workers       runs an hour of an 8-run sweep with two workers against one: notebook 03 with two fine-tuning steps
+                  on four concepts and two seeds, in the order 1, 2, 2, 1 workers
+    cores         seconds of 24 images of 20 steps with the kit's waiting of threads: alone, against OpenMP's own, and
+                  in two processes at once, against alone
 
 Ends with exit code 1 if a bar is missed. Leave the machine alone meanwhile; `workers` needs two cores.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from written_notebooks import write_notebook_at  # noqa: E402
 import fmn_nb  # noqa: E402
 from fmn_nb.runs import runner as runs
 from fmn_nb.runs import sweep as sweeps
+from fmn_nb.runs.executors import THREADS, patient_threads
 from fmn_nb.runs.plan import Notebook, Plan
 from fmn_nb.runs.report import write_report
 from fmn_nb.runs.spec import plan_sweep
@@ -137,8 +141,44 @@ def bench_workers() -> bool:
     return within("throughput of two workers over one", sum(taken[1]) / sum(taken[2]), 1.7, "x", least=True)
 
 
+DRAW = """
+import sys, time, fmn_nb as fmn
+pipe = fmn.load("emoji")
+fmn.generate(pipe, ["a photo of a cat"] * 2, [0, 1], steps=2)
+print("ready", flush=True), sys.stdin.readline()
+started = time.perf_counter()
+fmn.generate(pipe, ["a photo of a cat"] * 24, list(range(24)), steps=20)
+print(time.perf_counter() - started)
+"""
+
+
+def drawing(processes: int, waiting: dict[str, str]) -> float:
+    """The seconds of the slowest of so many processes that draw at once."""
+    environment = {name: value for name, value in os.environ.items() if name not in THREADS} | waiting
+    started = [subprocess.Popen([sys.executable, "-c", DRAW], env=environment, text=True, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(processes)]
+    for one in started:  # all loaded and warm
+        one.stdout.readline()
+    for one in started:
+        one.stdin.write("\n")
+        one.stdin.flush()
+    return max(float(one.communicate()[0]) for one in started)
+
+
+def bench_cores() -> bool:
+    kits, found = patient_threads({}), {"own": [], "alone": [], "two": []}
+    for _ in range(3):
+        for name, processes, waiting in (("own", 1, {}), ("alone", 1, kits), ("two", 2, kits)):
+            found[name].append(drawing(processes, waiting))
+    own, alone, two = (statistics.median(seconds) for seconds in found.values())
+    print(f"  24 images: {own:.2f} s as OpenMP waits, {alone:.2f} s as the kit lets it, two at once {two:.2f} s")
+    return all([within("alone, against OpenMP's own waiting", alone / own, 1.05, "x"),
+                within("two at once, against alone", two / alone, 2.1, "x")])
+
+
 BENCHES: dict[str, Callable[[], bool]] = {
     "help": bench_help, "bookkeeping": bench_bookkeeping, "overhead": bench_overhead, "workers": bench_workers,
+    "cores": bench_cores,
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,14 @@ def outcomes(concept: Concept, sees: Callable[[Drawing], Seen], wanted: Sequence
     """What a judge saw that sees in each drawing's image what a function says of it; by default the full protocol."""
     wanted = drawings(concept, VOCABULARY, size="full") if wanted is None else wanted
     judge = Puppet(lambda call, image: sees(wanted[image]))
-    return judge_images(judge, concept, wanted, [Image.new("RGB", (4, 4))] * len(wanted), VOCABULARY)
+    return judge_images(judge, concept, wanted, [picture()] * len(wanted), VOCABULARY)
+
+
+def picture(number: int = 0) -> Image.Image:
+    """A small image of two colours, its own for each number: of one colour it would be nothing to judge."""
+    image = Image.new("RGB", (4, 4), (number % 256, number // 256 % 256, 128))
+    image.putpixel((1, 2), (255, 255, 255))
+    return image
 
 
 def faithful(drawing: Drawing) -> Seen:

@@ -2,7 +2,8 @@
 
 Written from the paper (Zhang et al., arXiv 2303.17591) and what its authors' code does, with its accidents mended: the
 mask is batch-major like the attention rows, and the parameters that are clipped are the ones that are trained. Images
-and texts are encoded anew in every step; nothing is cached or frozen.
+and texts are encoded anew in every step, and the U-Net's weights keep gradients whether they are trained or not; the
+`lean` loop is the same algorithm without either.
 """
 
 from __future__ import annotations
@@ -52,21 +53,26 @@ class Processor:
 def published_forget_me_not(
     pipe: StableDiffusionPipeline, images: Sequence[Image.Image], prompt: str, phrase_ids: Sequence[int],
     generator: torch.Generator, steps: int = 35, lr: float = 2e-6, cross_attention_only: bool = False,
-    end_of_text: bool = True,
+    end_of_text: bool = True, lean: bool = False,
 ) -> list[float]:
     """Fine-tune `pipe.unet` in place, batch 1; returns the loss of every step.
 
     Args:
         phrase_ids: the concept's token ids.
         generator: all random numbers: images in shuffled rounds, posterior noise, noise, timestep, in this order.
+        lean: images and text are encoded once, and weights that aren't trained keep no gradients.
     """
     noise_scheduler, controller = DDPMScheduler.from_config(pipe.scheduler.config), Controller()
-    pipe.vae.requires_grad_(False)  # the U-Net's weights all keep their gradients, also those that aren't optimised
+    pipe.vae.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
     for name, module in pipe.unet.named_modules():
         if name.endswith("attn2"):
             module.set_processor(Processor(controller))
     parameters = [p for n, p in pipe.unet.named_parameters() if "attn2" in n or not cross_attention_only]
+    if lean:
+        pipe.unet.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
     ids = pipe.tokenizer(prompt, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
                          return_tensors="pt").input_ids
@@ -76,16 +82,22 @@ def published_forget_me_not(
             marked[0, place : place + len(phrase_ids)] = True
     if end_of_text:
         marked |= ids == pipe.tokenizer.eos_token_id
+    def posterior_of(image: Image.Image) -> Any:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return pipe.vae.encode(pixels).latent_dist
+
+    once = [posterior_of(image) for image in images] if lean else None
+    text = pipe.text_encoder(ids)[0] if lean else None
     order, losses = [], []
     for _ in range(steps):
         order = order or torch.randperm(len(images), generator=generator).tolist()
-        pixels = torch.from_numpy(np.array(images[order.pop(0)])).permute(2, 0, 1)[None].float() / 127.5 - 1
-        posterior = pipe.vae.encode(pixels).latent_dist
+        number = order.pop(0)
+        posterior = once[number] if lean else posterior_of(images[number])
         spread = torch.randn(posterior.mean.shape, generator=generator)
         latents = (posterior.mean + posterior.std * spread) * pipe.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
         timestep = torch.randint(0, noise_scheduler.config.num_train_timesteps, (1,), generator=generator)
-        text = pipe.text_encoder(ids)[0]
+        text = text if lean else pipe.text_encoder(ids)[0]
         controller.positions, controller.collected = marked, []
         pipe.unet(noise_scheduler.add_noise(latents, noise, timestep), timestep, text)
         loss = controller.loss()

@@ -1,12 +1,15 @@
 """Methods of forgetting, a file each. What a method gives is always a `Patch`.
 
-A method is an objective for the shared fine-tune (`fmn_nb.forgetting.finetune`): its file holds
+A method's file holds one of these, or both:
 
     def objective(seen: Seen, settings: Settings) -> Tensor     # a scalar with its graph
+    def edit(task: Task) -> Edit                                # a closed form: nothing is trained
 
-for what one step sees of the concept. Everything around it is the fine-tune's: reference images, steps, what is
-trained, anchors and the retain term. `METHODS` (in `fmn_nb.forgetting.settings`) names the methods; a preset there
-names a method and its settings.
+The objective is for the shared fine-tune (`fmn_nb.forgetting.finetune`): for what one step sees of the concept.
+Everything around it is the fine-tune's: reference images, steps, what is trained, anchors and the retain term. With
+both, each concept is trained alone on the model that carries its edit, and the concepts' patches are fused into one
+(`fmn_nb.patches.fuse`). `METHODS` (in `fmn_nb.forgetting.settings`) names the methods, `FACTS` says what each asks
+for; a preset there names a method and its settings.
 """
 
 from __future__ import annotations
@@ -14,31 +17,61 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fmn_nb.forgetting.settings import METHODS, Settings
+from fmn_nb.forgetting.settings import METHODS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fmn_nb.forgetting.weights import Trainable
 
 
 @dataclass(frozen=True)
 class Seen:
     """What the model does on noised references, with prompts that name the concept.
 
+    What else it predicts on the same noised references is computed when an objective asks for it. `prompt` is there
+    "concept" (the same prompts) or "guide" (what they give way to, by the setting `guide`).
+
     Attributes:
         attention: layer -> probabilities [batch, heads, pixels, columns] with their graph.
         predicted: the prediction [batch, ...], of the same graph.
         concept: which text columns count as the concept in each row, bool [batch, columns].
         region: where in the image the concept is, [batch, height, width] in [0, 1]; None for everywhere.
+        frozen: frozen(prompt): the prediction of the model as it was before, float32, without a graph.
+        present: present(prompt): the prediction of the model as it is in this step, float32, with its graph.
+        target: what a perfect model predicts from the noised references (the noise, say), float32; None where they
+            are no noised images (trajectories).
+        weights: what is trained, and in which model.
     """
 
     attention: Mapping[str, Tensor]
     predicted: Tensor
     concept: Tensor
     region: Tensor | None
+    frozen: Callable[[str], Tensor] | None = None
+    present: Callable[[str], Tensor] | None = None
+    target: Tensor | None = None
+    weights: Trainable | None = None
 
 
-def objective_of(method: str) -> Callable[[Seen, Settings], Tensor]:
-    """A method's objective."""
-    return importlib.import_module(METHODS[method]).objective
+@dataclass(frozen=True)
+class Edit:
+    """What a closed form gives: a patch's kind and tensors, and how well it does what was asked.
+
+    Attributes:
+        before, after: mean over edited embeddings and weights of |W' e - W g|^2 / |W g - W e|^2: 1 before, by
+            definition; 0 where every one says what its guide says.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    before: float
+    after: float
+
+
+def method_of(name: str) -> ModuleType:
+    """The module that holds a method."""
+    return importlib.import_module(METHODS[name])

@@ -73,10 +73,14 @@ def _chosen(probabilities: Tensor, concept: Tensor, region: Tensor | None) -> Te
     """The probabilities of the concept's columns, all others set to 0: [batch, heads, pixels, columns]."""
     weight = concept[:, None, None, :].to(probabilities)  # [batch, columns] -> [batch, 1, 1, columns]
     if region is not None:
-        rows, columns = pixel_grid(probabilities.shape[2], *region.shape[-2:])  # of this layer's pixels
-        small = F.interpolate(region[:, None].to(probabilities), (rows, columns), mode="area")  # [batch, 1, rows, cols]
-        weight = weight * small.reshape(len(region), 1, -1, 1)  # times [batch, 1, pixels, 1]
+        weight = weight * at_pixels(region.to(probabilities), probabilities.shape[2])[:, None, :, None]
     return probabilities * weight
+
+
+def at_pixels(region: Tensor, pixels: int) -> Tensor:
+    """A region [batch, height, width] at the pixels of a layer that has so many: [batch, pixels]."""
+    grid = pixel_grid(pixels, *region.shape[-2:])  # rows and columns of the layer's pixels
+    return F.interpolate(region[:, None], grid, mode="area").flatten(1)  # [batch, 1, rows, columns] -> [batch, pixels]
 
 
 def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Sequence[str], length: int) -> Tensor:

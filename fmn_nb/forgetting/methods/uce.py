@@ -1,0 +1,115 @@
+"""Unified Concept Editing: a concept's keys and values become those of its guide, in one solve (Gandikota, Orgad,
+Belinkov, Materzynska, Bau, arXiv 2308.14761).
+
+A U-Net's cross-attention sees the prompt only through `to_k` and `to_v`, W c for each column c of the text encoder's
+output. For every such W, with e the edited columns (the concept's), g their guide's, e' the kept ones,
+
+    W' = (ridge W + erase sum W g e^T + preserve sum W e' e'^T) (ridge I + erase sum e e^T + preserve sum e' e'^T)^-1
+
+No image is drawn and nothing is trained. Taking W out of the bracket leaves W' - W = erase sum W (g - e) e^T (...)^-1:
+the kept columns only stand in the inverse, and n edited columns make a LoRA of rank n, exactly.
+
+What is kept. The solve weighs sums of squares, so kept columns move a little, the less the greater `preserve_scale`;
+they stay as they are exactly only with `null_space` (SPEED, Li et al., arXiv 2503.07392), where directions are left in
+which they have nothing.
+
+Published: the last token of the concept in six prompts, guide the empty prompt (objects) or "art" (styles), erase and
+preserve 1, ridge .5. Here the prompts are the fine-tune's (`wording`), columns go in pairs counted from the end of the
+text (a prompt's last word with its guide's, begin with begin where the guide is empty), and kept columns come from the
+retain prompts: the last word of each where `tokens` is "last", every column where it is "later".
+
+A pooled text embedding beside the columns (Stable Diffusion XL) is none of W's and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fmn_nb.attention import read_columns
+from fmn_nb.concepts import PromptTokens
+from fmn_nb.forgetting.methods import Edit
+from fmn_nb.forgetting.prompts import retain_prompts
+from fmn_nb.patches import Patch
+from fmn_nb.patches.least_squares import Weighing, embeddings, solved, text_weights
+
+if TYPE_CHECKING:
+    from fmn_nb.forgetting.data import Task
+    from fmn_nb.forgetting.settings import Settings
+
+
+def edit(task: Task) -> Edit:
+    """The edit of all the task's concepts at once."""
+    return solved_for(task, task.settings.tokens, every=task.settings.tokens == "later")
+
+
+def weighing_of(settings: Settings) -> Weighing:
+    """The settings' weights of the sums."""
+    return Weighing(settings.erase_scale, settings.preserve_scale, settings.ridge, settings.null_space)
+
+
+def solved_for(task: Task, columns: str, every: bool) -> Edit:
+    """The closed form for the concept's `columns` (`paired`), with every kept column or each prompt's last word."""
+    weights = text_weights(task.pipe, task.settings.projections)
+    texts = [*retain_prompts(task.pipe, task.concepts, task.retain_prompts, task.readings.values()), ""]
+    texts = texts if task.settings.retains else []
+    named = [text for concept in task.concepts for text in (*task.prompts_of(concept), *task.guides_of(concept))]
+    said = dict(zip(unique := list(dict.fromkeys([*texts, *named])), embeddings(task.pipe, unique), strict=True))
+    edited, guides = paired(task, columns, said)
+    kept = kept_columns(task.pipe, [(text, said[text]) for text in texts], every) if texts else edited[:0]
+    kind, tensors = solved(weights, edited, guides, kept, weighing_of(task.settings))
+    return Edit(kind, tensors, *_missed(weights, kind, tensors, (edited, guides)))
+
+
+def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(edited, guides), both [n, in]: columns of the prompts that name the concept, and of those that they give way to.
+
+    Args:
+        columns: "last", the concept's own last token; "later", that one and all after it, padding too; "others", all
+            but the concept's own, of which those before it go with themselves: a causal text encoder knows nothing of
+            it there.
+        said: prompt -> its embeddings [columns, in].
+    """
+    edited, guides = [], []
+    for concept in task.concepts:
+        for prompt, guide in zip(task.prompts_of(concept), task.guides_of(concept), strict=True):
+            own, other, length = said[prompt], said[guide], len(said[prompt])
+            read, to = (read_columns(task.pipe, text, length) for text in (prompt, guide))
+            places, shift = read.find(concept.phrase).columns, _end(read) - _end(to)
+            wanted = {"last": [places[-1]], "later": range(places[-1], length),
+                      "others": [column for column in range(length) if column not in places]}[columns]
+            for column in wanted:
+                edited.append(own[column])
+                before = columns == "others" and column < places[0]
+                guides.append(own[column] if before else other[min(max(column - shift, 0), length - 1)])
+    return torch.stack(edited), torch.stack(guides)
+
+
+def _end(read: PromptTokens) -> int:
+    """The column of a prompt's end-of-text token; where it was cut off, the number of columns."""
+    return read.first_eot[0] if read.first_eot else len(read.tokens)
+
+
+def kept_columns(pipe: DiffusionPipeline, kept: Sequence[tuple[str, Tensor]], every: bool) -> Tensor:
+    """Columns [m, in] of kept prompts and their embeddings: every one, or the begin token and each one's last word."""
+    if every:
+        return torch.cat([own for _, own in kept])
+    words = [(own, read_columns(pipe, text, len(own)).words) for text, own in kept]
+    return torch.stack([kept[0][1][0], *(own[columns[-1]] for own, columns in words if columns)])
+
+
+def _missed(weights: dict[str, Tensor], kind: str, tensors: dict[str, Tensor],
+            pairs: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Mean of |W' e - W g|^2 / |W e - W g|^2 over the edited columns and the weights, before and after: (1, rest)."""
+    edited, guides = pairs
+    wanted = missed = 0.0
+    for name, change in Patch(kind, tensors).differences():
+        weight = weights[name.removesuffix(".weight")].cpu().double()
+        asked = (guides - edited) @ weight.T  # [n, out]
+        wanted += float(asked.square().sum())
+        missed += float((edited @ change.double().T - asked).square().sum())
+    return (1.0, missed / wanted) if wanted else (0.0, 0.0)
