@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout, wherever the pack
 PACKAGE = ROOT / "fmn_nb"
 TOP = {"__init__.py", "cli.py", "files.py", "stats.py", "inversion.py"}
 MOST_PARAMETERS = 7
-DOORS = {"run", "forget", "evaluate", "record_attention", "invert"}  # public; what they take has a name each
+DOORS = {"forget", "evaluate", "record_attention", "invert"}  # public; what they take has a name each
 
 
 def said_by(code: str) -> str:

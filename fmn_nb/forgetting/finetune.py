@@ -136,9 +136,9 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
 
     Raises:
         SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.
-        UnsupportedPipelineError: a closed form for a model without keys and values of the text alone.
         UnknownConceptError: a name that the models of the pipeline's world never learned, where no `prompts` are given.
-        UnsupportedPipelineError: a pipeline or a scheduler of a model that can't be trained here.
+        UnsupportedPipelineError: a pipeline or a scheduler of a model that can't be trained here, or a closed form for
+            a model without keys and values of the text alone.
         ForgettingError: the loss became NaN or infinite, or nothing can be trained.
     """
     started, settings = perf_counter(), settings_for(preset, overrides)

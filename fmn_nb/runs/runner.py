@@ -42,7 +42,6 @@ def run(
     model: str = "emoji",
     concept: str = "cat",
     *,
-    steps: int | None = None,
     out: str | Path | None = None,
     notebooks: str | Iterable[str] = COURSE_RUN,
     parameters: Mapping[str, Any] | None = None,
@@ -54,9 +53,10 @@ def run(
 
     Everything is checked before anything starts (see `plan_run`): a ValueError that says what is wrong. A failing
     notebook is a RunError. What an earlier call finished in the same folder stays and isn't repeated, unless `again`.
-    `steps=None` leaves the preset's number; `progress` is told ten times a second where the run is (a `Where`, whose
-    text is a line); `settings` are kind (by default the concept's own), preset ("balanced") and seed (0).
+    `progress` is told ten times a second where the run is (a `Where`, whose text is a line); `settings` are kind (by
+    default the concept's own), preset ("balanced"), seed (0) and steps (None leaves the preset's number).
     """
+    steps = settings.pop("steps", None)
     parameters = dict(parameters or {}) | ({} if steps is None else {"steps": steps})
     plan = plan_run(model=model, concept=concept, out=out, notebooks=notebooks, parameters=parameters, **settings)
     return execute(plan, progress, again=again)
