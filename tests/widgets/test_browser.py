@@ -149,7 +149,7 @@ def test_notebook_02_runs_in_jupyterlab_and_its_explorer_answers(page):
         seen.append(_changed(page, seen[-1]))
     assert len(set(seen)) == len(seen), "two settings of the explorer show the same picture"
     sentence = page.locator(".jp-OutputArea-output .widget-html", has_text="of the attention on average")
-    assert "at its peak" in sentence.first.inner_text()
+    sentence.filter(has_text="at its peak").first.wait_for(state="attached")  # drawn after the picture, or out of view
 
     after = page.evaluate(CELLS)
     assert not _failures(after) and not page.errors
