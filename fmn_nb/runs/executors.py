@@ -46,7 +46,7 @@ STOP_PATIENCE = 3.0  # seconds that runs get to stop; they take about one
 KILLED = f"its worker process was killed {ATTEMPTS} times (out of memory?); look at memory limits"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by which a user says how threads wait
-SPINS = "500"  # fewer cost a process that is alone, more those beside each other (tests/speed/bench_runs.py cores)
+SPINS = "300"  # fewer cost a process that is alone, more those beside each other (tests/speed/bench_runs.py cores)
 
 
 def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: str | None = None,
