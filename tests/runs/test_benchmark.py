@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sessions import few_drawings
 
 from fmn_nb.attacks.attack import InversionBudget
 from fmn_nb.cli import main
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation.protocol import drawings
 from fmn_nb.evaluation.session import Sampling
 from fmn_nb.files import read_json
 from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
@@ -56,12 +56,7 @@ def run(bench, jobs, **options):
 @pytest.fixture
 def few(monkeypatch):
     """A job draws two images of the forget set and four of the retain set."""
-    def some(concept, vocabulary, seed=0, size="quick"):
-        wanted = drawings(concept, vocabulary, seed, size)
-        retain = [d for d in wanted if d.role == "retain"]
-        return wanted[:2] + retain[:2] + retain[-2:]
-
-    monkeypatch.setattr(measure, "drawings", some)
+    monkeypatch.setattr(measure, "drawings", few_drawings)
 
 
 def test_all_concepts_of_the_world_are_planned_and_words_corrected() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from sessions import few_drawings
 
 import fmn_nb as fmn
 from fmn_nb.cli import main
 from fmn_nb.concepts import Concept
 from fmn_nb.evaluation import evaluate, evaluator
-from fmn_nb.evaluation.protocol import drawings
 from fmn_nb.evaluation.quality import Quality
 from fmn_nb.files import read_json
 from fmn_nb.forgetting import settings_for
@@ -34,12 +34,7 @@ def command(monkeypatch, tmp_path, emoji):
 @pytest.fixture
 def few(monkeypatch):
     """`evaluate` draws two images of the forget set and four of the retain set, in four steps, and no distances."""
-    def some(concept, vocabulary, seed=0, size="quick"):
-        wanted = drawings(concept, vocabulary, seed, size)
-        retain = [d for d in wanted if d.role == "retain"]
-        return wanted[:2] + retain[:2] + retain[-2:]
-
-    monkeypatch.setattr(evaluator, "drawings", some)
+    monkeypatch.setattr(evaluator, "drawings", few_drawings)
     monkeypatch.setattr(evaluator, "probe_drawings", lambda *_: [])
     monkeypatch.setattr(evaluator.Quality, "of", lambda *_: Quality())
     quick = partial(evaluate, steps=4, batch=6)

@@ -127,6 +127,8 @@ def page(lab: Lab, chromium: str) -> Iterator[Any]:
 
 
 def test_notebook_02_runs_in_jupyterlab_and_its_explorer_answers(page):
+    from playwright.sync_api import expect
+
     page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
     page.locator("li[data-command='runmenu:run-all']").click()
     page.wait_for_function(  # until every code cell has run, or one has failed
@@ -149,7 +151,9 @@ def test_notebook_02_runs_in_jupyterlab_and_its_explorer_answers(page):
         seen.append(_changed(page, seen[-1]))
     assert len(set(seen)) == len(seen), "two settings of the explorer show the same picture"
     sentence = page.locator(".jp-OutputArea-output .widget-html", has_text="of the attention on average")
-    sentence.filter(has_text="at its peak").first.wait_for(state="attached")  # drawn after the picture, or out of view
+    sentence.first.scroll_into_view_if_needed()
+    # inner text is what is shown; a cell that comes into view shows its own a frame later (content-visibility)
+    expect(sentence.first).to_contain_text("at its peak", use_inner_text=True)
 
     after = page.evaluate(CELLS)
     assert not _failures(after) and not page.errors
