@@ -9,8 +9,8 @@ on it: what forgetting by re-steering is made of.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ class Listener:
         self._calls, self._unheard = 0, set()
         self._now: Arguments | None = None
         self._positions: dict[str, int] = {}
+        self._signature = inspect.signature(denoiser.forward)
         self._modules = {name: denoiser.get_submodule(name) for name in self.rules}
         self._around = {block: module for name in self.chosen for block in _blocks_around(name)
                         if not isinstance(module := denoiser.get_submodule(block), torch.nn.ModuleList)}  # never runs
@@ -54,28 +55,28 @@ class Listener:
             if rule.text == "all" and getattr(self._modules[name], "add_k_proj", None) is not None}
 
     @contextmanager
-    def listening(self, starts: Callable[[Arguments], None], hear: Callable[[str, AttentionCall], None],
+    def listening(self, starts: Callable[[Arguments], None], hear: Callable[[str, AttentionCall], torch.Tensor | None],
                   ends: Callable[[], None]) -> Iterator[None]:
         """While open, `hear(layer, call)` for each chosen layer, between `starts(arguments)` and `ends()` of each run.
 
-        Everything is put back on exit, also after an exception. A run that fails has no `ends`. Layers that run again
-        after a run's end, as in the backward pass under gradient checkpointing, aren't heard.
+        What `hear` gives back, if anything, is the result that the layer goes on with. Everything is put back on exit,
+        also after an exception. A run that fails has no `ends`. Layers that run again after a run's end, as in the
+        backward pass under gradient checkpointing, aren't heard.
         """
-        signature = inspect.signature(self.denoiser.forward)
-
         def begins(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            arguments = Arguments.of(signature, args, kwargs)
+            arguments = Arguments.of(self._signature, args, kwargs)
             starts(arguments)
             self._now, self._calls = arguments, self._calls + 1
 
         def over(*_: Any) -> None:
             self._now = None
 
-        def heard(name: str, call: AttentionCall) -> bool:
+        def heard(name: str, call: AttentionCall) -> bool | torch.Tensor:
             if self._now is not None and name in self.chosen:
                 if name in self._image_first and call.key.shape[2] != self._now.columns:
                     return False
-                hear(name, call)
+                result = hear(name, call)
+                return True if result is None else result
             return True
 
         def finished(name: str, was_heard: bool) -> None:
@@ -96,6 +97,11 @@ class Listener:
                 yield
             finally:
                 self._now = None
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether layers run a second time in the backward pass (gradient checkpointing)."""
+        return any(getattr(block, "gradient_checkpointing", False) for block in (self.denoiser, *self._around.values()))
 
     def _note_positions(self, block: str, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep how many positions a block around a layer gets."""
@@ -134,9 +140,11 @@ class Listener:
         self._check_unmerged(name, heard.query.shape[2], len(range(query.shape[2])[pixels]))
         grid = image_grid(name, len(range(query.shape[2])[pixels]), now.latents, rule.text != "all")
         pixels = slice(pixels.start, pixels.start + grid[0] * grid[1])  # further ones are Flux Kontext's reference
+        mask = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+        if rows is None and heads is None and pixels == slice(0, query.shape[2]):  # no slices for a graph to hold
+            return column_shares(query, key, text, mask, heard.scale), grid
         row, head = (slice(None) if chosen is None else list(chosen) for chosen in (rows, heads))
-        if mask is not None:
-            mask = mask.expand(*query.shape[:3], key.shape[2])[row][:, head, pixels]  # [rows, heads, pixels, T]
+        mask = None if mask is None else mask[row][:, head, pixels]  # [rows, heads, pixels, T]
         query, key = query[row][:, head, pixels], key[row][:, head]  # [rows, heads, pixels, d], [rows, heads, T, d]
         return column_shares(query, key, text, mask, heard.scale), grid
 
@@ -198,7 +206,9 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
             unet(noisy, timestep, encoder_hidden_states=text)
         sum(values[..., columns].square().sum() for values in attention.values()).backward()
 
-    The model computes what it would without, bit for bit.
+    A layer whose keys are all text goes on with these probabilities, so that a training step computes them once: what
+    it writes equals what torch's fused attention gives up to rounding. Without gradients, in half precision, under
+    gradient checkpointing and in joint attention the model computes what it would without this, bit for bit.
 
     Args:
         model: a denoiser, or a pipeline for its denoiser; or a `Listener` to one, which knows its layers already: in
@@ -218,22 +228,27 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
     listener = model if isinstance(model, Listener) else Listener(
         model if isinstance(model, torch.nn.Module) else denoiser_of(model), layers)
     attention: dict[str, torch.Tensor] = {}
-    with_graph = False
+    with_graph, again = False, listener.runs_again
+    saved_as_usual = partial(torch.autograd.graph.saved_tensors_hooks, lambda t: t.detach(), lambda t: t)
 
     def starts(_: Arguments) -> None:
         nonlocal with_graph
         with_graph = torch.is_grad_enabled()
         attention.clear()
 
-    def hear(name: str, heard: AttentionCall) -> None:
+    def hear(name: str, heard: AttentionCall) -> torch.Tensor | None:
         if with_graph and not torch.is_grad_enabled():
             raise MissedLayersError(
                 f"{name} runs without a graph under re-entrant gradient checkpointing; use the non-re-entrant kind: "
                 "enable_gradient_checkpointing() without arguments")
         # Under gradient checkpointing a layer runs again in the backward pass, to compute the tensors that the first
         # run didn't save. What is computed here is no part of that second run, so its tensors are saved as usual.
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
-            attention[name], _ = listener.shares(name, heard)
+        with saved_as_usual() if again else nullcontext():
+            found, _ = listener.shares(name, heard)
+        attention[name] = found
+        whole = found.shape == (*heard.query.shape[:3], heard.key.shape[2])
+        exact = heard.plain and found.dtype == heard.value.dtype and not torch.is_autocast_enabled(found.device.type)
+        return found @ heard.value if with_graph and not again and whole and exact else None
 
     with listener.listening(starts, hear, listener.check_heard):
         yield attention
@@ -260,8 +275,10 @@ class LayerCall:
 
 
 @contextmanager
-def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
+def text_layer_calls(model: torch.nn.Module, layers: Iterable[str] = ()) -> Iterator[dict[str, LayerCall]]:
     """Keep the call of each layer of `model` that looks at the text, in the model's last run inside this `with` block.
+
+    `layers` are their names where they are known already; to find them takes a while.
 
     Yields:
         Layer -> its call, so that the layer can run again, alone, on other pixels or with another text.
@@ -275,7 +292,7 @@ def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
         calls[name] = LayerCall(pixels, (tuple(rest), named), output)
 
     with ExitStack() as stack:
-        for name in text_layers(model):
+        for name in layers or text_layers(model):
             hook = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
             stack.callback(hook.remove)
         yield calls

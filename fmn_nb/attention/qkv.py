@@ -65,7 +65,8 @@ def column_shares(query: torch.Tensor, key: torch.Tensor, columns: slice, mask: 
     heads = query.shape[1]
     at_once = max(1, MOST_AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
     if at_once >= heads:
-        return probabilities(query, key, mask, scale)[..., columns]
+        found = probabilities(query, key, mask, scale)
+        return found if columns == slice(0, key.shape[2]) else found[..., columns]  # no slice for a graph to hold
     masks = [None] * -(-heads // at_once) if mask is None else mask.split(at_once, dim=1)
     parts = zip(query.split(at_once, dim=1), key.split(at_once, dim=1), masks, strict=True)
     return torch.cat([probabilities(q, k, m, scale)[..., columns] for q, k, m in parts], dim=1)

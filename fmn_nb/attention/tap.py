@@ -1,8 +1,9 @@
 """Hearing what a model's attention layers compute, where they compute it.
 
 Every attention layer of diffusers hands its query, key and value to torch's `scaled_dot_product_attention`. While a
-tap is open, that function is replaced by one that calls the original with the same arguments, returns its result
-untouched, and tells the tap what went in, if the call came from inside a layer the tap listens to.
+tap is open, that function is replaced by one that tells the tap what goes in, if the call came from inside a layer the
+tap listens to, and then calls the original with the same arguments and returns its result untouched. A hearer that has
+computed the layer's attention itself may hand back the result in its place, so that nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one layer gave to scaled_dot_product_attention: query [B, H, N, d], key [B, H, T, d], mask, scale."""
+    """What one layer gave to scaled_dot_product_attention: query [B, H, N, d], key and value [B, H, T, d], mask, scale.
+
+    `plain` is whether the result is softmax(Q K^T scale + mask) V and no more (no dropout).
+    """
 
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor
     mask: torch.Tensor | None
     scale: float | None
+    plain: bool = True
+
+
+Hear = Callable[[str, AttentionCall], bool | torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -33,7 +42,7 @@ class _Frame:
 
     name: str
     module: torch.nn.Module
-    hear: Callable[[str, AttentionCall], bool]
+    hear: Hear
     heard: bool = False
 
 
@@ -54,28 +63,41 @@ _buried_under: Callable[..., torch.Tensor] | None = None
 def _relay(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
            dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any) -> torch.Tensor:
     """torch's function, and a word to those who listen to the innermost layer that is running."""
-    result = _original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-                       scale=scale, **more)
-    frames = _RUNNING.frames
+    frames, result = _RUNNING.frames, None
     listeners = [f for f in frames if f.module is frames[-1].module and not f.heard] if frames else []
+    if listeners:
+        call = _call(query, key, value, attn_mask, scale, is_causal, dropout_p == 0.0)
     for frame in listeners:  # up to a layer's attention to the text: an IP-Adapter's further calls have no text keys
-        if key.ndim == 4 and key.shape[1] != query.shape[1]:  # grouped-query attention: fewer key heads
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        if is_causal:
-            attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
         frame.heard = True  # also where hear raises
-        frame.heard = frame.hear(frame.name, AttentionCall(query, key, attn_mask, scale))
-    return result
+        said = frame.hear(frame.name, call)
+        frame.heard = said is not False
+        if isinstance(said, torch.Tensor):
+            result = said
+    if result is not None:
+        return result
+    return _original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                     **more)
+
+
+def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+          is_causal: bool, plain: bool) -> AttentionCall:
+    """The call with a head of keys for each head of queries, and a mask for what is causal."""
+    if key.ndim == 4 and key.shape[1] != query.shape[1]:  # grouped-query attention: fewer key heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if is_causal:
+        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    return AttentionCall(query, key, value, mask, scale, plain)
 
 
 @contextmanager
-def tap(layers: Mapping[str, torch.nn.Module], hear: Callable[[str, AttentionCall], bool],
+def tap(layers: Mapping[str, torch.nn.Module], hear: Hear,
         finished: Callable[[str, bool], None], active: Callable[[], bool]) -> Iterator[None]:
     """While open, `hear(name, call)` is called for the attention of each run of each of `layers`.
 
     Args:
         layers: name -> module.
         hear: returns whether that was the layer's attention to the text; until then it is told of the run's next one.
+            Or it returns what torch's function would, and the layer goes on with that.
         finished: called after each run of a layer with its name and whether any attention was heard.
         active: runs that start while this is False are ignored (gradient checkpointing runs layers a second time).
 

@@ -57,6 +57,7 @@ from fmn_nb.patches import Patch, applied_patches, combine
 from fmn_nb.patches.least_squares import Fusion
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
+FUSED_ON = ("cpu", "cuda")  # device types on which AdamW takes a step in one pass over a weight
 _MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
 _NO_CHECKPOINT = "there is no checkpoint (give forget a folder: checkpoint=...)"
 
@@ -295,8 +296,9 @@ class Finetune:
         self.memory = Memory(first.device)
         self.terms = Terms(task, weights, sets, self.precision, self.memory)
         self.parameters = list(weights.parameters.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.learning_rate, betas=BETAS, eps=EPSILON,
-                                           weight_decay=self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.settings.learning_rate, betas=BETAS, eps=EPSILON,
+            weight_decay=self.settings.weight_decay, fused=first.device.type in FUSED_ON)
         self.schedule = get_scheduler(self.settings.schedule, self.optimizer, num_warmup_steps=self.settings.warmup,
                                       num_training_steps=self.settings.steps)
         self.measured: dict[str, list[float]] = {"losses": [], "masses": [], "retain": []}

@@ -33,7 +33,8 @@ class Terms:
                  memory: Memory) -> None:
         self.model, self.weights, self.sets, self.settings = denoiser(task.pipe), weights, sets, task.settings
         self.precision, self.memory, self.noising = precision, memory, Noising(task.pipe)
-        self.objective = method_of(task.settings.method).objective
+        method = method_of(task.settings.method)
+        self.objective, self.through_the_run = method.objective, getattr(method, "THROUGH_THE_RUN", True)
         self.density = middle_times(self.noising.steps) if task.settings.time_density == "middle" else None
         self.device, self.listener = next(self.model.parameters()).device, Listener(self.model)
         self.shuffles = {name: Shuffle(seeded(task.seed, _STREAMS[name]), len(found.latent_of))
@@ -54,7 +55,8 @@ class Terms:
         concept = data.concept[batch.prompts].to(self.device)  # [batch, columns]
         region = None if data.regions is None else data.regions[data.latent_of[batch.pairs]].to(self.device)
         target = None if data.target_of is None else self._target(data, batch)
-        with self.precision.autocast(), attention_with_graph(self.listener) as attention:
+        with (torch.set_grad_enabled(self.through_the_run or target is not None), self.precision.autocast(),
+              attention_with_graph(self.listener) as attention):
             predicted = self._predict(data, batch, batch.prompts)
         seen = self._seen(data, batch, attention, predicted, concept, region)
         with self.precision.autocast():

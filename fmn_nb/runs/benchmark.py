@@ -87,6 +87,7 @@ class Job:
         return "word" if self.towards else self.concept.kind
 
     key = name  # what a worker knows it by
+    heeds_stop = False  # it has nothing to keep: a worker is ended in the middle of it
 
     @property
     def out(self) -> Path:

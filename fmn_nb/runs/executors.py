@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,12 +148,15 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
 
 
 def _stop(client: Client, under_way: Mapping[Any, list[Plan]]) -> None:
-    """Ask the runs that workers hold to stop, and give them the time that it takes."""
+    """Ask the runs that workers hold to stop, and give those that heed it the time that it takes."""
     from distributed import wait
 
-    client.run(ask_to_stop, [plan.out for plans in under_way.values() for plan in plans], on_error="ignore")
-    with suppress(TimeoutError):
-        wait(list(under_way), timeout=STOP_PATIENCE)
+    heeding = {future: [plan.out for plan in plans if getattr(plan, "heeds_stop", True)]
+               for future, plans in under_way.items()}
+    if folders := [folder for folders in heeding.values() for folder in folders]:
+        client.run(ask_to_stop, folders, on_error="ignore")
+        with suppress(TimeoutError):
+            wait([future for future in heeding if heeding[future]], timeout=STOP_PATIENCE)
 
 
 def _said(error: BaseException) -> str:
@@ -187,7 +191,20 @@ def _local(options: Mapping[str, Any], workers: int, slots: int, gpu: bool) -> I
             with signals_held():  # workers that start would each end with a traceback of their own
                 cluster = LocalCluster(**options)
             with cluster:
-                yield cluster
+                try:
+                    yield cluster
+                except (KeyboardInterrupt, GeneratorExit):
+                    _end_workers(cluster)
+                    raise
+
+
+def _end_workers(cluster: Any) -> None:
+    """End the cluster's processes at once, whatever they compute: asked to, a busy one would go on for seconds."""
+    for nanny in cluster.workers.values():
+        nanny.auto_restart = False
+        if nanny.pid:
+            with suppress(ProcessLookupError):
+                os.kill(nanny.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 def _slurm(options: dict[str, Any], gpu: bool) -> AbstractContextManager[Any]:

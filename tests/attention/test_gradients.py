@@ -40,12 +40,28 @@ def loss_and_gradients(unet, backward_inside: bool = False) -> tuple[float, dict
 def test_each_rows_columns_are_those_computed_by_hand_and_the_output_is_the_same(unet):
     x, text = inputs()
     plain = unet(x, 500, encoder_hidden_states=text).sample
-    with spied(unet, text_layers(unet)) as seen, attention_with_graph(unet) as attention:
+    with torch.no_grad(), attention_with_graph(unet):
         assert torch.equal(unet(x, 500, encoder_hidden_states=text).sample, plain)
+    with spied(unet, text_layers(unet)) as seen, attention_with_graph(unet) as attention:
+        output = unet(x, 500, encoder_hidden_states=text).sample
+        torch.testing.assert_close(output, plain, atol=1e-5, rtol=1e-5)
     assert set(attention) == set(text_layers(unet)) and len(attention) == 7
     for name, values in attention.items():
         assert values.requires_grad and values.shape[:2] == (2, 2) and values.shape[-1] == 16
         torch.testing.assert_close(values, by_hand(unet.get_submodule(name), seen[name][0]), atol=1e-5, rtol=0)
+
+
+def test_a_step_computes_a_layers_softmax_once(unet, monkeypatch):
+    (x, text), keys, fused = inputs(), [], torch.nn.functional.scaled_dot_product_attention
+
+    def counting(query, key, *rest, **more):
+        keys.append(key.shape[2])
+        return fused(query, key, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    with attention_with_graph(unet):
+        unet(x, 500, encoder_hidden_states=text[:, :12])
+    assert len(keys) == 7 and 12 not in keys  # self-attention went to torch, and nothing else
 
 
 def test_gradients_are_those_of_the_loss_by_hand(unet):

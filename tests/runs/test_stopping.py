@@ -104,3 +104,14 @@ def test_a_training_stops_and_says_how_far_it_is(stopped, tmp_path, name):
     said = stopped("pretrain", "--smoke", "--out", "models", number=getattr(signal, name),
                    ready=lambda: list((tmp_path / "models").rglob("vae*")))
     assert re.fullmatch(r"stopped: [1-7] of 8 stages finished; the same command goes on", said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_benchmark_keeps_the_jobs_that_are_finished(stopped, tmp_path, workers):
+    (tmp_path / "settings.yaml").write_text("paper: {steps: 1, reference_count: 1, reference_steps: 1}\n")
+    words = ("benchmark", "--presets", "paper", "--concepts", "identities", "--out", "out", "--work", "jobs",
+             "--settings", "settings.yaml", "--workers", workers)
+    said = stopped(*words, ready=lambda: list((tmp_path / "jobs").glob("*-seed0-*.json")))
+    assert re.fullmatch(r"stopped: [1-3] of 4 jobs finished; the same command goes on", said)
+    assert len(list((tmp_path / "jobs").glob("*-seed0-*.json"))) == int(said[len("stopped: ")])

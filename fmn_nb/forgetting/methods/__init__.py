@@ -5,11 +5,12 @@ A method's file holds one of these, or both:
     def objective(seen: Seen, settings: Settings) -> Tensor     # a scalar with its graph
     def edit(task: Task) -> Edit                                # a closed form: nothing is trained
 
-The objective is for the shared fine-tune (`fmn_nb.forgetting.finetune`): for what one step sees of the concept.
-Everything around it is the fine-tune's: reference images, steps, what is trained, anchors and the retain term. With
-both, each concept is trained alone on the model that carries its edit, and the concepts' patches are fused into one
-(`fmn_nb.patches.fuse`). `METHODS` (in `fmn_nb.forgetting.settings`) names the methods, `FACTS` says what each asks
-for; a preset there names a method and its settings.
+The objective is for the shared fine-tune (`fmn_nb.forgetting.finetune`): for what one step sees of the concept. A file
+whose objective needs no gradient through the step's own run of the denoiser says `THROUGH_THE_RUN = False`, which saves
+that graph. Everything around it is the fine-tune's: reference images, steps, what is trained, anchors and the retain
+term. With both, each concept is trained alone on the model that carries its edit, and the concepts' patches are fused
+into one (`fmn_nb.patches.fuse`). `METHODS` (in `fmn_nb.forgetting.settings`) names the methods, `FACTS` says what each
+asks for; a preset there names a method and its settings.
 """
 
 from __future__ import annotations

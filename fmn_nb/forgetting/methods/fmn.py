@@ -49,14 +49,14 @@ def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
 
     Returns a scalar: from 0; at most 1 for "mean_square" and "mass".
     """
-    chosen = {name: _chosen(a, concept, region) for name, a in attention.items()}  # [batch, heads, pixels, columns]
+    chosen = _chosen(attention, concept, region)  # of each layer: [batch, heads, pixels, chosen]
     if norm == "published":
-        return torch.sqrt(sum(values.square().sum() for values in chosen.values()))
+        return torch.sqrt(sum(values.square().sum() for values in chosen))
     if norm == "mass":
-        return torch.stack([values.sum(-1).square().mean() for values in chosen.values()]).mean()
+        return torch.stack([values.sum(-1).square().mean() for values in chosen]).mean()
     columns = concept.sum(1)  # [batch]
     means = []
-    for values in chosen.values():
+    for values in chosen:
         counted = values.shape[1] * values.shape[2] * columns.to(values)  # heads * pixels * columns: [batch]
         means.append((values.square().sum((1, 2, 3)) / counted).mean())  # [batch] -> scalar
     return torch.stack(means).mean()
@@ -65,16 +65,24 @@ def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
 @torch.no_grad()
 def concept_mass(attention: Mapping[str, Tensor], concept: Tensor) -> float:
     """The share of their attention that pixels give to the concept's columns: mean over layers, in [0, 1]."""
-    masses = [_chosen(a.detach(), concept, None).sum(-1).mean() for a in attention.values()]
-    return float(torch.stack(masses).mean())
+    return float(torch.stack([values.sum(-1).mean() for values in _chosen(attention, concept, None)]).mean())
 
 
-def _chosen(probabilities: Tensor, concept: Tensor, region: Tensor | None) -> Tensor:
-    """The probabilities of the concept's columns, all others set to 0: [batch, heads, pixels, columns]."""
-    weight = concept[:, None, None, :].to(probabilities)  # [batch, columns] -> [batch, 1, 1, columns]
-    if region is not None:
-        weight = weight * at_pixels(region.to(probabilities), probabilities.shape[2])[:, None, :, None]
-    return probabilities * weight
+def _chosen(attention: Mapping[str, Tensor], concept: Tensor, region: Tensor | None) -> list[Tensor]:
+    """Each layer's probabilities of the columns that are the concept's in any row: [batch, heads, pixels, chosen].
+
+    Those that aren't in a row of its own are 0 there; the region's weights are multiplied in.
+    """
+    columns = concept.any(0).nonzero().flatten()  # few of all columns: [chosen]
+    own = concept[:, None, None, columns]  # [batch, 1, 1, chosen]
+    alike, chosen = bool(own.all()), []
+    for values in attention.values():
+        values = values.index_select(-1, columns)
+        values = values if alike else values * own.to(values)
+        if region is not None:
+            values = values * at_pixels(region.to(values), values.shape[2])[:, None, :, None]
+        chosen.append(values)
+    return chosen
 
 
 def at_pixels(region: Tensor, pixels: int) -> Tensor:

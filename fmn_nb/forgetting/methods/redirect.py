@@ -36,13 +36,15 @@ if TYPE_CHECKING:
     from fmn_nb.forgetting.methods import Seen
     from fmn_nb.forgetting.settings import Settings
 
+THROUGH_THE_RUN = False  # the layers learn from runs of the frozen model
+
 
 def objective(seen: Seen, settings: Settings) -> Tensor:
     """How far the layers are from writing what they should: a scalar from 0, with its graph."""
     model, distances = seen.weights.model, []
-    with text_layer_calls(model) as without:
+    with text_layer_calls(model, seen.attention) as without:
         seen.frozen("guide")
-    with text_layer_calls(model) as named:
+    with text_layer_calls(model, seen.attention) as named:
         seen.frozen("concept")
     for name, call in without.items():
         layer, there = model.get_submodule(name), replace(named[name], pixels=call.pixels)
