@@ -149,6 +149,7 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
     check_no_adapters(model)
     names = trained_layers(model, settings)
     places = {name: model.get_submodule(name) for name in names}
+    _check_apart(places)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)
     try:
         with torch.random.fork_rng(devices=[]):  # peft takes from the global generator; ours follow below
@@ -169,6 +170,18 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
         model.__dict__.pop("peft_config", None)
+
+
+def _check_apart(layers: Mapping[str, nn.Module]) -> None:
+    """Raise SettingsError where two layers share one weight: a LoRA learns something else for each, and a patch could
+    put only one sum there."""
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = owners.setdefault(id(layer.weight), name)
+        if first != name:
+            raise SettingsError(f"{first} and {name} share one weight, so a LoRA can't change them apart; give the "
+                                "second its own (layer.weight = torch.nn.Parameter(layer.weight.detach().clone())), "
+                                "or train whole weights (train='cross_attention')")
 
 
 # ---- around them -----------------------------------------------------------------------------------------------------

@@ -56,3 +56,16 @@ def test_fused_projections_are_refused_before_anything_is_drawn(monkeypatch: pyt
     pipe.fuse_qkv_projections()
     with pytest.raises(SettingsError, match=r"unfuse_qkv_projections\(\)"):
         quick(pipe, "cat", references=noise_images(1))
+
+
+def test_layers_that_share_a_weight_get_no_lora_and_stay_one() -> None:
+    pipe = tiny_sd()
+    layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
+    first, second = [layer for layer in layers if layer.to_k.weight.shape == layers[0].to_k.weight.shape][:2]
+    second.to_k.weight = first.to_k.weight
+    with pytest.raises(SettingsError, match="share one weight"):
+        quick(pipe, references=noise_images(1))
+    patch = quick(pipe, preset="paper", references=noise_images(1), train="cross_attention")
+    with patch.applied(pipe):
+        pass
+    assert second.to_k.weight is first.to_k.weight
