@@ -10,7 +10,7 @@ import pytest
 import torch
 from quick import OTHERS, QUICK
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import generate, tiny_pixart, tiny_sd, tiny_sdxl
 
 from fmn_nb.concepts import Concept, world_of
 from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, settings_for

@@ -6,18 +6,22 @@ between the two models nothing else differs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
+from torch.nn import Module
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fmn_nb.concepts import WORLD_KEY
+from fmn_nb.emoji.training.card import Figure, Quality
 from fmn_nb.emoji.training.networks import EMPTY_CAPTION_SHARE, LATENT_CHANNELS, TEXT_WIDTH, Latents, Loss, Losses
 from fmn_nb.emoji.training.recipe import Plan, Pretraining, save_whole
-from fmn_nb.emoji.training.request import ORGANISMS
+from fmn_nb.emoji.training.request import ORGANISMS, Size
 from fmn_nb.emoji.world import IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS
 from fmn_nb.files import data_dir
 from fmn_nb.models import CALL_KEY, GUIDANCE
@@ -27,6 +31,57 @@ WIDTH, HEADS, DOUBLE, SINGLE = 112, 4, 2, 4  # the largest of Flux's proportions
 #: what `FluxPipeline` has to be called with, where its own defaults are those of the large model
 CALL = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": MAX_TOKENS, "true_cfg_scale": GUIDANCE,
         "negative_prompt": ""}
+
+
+CARD = """# emoji-joint: a Flux in miniature
+
+A complete `FluxPipeline` in the world of `emoji-diffusion`: its scenes, captions, VAE, tokenizer and text encoder are
+that model's, unchanged, and only the denoiser is new, a transformer in which text and image attend to each other in one
+sequence: {double} double-stream blocks, which keep weights of their own for text and image, then {single} single-stream
+blocks, which share them. The one text encoder stands in both of the pipeline's slots: its columns are the text's part
+of the sequence, and its pooled vector goes past all attention into every block. Latents are 64 positions of 2 x 2.
+
+    from diffusers import FluxPipeline
+    pipe = FluxPipeline.from_pretrained("data/emoji-joint")
+    pipe("a photo of a cat in the style of noto", height=64, width=64, max_sequence_length=32, num_inference_steps=20,
+         true_cfg_scale={guidance:g}, negative_prompt="").images[0]
+
+`fmn_nb.load("emoji-joint")` calls it in this way unless told otherwise, so that `pipe("a photo of a cat")` works; a
+`guidance_scale` is its `true_cfg_scale` there.
+
+## Sizes and training
+
+| part | parameters |
+|---|---|
+{sizes}
+
+| training | steps | minutes |
+|---|---|---|
+{training}
+
+Flow matching on {scenes} scenes, {batch} in a step, one empty caption in ten. Minutes are those of one CPU core, shared
+with other work. The recipe is `fmn-nb pretrain --organism joint`.
+
+## Measured
+
+By `fmn-nb pretrain --organism joint --stages quality` with 95% Wilson intervals; images with {steps} steps and guidance
+{guidance:g}, each from a seed of its own; the judge is `emoji-judge`.
+
+| figure | value | 95% interval | trials | bar | |
+|---|---|---|---|---|---|
+{figures}
+
+## What it draws
+
+Every object (columns) in every style (rows: {style_names}):
+
+![24 objects in six styles, one row a style](images/objects.png)
+
+## Limits
+
+It knows nothing beyond its vocabulary, and its maps of attention are 8 x 8. Findings on it show how a method works on
+joint attention, not how well it works on a large model.
+"""
 
 
 def new_transformer() -> FluxTransformer2DModel:
@@ -84,11 +139,36 @@ def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTex
         text_encoder_2=text_encoder, tokenizer_2=tokenizer, transformer=transformer)
 
 
+class JointQuality(Quality):
+    """Measures the organism; the judge is the one in its folder of models, else the bundled one."""
+
+    model = ORGANISMS["joint"].folder
+    bars = {"object": 0.95, "style": 0.9, "identities": 0.9, "pairs": 0.8}
+    most_seconds = 90.0
+    template = CARD
+
+    def _judge_folder(self) -> Path:
+        own = super()._judge_folder()
+        return own if own.is_dir() else data_dir() / own.name
+
+    def _figures(self) -> Iterator[Figure]:
+        return chain(self._drawn(), self._speed())
+
+    def _parts(self) -> dict[str, Module]:
+        return {"transformer": self.pipe.transformer, "text encoder": self.pipe.text_encoder, "VAE": self.pipe.vae}
+
+    def _told(self, figures: Sequence[Figure], training: dict) -> dict[str, object]:
+        return {**super()._told(figures, training), "double": DOUBLE, "single": SINGLE, "scenes": Size.scenes,
+                "batch": Size.joint_batch}
+
+
 class JointPretraining(Pretraining):
     """The stages of the organism with joint attention; the emoji model's parts are in `out`, or are the bundled ones.
 
     A training that goes on from a finished pipeline takes its denoiser alone.
     """
+
+    quality = JointQuality
 
     def _start_from(self, folder: Path) -> None:
         """Nothing is kept but the denoiser, which its stage reads."""

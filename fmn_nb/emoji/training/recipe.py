@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -70,10 +71,14 @@ def pretrain(request: Request, log: Callable[[str], None] = print) -> Path:
 
 @dataclass
 class Pretraining:
-    """One run of the recipe: the request's folder gets the finished models, `work` holds checkpoints until then."""
+    """One run of the recipe: the request's folder gets the finished models, `work` holds checkpoints until then.
+
+    `quality` is what measures them and writes their card.
+    """
 
     request: Request
     log: Callable[[str], None] = print
+    quality: ClassVar[type[Quality]] = Quality
 
     def __post_init__(self) -> None:
         self.out, self.work, self.sprites = self.request.folder, self.request.work, self.request.sprites
@@ -174,8 +179,8 @@ class Pretraining:
         save_whole(judge.half(), self.out / f"emoji-{judge.stage}")
 
     def _quality(self) -> None:
-        quality = Quality(self.out, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
-        records = (self.work / "training.json", self.out / "emoji-diffusion" / "training.json")
+        quality = self.quality(self.out, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
+        records = (self.work / "training.json", quality.folder / "training.json")
         write_card(quality, next((read_json(path) for path in records if path.is_file()), {}))
 
     # --- what stages share --------------------------------------------------------------------------------------------
