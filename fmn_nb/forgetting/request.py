@@ -115,11 +115,12 @@ def check_sources(task: Task) -> None:
 
 
 def check_layers(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise a SettingsError where the method runs cross-attention layers alone and the model's attention is joint."""
-    joint = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.text != "all"]
-    if settings.method == "redirect" and joint:
-        raise SettingsError(f"method 'redirect' is for layers of cross-attention, and {joint[0]} of this "
-                            f"{type(denoiser(pipe)).__name__} is joint attention: take another, as preset='balanced'")
+    """Raise a SettingsError where the method runs layers that look at the text alone, and one can't be run so."""
+    odd = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.extra or rule.packed]
+    if settings.method == "redirect" and odd:
+        raise SettingsError(f"method 'redirect' runs the layers that look at the text alone, and {odd[0]} of this "
+                            f"{type(denoiser(pipe)).__name__} has more in its sequence than text and image: take "
+                            "another, as preset='balanced'")
 
 
 def check_rank(pipe: DiffusionPipeline, settings: Settings) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
         UnsupportedPipelineError: the model draws from a picture, not from a prompt alone; told as early.
         ModelLoadError: the model could not be read or fetched, or the device isn't there.
     """
-    source, dtype, device = resolve(name), parse_dtype(dtype), _device(device)
+    source, dtype, device, own = resolve(name), parse_dtype(dtype), _device(device), str(name) in bundled()
     is_file = isinstance(source, Path) and source.is_file()
     try:
-        with without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
+        with without_bars() if isinstance(source, Path) else nullcontext(), _known_types(own):  # a download shows them
             pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
     except (ModelLoadError, UnsupportedPipelineError):
         raise
@@ -78,7 +79,7 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
                                                          "there?)"
         raise ModelLoadError(f"the model '{name}' could not be loaded from what is {where}: "
                              f"{type(error).__name__}: {error}") from error
-    if str(name) in bundled():
+    if own:
         pipe.set_progress_bar_config(disable=True)
     return with_call_defaults(pipe).to(device)
 
@@ -161,6 +162,21 @@ def without_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+@contextmanager
+def _known_types(known: bool) -> Iterator[None]:
+    """Without diffusers' warning that a part is of another class than usual, where it is known to work so."""
+    logger = diffusers_logging.get_logger("diffusers.pipelines.pipeline_utils")
+
+    def other(record: LogRecord) -> bool:
+        return not (known and str(record.msg).startswith("Expected types for"))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 # ---- folders and hub ids ---------------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ concept adds, as negative guidance does for predictions (Gandikota et al., arXiv
 concept unasked as well (a picture without the name of a style still has one), "without" alone is not enough.
 
 How much attention the concept's columns get is not asked, and changes little: what they write does.
+
+In joint attention (Flux, Stable Diffusion 3) a layer has the text's features of that block in the place of c, as they
+are when the frozen model denoises with each prompt, and O is its output at the pixels alone. What the text's features
+become, and what a pooled vector of the text does past attention, is not asked.
 """
 
 from __future__ import annotations
