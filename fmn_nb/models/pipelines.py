@@ -70,7 +70,8 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
     source, dtype, device, own = resolve(name), parse_dtype(dtype), _device(device), str(name) in bundled()
     is_file = isinstance(source, Path) and source.is_file()
     try:
-        with without_bars() if isinstance(source, Path) else nullcontext(), _known_types(own):  # a download shows them
+        # A download may show its progress.
+        with without_bars() if isinstance(source, Path) else nullcontext(), _known_types(own):
             pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
     except (ModelLoadError, UnsupportedPipelineError):
         raise
