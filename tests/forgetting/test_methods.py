@@ -10,13 +10,13 @@ import pytest
 import torch
 from quick import OTHERS, QUICK
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import generate, tiny_pixart, tiny_sd, tiny_sdxl
+from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.concepts import Concept, world_of
 from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, settings_for
 from fmn_nb.forgetting.data import Task, forget_set
 from fmn_nb.forgetting.methods import mace
-from fmn_nb.forgetting.methods.uce import kept_columns
+from fmn_nb.forgetting.methods.uce import kept_columns, paired
 from fmn_nb.forgetting.prompts import another_like, forget_prompts, retain_prompts
 from fmn_nb.models import (
     Stream,
@@ -161,6 +161,31 @@ def test_the_null_space_leaves_what_is_kept_as_it_was_and_the_weights_alone_do_n
 
     loose, weighed, exact = moved(preserve_scale=0.0), moved(preserve_scale=10.0), moved(null_space=1e-6)
     assert exact < 1e-5 < weighed < loose
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
+def test_in_joint_attention_uce_solves_for_what_takes_in_the_columns_and_the_pooled_text(make) -> None:
+    """Both by the equation as it is printed, which keeps biases: they cancel in W' e + b = W g + b."""
+    pipe = make()
+    if make is tiny_flux:
+        pipe.default_sample_size = 4  # 4096 packed positions would only be slow
+    asked = {"guide": "dog", "tokens": "last", "ridge": 0.3, "erase_scale": 2.0, "preserve_scale": 0.7}
+    patch = forget(pipe, "cat", preset="uce", prompts=[PROMPT], retain_prompts=OTHERS, **asked)
+    found = dict(patch.differences())
+    assert set(found) == {"context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"}
+    task = Task(pipe, ("cat",), settings_for("uce", asked), prompts=[PROMPT])
+    for seen in text_inputs(pipe):
+        (module, weight), = seen.weights.items()
+        said = seen.embeddings(pipe, [PROMPT, ANCHOR, *OTHERS, ""])  # [prompts, columns, in]
+        edited, guides, kept = said[0], said[1], said[2:].flatten(0, 1)
+        if seen.argument == "encoder_hidden_states":
+            columns = dict(zip((PROMPT, ANCHOR), said, strict=False))
+            edited, guides = paired(task, "last", columns)
+            kept = kept_columns(pipe, list(zip([*OTHERS, ""], said[2:], strict=True)), every=False)
+        gram = 2.0 * edited.T @ edited + 0.7 * kept.T @ kept + 0.3 * torch.eye(edited.shape[1]).double()
+        w = weight.double()
+        wanted = (2.0 * w @ guides.T @ edited + 0.7 * w @ kept.T @ kept + 0.3 * w) @ torch.linalg.inv(gram)
+        assert_close(found[f"{module}.weight"].double(), wanted - w)
 
 
 def test_uce_is_a_lora_of_as_many_ranks_as_prompts_that_plain_diffusers_draws_the_same_with(emoji, tmp_path) -> None:
