@@ -9,7 +9,7 @@ on it: what forgetting by re-steering is made of.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -256,43 +256,61 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a cross-attention layer was given and gave back in one run.
+    """What a layer that looks at the text was given and gave back in one run.
 
     Attributes:
         pixels: the image's features at the layer, [batch, pixels, channels].
         text: (positional, named) arguments beside these: the text's embeddings and what goes with them.
-        written: its output, which is added to the features, [batch, pixels, channels].
+        written: its output at the pixels, which is added to their features, [batch, pixels, channels].
+        states: where text and image come in one sequence, the text's features, which stand before the pixels, [batch,
+            columns, channels]; else None.
     """
 
     pixels: torch.Tensor
     text: tuple[tuple[Any, ...], dict[str, Any]]
     written: torch.Tensor
+    states: torch.Tensor | None = None
 
     def again(self, layer: torch.nn.Module) -> torch.Tensor:
         """What `layer` writes with the same arguments as it stands now, [batch, pixels, channels]."""
         positional, named = self.text
-        return layer(self.pixels, *positional, **named)
+        if self.states is None:
+            return _at_pixels(layer(self.pixels, *positional, **named), 0)
+        sequence = torch.cat([self.states, self.pixels], dim=1)  # [batch, columns + pixels, channels]
+        return _at_pixels(layer(sequence, *positional, **named), self.states.shape[1])
+
+
+def _at_pixels(output: torch.Tensor | tuple[torch.Tensor, ...], before: int) -> torch.Tensor:
+    """A layer's output at the pixels: those stand behind `before` columns of text, or in a tensor of their own."""
+    return output[0] if isinstance(output, tuple) else output[:, before:]
 
 
 @contextmanager
-def text_layer_calls(model: torch.nn.Module, layers: Iterable[str] = ()) -> Iterator[dict[str, LayerCall]]:
+def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
     """Keep the call of each layer of `model` that looks at the text, in the model's last run inside this `with` block.
-
-    `layers` are their names where they are known already; to find them takes a while.
 
     Yields:
         Layer -> its call, so that the layer can run again, alone, on other pixels or with another text.
     """
     calls: dict[str, LayerCall] = {}
+    rules, signature, columns = text_layers(model), inspect.signature(model.forward), 0
+
+    def starts(_model: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        nonlocal columns
+        columns = Arguments.of(signature, args, given).columns or 0
 
     def keep(name: str, _layer: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any],
-             output: torch.Tensor) -> None:
+             output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         pixels, *rest = args or (given["hidden_states"],)
         named = {key: value for key, value in given.items() if key != "hidden_states"}
-        calls[name] = LayerCall(pixels, (tuple(rest), named), output)
+        in_one = rules[name].text == "first" and not isinstance(output, tuple)  # Flux's single-stream blocks
+        before = columns if in_one else 0
+        calls[name] = LayerCall(pixels[:, before:], (tuple(rest), named), _at_pixels(output, before),
+                                pixels[:, :before] if in_one else None)
 
     with ExitStack() as stack:
-        for name in layers or text_layers(model):
+        stack.callback(model.register_forward_pre_hook(starts, with_kwargs=True).remove)
+        for name in rules:
             hook = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
             stack.callback(hook.remove)
         yield calls

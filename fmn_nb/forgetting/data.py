@@ -24,7 +24,17 @@ from fmn_nb.forgetting.prompts import another_like, forget_prompts, likeness, re
 from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of
 from fmn_nb.forgetting.settings import Settings, SettingsError
 from fmn_nb.models.arguments import checked_seed
-from fmn_nb.models.denoising import Conditions, Latents, NoisyBatch, SeedOffset, Stream, conditions, noisy_batch, seeded
+from fmn_nb.models.denoising import (
+    Conditions,
+    Latents,
+    NoisyBatch,
+    SeedOffset,
+    Stream,
+    conditions,
+    latent_grid,
+    noisy_batch,
+    seeded,
+)
 from fmn_nb.models.images import ReferenceImageError, encode, generate_latents, generate_trajectories, load_images
 
 _HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
@@ -261,8 +271,8 @@ def forget_set(task: Task) -> TrainingSet:
     for concept, prompts in own.items():
         images = sum(len(part) for part in parts)
         if task.settings.noise_on == "trajectories":
-            latents, times, matching = _trajectories(task, prompts)
-            every_time.append(times / given.time_scale)
+            latents, times, matching = _trajectories(task, prompts, given.time_scale)
+            every_time.append(times)
         else:
             drawn = task.guides_of(concept) if task.settings.noise_on == "guide" else prompts
             latents, matching = _references(task, concept, drawn, given.latent_shape)
@@ -272,10 +282,10 @@ def forget_set(task: Task) -> TrainingSet:
     everything = Latents.joined(parts)
     regions = None
     if task.masks is not None:
-        if everything.mean.ndim != 4:
+        if (grid := latent_grid(given)) is None:
             raise ReferenceImageError(f"{type(task.pipe).__name__} packs its latents, so masks have no place in them: "
                                       "leave masks out")
-        height, width = everything.mean.shape[-2:]
+        height, width = grid
         # Cropped as `encode` crops the images, so that a mask stays where its image is.
         small = [torch.tensor(list(ImageOps.fit(p.convert("L"), (width, height)).tobytes())) for p in task.masks]
         regions = torch.stack(small).reshape(-1, height, width) / 255  # [images, h * w] -> [images, h, w]
@@ -299,8 +309,11 @@ def _references(task: Task, concept: Concept, prompts: list[str],
     return latents, list(enumerate(numbers))
 
 
-def _trajectories(task: Task, prompts: list[str]) -> tuple[Latents, Tensor, list[tuple[int, int]]]:
+def _trajectories(task: Task, prompts: list[str], time_scale: float
+                  ) -> tuple[Latents, Tensor, list[tuple[int, int]]]:
     """Noisy latents on the way to images of the prompts, the timestep of each, and which prompt goes with each.
+
+    `time_scale` is what the pipeline multiplies timesteps with (`Conditions`).
 
     Raises:
         SettingsError: none of their timesteps is in the part of the schedule that the settings ask for.
@@ -310,7 +323,7 @@ def _trajectories(task: Task, prompts: list[str]) -> tuple[Latents, Tensor, list
     latents, times = generate_trajectories(
         task.pipe, [prompts[number] for number in numbers], seed=task.seed, steps=settings.reference_steps,
         guidance=settings.guidance, size=settings.size, cache=task.cache)
-    steps = len(times) // len(numbers)
+    times, steps = times / time_scale, len(times) // len(numbers)
     matching = [(place, numbers[place // steps]) for place, time in enumerate(times.tolist())
                 if settings.time_from * whole <= time <= settings.time_to * whole or whole < 2]
     if not matching:

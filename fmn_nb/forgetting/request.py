@@ -16,7 +16,7 @@ from fmn_nb.concepts import Concept, find_phrase, forms_of, world_of
 from fmn_nb.forgetting.settings import FACTS, Settings, SettingsError
 from fmn_nb.forgetting.weights import check_no_adapters, trained_layers
 from fmn_nb.models import denoiser, text_encoders, tokenizers
-from fmn_nb.patches.least_squares import text_weights
+from fmn_nb.patches.least_squares import POOLED, text_inputs
 
 if TYPE_CHECKING:
     from fmn_nb.forgetting.data import Task
@@ -94,11 +94,11 @@ def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
 
 
 def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise an UnsupportedPipelineError or SettingsError where keys and values can't be solved for; warn of what a
-    closed form can't reach."""
-    text_weights(pipe, settings.projections)
+    """Raise an UnsupportedPipelineError or SettingsError where no weights that see the text can be solved for; warn of
+    what a closed form can't reach."""
+    reached = {one.argument for one in text_inputs(pipe, settings.projections)}
     check_no_adapters(denoiser(pipe))
-    if len(text_encoders(pipe)) > 1:
+    if len(text_encoders(pipe)) > 1 and POOLED not in reached:
         warnings.warn(f"a pooled text embedding reaches the denoiser of {type(pipe).__name__} beside the columns, and "
                       f"'{settings.method}' can't close it: something of the concept may stay", stacklevel=3)
 
@@ -115,11 +115,12 @@ def check_sources(task: Task) -> None:
 
 
 def check_layers(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise a SettingsError where the method runs cross-attention layers alone and the model's attention is joint."""
-    joint = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.text != "all"]
-    if settings.method == "redirect" and joint:
-        raise SettingsError(f"method 'redirect' is for layers of cross-attention, and {joint[0]} of this "
-                            f"{type(denoiser(pipe)).__name__} is joint attention: take another, as preset='balanced'")
+    """Raise a SettingsError where the method runs layers that look at the text alone, and one can't be run so."""
+    odd = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.extra or rule.packed]
+    if settings.method == "redirect" and odd:
+        raise SettingsError(f"method 'redirect' runs the layers that look at the text alone, and {odd[0]} of this "
+                            f"{type(denoiser(pipe)).__name__} has more in its sequence than text and image: take "
+                            "another, as preset='balanced'")
 
 
 def check_rank(pipe: DiffusionPipeline, settings: Settings) -> None:

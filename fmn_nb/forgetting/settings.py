@@ -79,7 +79,10 @@ class Settings(BaseModel):
         train: "denoiser" (all its weights), "cross_attention" (all of its layers that look at the text),
             "except_cross_attention" (all others), "projections" (only the named ones in the layers that look at the
             text), or "lora" (low-rank factors on the named ones).
-        projections: names inside such a layer, of "to_q", "to_k", "to_v", "to_out.0" (for the last two kinds).
+        projections: names inside such a layer, of "to_q", "to_k", "to_v", "to_out.0", and for the text's own part of
+            joint attention "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"; or the whole name of a linear layer
+            beside them, such as "context_embedder", where a transformer takes in the text, and
+            "time_text_embed.text_embedder.linear_1", where it takes in the pooled text (for the last two kinds).
         rank: of the LoRA.
 
     Re-steering loss:

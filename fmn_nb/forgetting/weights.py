@@ -103,15 +103,21 @@ def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) 
 
 
 def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
-    """Dotted names of the projections that "projections" and "lora" train."""
+    """Dotted names of the layers that "projections" and "lora" train: in each layer that looks at the text, and beside
+    these what `settings.projections` names by its whole name."""
     modules, layers = dict(model.named_modules()), text_layers(model)
     for projection in settings.projections:
-        if not any(f"{layer}.{projection}" in modules for layer in layers):
-            inside = sorted({name for name, _ in modules[next(iter(layers))].named_modules() if name})
+        if not any(f"{layer}.{projection}" in modules for layer in layers) and not _is_linear(modules.get(projection)):
+            inside = sorted({name for layer in layers for name, _ in modules[layer].named_modules() if name})
             raise SettingsError(f"no attention layer has a projection '{projection}'; there are {', '.join(inside)}")
-    wanted = (f"{layer}.{projection}" for layer in layers for projection in settings.projections)
+    wanted = [f"{layer}.{projection}" for layer in layers for projection in settings.projections]
+    wanted += [projection for projection in settings.projections if _is_linear(modules.get(projection))]
     found = {name: modules.get(name) for name in wanted}  # an adapter's layer keeps the model's own inside
-    return [name for name, layer in found.items() if isinstance(getattr(layer, "base_layer", layer), nn.Linear)]
+    return [name for name, layer in found.items() if _is_linear(layer)]
+
+
+def _is_linear(layer: nn.Module | None) -> bool:
+    return isinstance(getattr(layer, "base_layer", layer), nn.Linear)
 
 
 @contextmanager

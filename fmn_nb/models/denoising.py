@@ -242,6 +242,15 @@ class Conditions:
         return arguments
 
 
+def latent_grid(given: Conditions) -> tuple[int, int] | None:
+    """(height, width) of one sample as the denoiser takes it: of latents, or, where they are packed into a sequence,
+    of its positions if their ids tell (Flux: position, row and column of each); None where nobody knows."""
+    ids = given.shared.get("img_ids")
+    if len(given.latent_shape) == 2 and isinstance(ids, Tensor):
+        return int(ids[..., -2].max()) + 1, int(ids[..., -1].max()) + 1
+    return given.latent_shape[-2:] if len(given.latent_shape) == 3 else None
+
+
 def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[int, int] | None = None,
                with_gradient: bool = False, like: Conditions | None = None) -> Conditions:
     """Encode prompts, without guidance, into the arguments that the pipeline gives its denoiser.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fmn_nb.files import one_at_a_time, write_tensors
 from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
-from fmn_nb.models.denoising import Latents, borrowed, conditions, seeded, size_options
+from fmn_nb.models.denoising import Latents, borrowed, conditions, latent_grid, seeded, size_options
 from fmn_nb.models.digests import digest, drawing_key
 from fmn_nb.models.pipelines import UnsupportedPipelineError, denoiser, require_text_to_image, uncompiled
 
@@ -137,8 +137,20 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
         careful = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
         with torch.autocast(vae.device.type, torch.bfloat16) if careful else nullcontext():
             encoded = _encoded(vae, pixels)
-        parts.append(Latents((encoded.mean - shift) * scale, encoded.std * scale))
+        parts.append(Latents(_packed(pipe, (encoded.mean - shift) * scale), _packed(pipe, encoded.std * scale)))
     return Latents.joined(parts)
+
+
+def _packed(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Latents [1, channels, height, width] as the denoiser takes them: for Flux a sequence of 2 x 2 patches."""
+    if not _packs(pipe):
+        return latents
+    return pipe._pack_latents(latents, *latents.shape).contiguous()
+
+
+def _packs(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline makes a sequence of 2 x 2 patches of the latents before its denoiser sees them."""
+    return hasattr(pipe, "_pack_latents") and hasattr(pipe, "_prepare_latent_image_ids")
 
 
 def _encoded(vae: torch.nn.Module, pixels: Tensor) -> Latents:
@@ -177,11 +189,13 @@ def _knows_latents_mean(kind: type) -> bool:
 def pixel_size(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(height, width) in pixels of what the pipeline draws by default."""
     with borrowed(pipe):
-        shape = conditions(pipe, ["a"]).latent_shape
-    if len(shape) != 3:
+        given = conditions(pipe, ["a"])
+    grid, is_packed = latent_grid(given), len(given.latent_shape) == 2
+    if grid is None or (is_packed and not _packs(pipe)):
         raise ReferenceImageError(f"{type(pipe).__name__} packs its latents, so images of your own can't be encoded "
                                   "for it; leave out the references and the model generates them")
-    return shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor
+    side = pipe.vae_scale_factor * (2 if is_packed else 1)  # pixels of a position
+    return grid[0] * side, grid[1] * side
 
 
 @torch.no_grad()
@@ -274,14 +288,19 @@ def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: in
 
 @contextmanager
 def _watched(pipe: DiffusionPipeline, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While open, collects what each call of the denoiser gets: `count` noisy latents, and the timestep of each."""
+    """While open, collects what each step's call of the denoiser gets: `count` noisy latents, and the timestep of each.
+
+    Guidance may call it twice on the same latents, once with each branch's text.
+    """
     calls: list[tuple[Tensor, Tensor]] = []
 
     def watch(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         noisy = given[next(iter(given))][-count:]  # with guidance the batch holds every image twice, both at one place
         time = torch.as_tensor(given["timestep"]).to("cpu", torch.float32).flatten()
-        calls.append((noisy.to("cpu", torch.float32), time[-1].expand(count)))
+        call = noisy.to("cpu", torch.float32), time[-1].expand(count)
+        if not calls or not all(map(torch.equal, call, calls[-1])):
+            calls.append(call)
 
     handle = denoiser(pipe).register_forward_pre_hook(watch, with_kwargs=True)
     try:

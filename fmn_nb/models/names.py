@@ -12,6 +12,8 @@ from pathlib import Path
 
 from fmn_nb.files import bundled_models as bundled
 
+#: models of the package that come with it or, where they don't, are made by this command
+MADE_BY = {"emoji-joint": "fmn-nb pretrain --organism joint"}
 HUB_PATIENCE = 10  # seconds for the hub's answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -39,6 +41,9 @@ def resolve(name: str | Path) -> str | Path:
     if path.is_file() and path.suffix in _PICKLED:
         raise UnknownModelError(f"{name} is a pickled checkpoint, which could run code that it holds and is not read; "
                                 "convert it to .safetensors, or get its author's own .safetensors")
+    if str(name) in MADE_BY and not path.exists():
+        raise UnknownModelError(f"the model '{name}' didn't come with this package: train it (some hours of one core) "
+                                f"with: {MADE_BY[str(name)]}")
     if not path.exists() and _HUB_ID.fullmatch(str(name)) and path.suffix != ".safetensors":
         return str(name)
     raise UnknownModelError(f"there is no model '{name}'; bundled: {_listed()}; or give a hub id (owner/name), a "

@@ -6,12 +6,15 @@ has to know whether it has a U-Net or a transformer, and one text encoder or thr
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from logging import LogRecord
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -26,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
+_DENOISERS = ("unet", "transformer")
+CALL_KEY = "_call"  # in a denoiser's configuration: what its pipeline's call takes where nothing else is said
 _SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER_KEY = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # [out, in, 3, 3]: 9 channels go in for inpainting
@@ -62,10 +67,11 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
         UnsupportedPipelineError: the model draws from a picture, not from a prompt alone; told as early.
         ModelLoadError: the model could not be read or fetched, or the device isn't there.
     """
-    source, dtype, device = resolve(name), parse_dtype(dtype), _device(device)
+    source, dtype, device, own = resolve(name), parse_dtype(dtype), _device(device), str(name) in bundled()
     is_file = isinstance(source, Path) and source.is_file()
     try:
-        with without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
+        # A download may show its progress.
+        with without_bars() if isinstance(source, Path) else nullcontext(), _known_types(own):
             pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
     except (ModelLoadError, UnsupportedPipelineError):
         raise
@@ -74,9 +80,54 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
                                                          "there?)"
         raise ModelLoadError(f"the model '{name}' could not be loaded from what is {where}: "
                              f"{type(error).__name__}: {error}") from error
-    if str(name) in bundled():
+    if own:
         pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return with_call_defaults(pipe).to(device)
+
+
+def with_call_defaults(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, called by default as its denoiser's configuration says (`CALL_KEY`: argument -> value).
+
+    Where that names the real guidance of a Flux (`true_cfg_scale`, with a negative prompt), a `guidance_scale` means
+    it: a Flux that wasn't distilled has no other. The class stays diffusers' own but for its call, and so does what is
+    saved.
+    """
+    configs = (getattr(getattr(pipe, name, None), "config", None) or {} for name in _DENOISERS)
+    defaults = next((dict(config[CALL_KEY]) for config in configs if config.get(CALL_KEY)), None)
+    if defaults and not isinstance(pipe, _CalledByDefault):
+        kind = type(pipe)
+        pipe.__class__ = type(kind.__name__, (_CalledByDefault, kind), {
+            "__module__": kind.__module__, "__call__": _called_with(kind, defaults)})
+    return pipe
+
+
+class _CalledByDefault:
+    """Marks the classes that `with_call_defaults` makes."""
+
+
+def _called_with(kind: type[DiffusionPipeline], defaults: Mapping[str, Any]) -> Callable[..., Any]:
+    """The class's call with other defaults, told in its signature too; it needs no gradient, as the class's own."""
+    own = inspect.unwrap(kind.__call__)  # what torch.no_grad decorates
+    signature = inspect.signature(own)
+    signature = signature.replace(parameters=[parameter.replace(default=defaults.get(name, parameter.default))
+                                              for name, parameter in signature.parameters.items()])
+
+    @functools.wraps(own)
+    def call(self: DiffusionPipeline, *args: Any, **given: Any) -> Any:
+        told = {name: value for name, value in signature.bind(self, *args, **given).arguments.items()
+                if value is not None}
+        if "guidance_scale" in told and "true_cfg_scale" in defaults:
+            told.setdefault("true_cfg_scale", told["guidance_scale"])
+        arguments = {**defaults, **told}
+        if "negative_prompt_embeds" in told and "negative_prompt" not in told:
+            arguments.pop("negative_prompt", None)
+        negative, prompts = arguments.get("negative_prompt"), told.get("prompt", told.get("prompt_embeds"))
+        if isinstance(negative, str) and not isinstance(prompts, str | None):  # one for each prompt
+            arguments["negative_prompt"] = [negative] * len(prompts)
+        return own(**arguments)
+
+    call.__signature__ = signature
+    return torch.no_grad()(call)
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -112,6 +163,21 @@ def without_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+@contextmanager
+def _known_types(known: bool) -> Iterator[None]:
+    """Without diffusers' warning that a part is of another class than usual, where it is known to work so."""
+    logger = diffusers_logging.get_logger("diffusers.pipelines.pipeline_utils")
+
+    def other(record: LogRecord) -> bool:
+        return not (known and str(record.msg).startswith("Expected types for"))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 # ---- folders and hub ids ---------------------------------------------------------------------------------------------
@@ -210,7 +276,7 @@ def require_text_to_image(pipe: DiffusionPipeline | type[DiffusionPipeline]) -> 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
     """The name of the pipeline's denoising network among its components: "unet" or "transformer"."""
-    for name in ("unet", "transformer"):
+    for name in _DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise UnsupportedPipelineError(f"{type(pipe).__name__} has neither a unet nor a transformer, so nothing to work on")

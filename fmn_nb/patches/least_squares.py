@@ -1,4 +1,8 @@
-"""Keys and values by least squares: a change of a U-Net's `to_k` and `to_v` that does given things to given embeddings.
+"""The weights that see the text by least squares: a change that does given things to given embeddings.
+
+In a U-Net these are `to_k` and `to_v` of its cross-attention. Joint attention (Flux, Stable Diffusion 3) has none that
+see the text encoder's output itself: there it is the layer that takes the text in, and the one that takes in its pooled
+vector, which goes past all attention.
 
 Every closed form of forgetting asks the same of each of these weights W [out, in]: a change D with D e = y for each
 edited embedding e [in] and D e' = 0 for each kept one, as nearly as a sum of squares allows:
@@ -29,33 +33,51 @@ from fmn_nb.models import UnsupportedPipelineError, conditions, denoiser, own_pa
 from fmn_nb.patches.patch import LORA_A, LORA_B, Patch, combine
 
 TEXT_PROJECTIONS = ("to_k", "to_v")
-_TEXT = "encoder_hidden_states"
+COLUMNS, POOLED = "encoder_hidden_states", "pooled_projections"  # the denoiser's arguments that say what the text is
+#: where transformers with joint attention take in the text's columns and its pooled vector: argument -> linear layer
+JOINT_INPUTS = {COLUMNS: "context_embedder", POOLED: "time_text_embed.text_embedder.linear_1"}
 
 
-def text_weights(pipe: DiffusionPipeline, projections: Sequence[str] = TEXT_PROJECTIONS) -> dict[str, Tensor]:
-    """Module name -> weight [out, in] of every key and value projection that sees the text encoder's output itself.
+@dataclass(frozen=True)
+class TextInput:
+    """Linear layers that see the same embeddings of the text.
+
+    Attributes:
+        argument: the denoiser's argument that these embeddings are, `COLUMNS` or `POOLED`.
+        weights: module name -> weight [out, in].
+    """
+
+    argument: str
+    weights: Mapping[str, Tensor]
+
+    def embeddings(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+        """What they see of the prompts: [prompts, columns, in], float64; a pooled vector is one column."""
+        found = conditions(pipe, list(prompts)).rows[self.argument].detach().cpu().double()
+        return found[:, None] if self.argument == POOLED else found
+
+
+def text_inputs(pipe: DiffusionPipeline, projections: Sequence[str] = TEXT_PROJECTIONS) -> list[TextInput]:
+    """Every linear layer that sees the text encoder's output itself; of a U-Net those named in `projections`.
 
     Raises:
-        UnsupportedPipelineError: the denoiser is no U-Net with such layers.
+        UnsupportedPipelineError: the denoiser has none.
     """
     model = denoiser(pipe)
-    own = {name: parameter for name, (_, parameter) in own_parameters(model).items()}
+    own = {name: parameter.detach() for name, (_, parameter) in own_parameters(model).items()}
     wanted = [name for name in TEXT_PROJECTIONS if name in projections]
     found = {}
     if isinstance(model, UNet2DConditionModel) and not model.config.encoder_hid_dim_type:
-        found = {module: own[f"{module}.weight"].detach() for layer in text_layers(model)
-                 for module in (f"{layer}.{name}" for name in wanted) if f"{module}.weight" in own}
-    if not found:
+        modules = [f"{layer}.{name}" for layer in text_layers(model) for name in wanted]
+        found[COLUMNS] = {module: own[f"{module}.weight"] for module in modules if f"{module}.weight" in own}
+    elif any(rule.text != "all" for rule in text_layers(model).values()):
+        found = {argument: {module: own[f"{module}.weight"]} for argument, module in JOINT_INPUTS.items()
+                 if f"{module}.weight" in own}
+    if not found.get(COLUMNS):
         raise UnsupportedPipelineError(
-            f"a closed form solves for {' and '.join(wanted or TEXT_PROJECTIONS)} of a U-Net's cross-attention, and "
-            f"this {type(model).__name__} has none that sees the text encoder's output itself: take a method that "
-            "trains")
-    return found
-
-
-def embeddings(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """What the text encoder says of the prompts, as keys and values see it: [prompts, columns, in], float64."""
-    return conditions(pipe, list(prompts)).rows[_TEXT].detach().cpu().double()
+            f"a closed form solves for {' and '.join(wanted or TEXT_PROJECTIONS)} of a U-Net's cross-attention or for "
+            f"the layer that takes the text into joint attention, and this {type(model).__name__} has none that sees "
+            "the text encoder's output itself: take a method that trains")
+    return [TextInput(argument, weights) for argument, weights in found.items()]
 
 
 @dataclass(frozen=True)
@@ -100,41 +122,57 @@ def factors(edited: Tensor, kept: Tensor, weighing: Weighing) -> Tensor:
     return weighing.edit * e @ torch.linalg.pinv(gram, hermitian=True) @ basis.T
 
 
-def solved(weights: Mapping[str, Tensor], edited: Tensor, guides: Tensor, kept: Tensor,
-           weighing: Weighing) -> tuple[str, dict[str, Tensor]]:
-    """(kind, tensors) of the patch after which each edited embedding says what its guide said: W' e = W g.
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the weights that see the same embeddings: after the change each edited one says what its guide
+    said, W' e = W g, and each kept one what it said.
 
-    Args:
+    Attributes:
         weights: module -> W [out, in].
-        edited, guides: [n, in]; kept: [m, in].
-
-    A LoRA of rank n, exactly, where no layer is narrower than that; else differences of whole weights.
+        edited, guides: [n, in]. kept: [m, in].
     """
-    down, moved = factors(edited, kept, weighing), guides - edited  # both [n, in]
-    if len(edited) <= min(min(weight.shape) for weight in weights.values()):
-        tensors = {}
-        for module, weight in weights.items():
-            tensors[module + LORA_A] = down.float()
-            tensors[module + LORA_B] = (weight.cpu().double() @ moved.T).float()  # [out, n]
-        return "lora", tensors
-    change = moved.T @ down  # [in, in]: D = W (G - E)^T F
-    return "weights", {f"{module}.weight": (weight.cpu().double() @ change).float()
-                       for module, weight in weights.items()}
+
+    weights: Mapping[str, Tensor]
+    edited: Tensor
+    guides: Tensor
+    kept: Tensor
+
+
+def solved(wanted: Sequence[Wanted], weighing: Weighing) -> tuple[str, dict[str, Tensor]]:
+    """(kind, tensors) of the patch that does what is asked.
+
+    A LoRA whose rank is the number of edited embeddings, exactly, where no layer is narrower than that; else
+    differences of whole weights.
+    """
+    is_lora = all(len(one.edited) <= min(min(weight.shape) for weight in one.weights.values()) for one in wanted)
+    tensors = {}
+    for one in wanted:
+        down, moved = factors(one.edited, one.kept, weighing), one.guides - one.edited  # both [n, in]
+        change = None if is_lora else moved.T @ down  # [in, in]: D = W (G - E)^T F
+        for module, weight in one.weights.items():
+            if is_lora:
+                tensors[module + LORA_A] = down.float()
+                tensors[module + LORA_B] = (weight.cpu().double() @ moved.T).float()  # [out, n]
+            else:
+                tensors[f"{module}.weight"] = (weight.cpu().double() @ change).float()
+    return "lora" if is_lora else "weights", tensors
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """How several patches become one; the prompts are encoded when this is made.
-
-    Attributes:
-        weights: the names of the weights that are solved for.
-        own: for each patch sum e e^T [in, in] over all columns of its prompts.
-        kept: the same of the kept prompts.
-    """
+class _Grams:
+    """Sums e e^T [in, in] over all columns of prompts, as the weights of these names see them: for each patch those of
+    its own prompts, and those of the kept prompts."""
 
     weights: frozenset[str]
     own: tuple[Tensor, ...]
     kept: Tensor
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How several patches become one; the prompts are encoded when this is made."""
+
+    seen: tuple[_Grams, ...]
     weighing: Weighing
 
     @classmethod
@@ -143,36 +181,40 @@ class Fusion:
         """For patches whose concepts are named by `prompts`, a list for each patch.
 
         Raises:
-            UnsupportedPipelineError: the denoiser is no U-Net with keys and values of the text.
+            UnsupportedPipelineError: the denoiser has no layer that sees the text encoder's output itself.
         """
-        names = frozenset(f"{module}.weight" for module in text_weights(pipe))
-        grams = [_gram(embeddings(pipe, texts)) for texts in prompts]
-        others = _gram(embeddings(pipe, kept)) if kept else torch.zeros_like(grams[0])
-        return cls(names, tuple(grams), others, weighing)
+        seen = []
+        for one in text_inputs(pipe):
+            own = tuple(_gram(one.embeddings(pipe, texts)) for texts in prompts)
+            others = _gram(one.embeddings(pipe, kept)) if kept else torch.zeros_like(own[0])
+            seen.append(_Grams(frozenset(f"{module}.weight" for module in one.weights), own, others))
+        return cls(tuple(seen), weighing)
 
     def __call__(self, patches: Sequence[Patch]) -> Patch:
-        """One patch of the first so many. What they change beside keys and values of the text is added up.
+        """One patch of the first so many. What they change beside the weights that see the text is added up.
 
         Raises:
             PatchMismatchError: they are for different base models.
         """
         total, weighing = combine(patches), self.weighing
-        own = self.own[:len(patches)]
-        ones = torch.eye(len(self.kept), dtype=torch.float64)
-        gram = weighing.edit * sum(own) + weighing.keep * self.kept + weighing.ridge * ones
-        inverse = torch.linalg.pinv(gram, hermitian=True)
         tensors = dict(total.differences())
         each = [dict(patch.differences()) for patch in patches]
-        for name in self.weights & tensors.keys():
-            wanted = sum(changes[name].double() @ mine for changes, mine in zip(each, own, strict=True)
-                         if name in changes)  # sum of D_i E_i^T E_i, [out, in]
-            tensors[name] = (weighing.edit * wanted @ inverse).float()
+        for seen in self.seen:
+            own = seen.own[:len(patches)]
+            ones = torch.eye(len(seen.kept), dtype=torch.float64)
+            gram = weighing.edit * sum(own) + weighing.keep * seen.kept + weighing.ridge * ones
+            inverse = torch.linalg.pinv(gram, hermitian=True)
+            for name in seen.weights & tensors.keys():
+                wanted = sum(changes[name].double() @ mine for changes, mine in zip(each, own, strict=True)
+                             if name in changes)  # sum of D_i E_i^T E_i, [out, in]
+                tensors[name] = (weighing.edit * wanted @ inverse).float()
         return Patch("weights", tensors, total.info)
 
 
 def fuse(pipe: DiffusionPipeline, patches: Sequence[Patch], prompts: Sequence[Sequence[str]],
          kept: Sequence[str] = (), weighing: Weighing | None = None) -> Patch:
-    """One patch of several: on each patch's prompts keys and values do what it makes of them, on the kept ones nothing.
+    """One patch of several: on each patch's prompts the weights that see the text do what it makes of them, on the kept
+    ones what they did without.
 
     Args:
         prompts: for each patch, prompts that name what it forgets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import World, world_of
 from fmn_nb.evaluation.session import Session
 from fmn_nb.forgetting.reuse import patch_for
-from fmn_nb.models.pipelines import load
+from fmn_nb.models.pipelines import denoiser, load
 from fmn_nb.patches.patch import Patch
 from fmn_nb.runs.folder import save_image
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAND_IN = "emoji", "cat"  # the model and the concept to show things on where the chosen model can't
+JOINT = "emoji-joint"  # the stand-in of what is shown on joint attention
+#: what a notebook may need of its model -> whether a pipeline has it
+NEEDS: dict[str, Callable[[DiffusionPipeline], bool]] = {
+    "judge": lambda pipe: world_of(pipe) is not None,
+    "unet": lambda pipe: hasattr(pipe, "unet"),
+    "joint": lambda pipe: type(denoiser(pipe)).__name__ == "FluxTransformer2DModel" and world_of(pipe) is not None,
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,8 @@ class Lesson:
 
     Attributes:
         pipe, target, folder: the chosen model, the concept, and the run's folder.
-        bench, subject: the same model and concept where the model has what the notebook needs, else the emoji model
-            and "cat".
+        bench, subject: the same model and concept where the model has what the notebook needs, else a bundled model
+            that has it and "cat".
         cache: the folder that keeps what the unchanged model draws, or None.
     """
 
@@ -74,10 +82,14 @@ def lesson(model: str, concept: str = STAND_IN[1], kind: str = "object", *, out:
 
     Args:
         cache: a folder, or "" for none.
-        needs: "judge" (a world that judges what the model draws) or "unet" (a U-Net whose layers can be taken apart).
+        needs: "judge" (a world that judges what the model draws), "unet" (a U-Net whose layers can be taken apart),
+            several of these with commas between them, or "joint" (a Flux of a known world).
         config: for a single file, a folder with its configuration and tokenizer, or "" for what the hub has.
     """
     pipe, target = load(model, config=config), Concept(concept, kind=kind)
-    fits = world_of(pipe) is not None if needs == "judge" else hasattr(pipe, "unet")
-    bench, subject = (pipe, target) if fits else (load(STAND_IN[0]), Concept(STAND_IN[1]))
+    wanted = [need.strip() for need in needs.split(",")]
+    if all(NEEDS[need](pipe) for need in wanted):
+        bench, subject = pipe, target
+    else:
+        bench, subject = load(JOINT if "joint" in wanted else STAND_IN[0]), Concept(STAND_IN[1])
     return Lesson(pipe, target, Path(out), bench, subject, Path(cache) if cache else None)

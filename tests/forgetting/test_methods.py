@@ -16,7 +16,7 @@ from fmn_nb.concepts import Concept, world_of
 from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, settings_for
 from fmn_nb.forgetting.data import Task, forget_set
 from fmn_nb.forgetting.methods import mace
-from fmn_nb.forgetting.methods.uce import kept_columns
+from fmn_nb.forgetting.methods.uce import kept_columns, paired
 from fmn_nb.forgetting.prompts import another_like, forget_prompts, retain_prompts
 from fmn_nb.models import (
     Stream,
@@ -28,7 +28,7 @@ from fmn_nb.models import (
     seeded,
 )
 from fmn_nb.patches import Patch, combine, fuse
-from fmn_nb.patches.least_squares import Weighing, embeddings, text_weights
+from fmn_nb.patches.least_squares import Weighing, text_inputs
 
 PROMPT, EMPTY, ANCHOR = "a photo of a cat", "", "a photo of a dog"
 ALONE = {"prompts": [PROMPT], "retain_prompts": OTHERS, "reference_count": 2, "reference_steps": 3}
@@ -72,12 +72,11 @@ def test_every_preset_on_a_u_net(preset: str, make, tmp_path) -> None:
         assert np.abs(generate(pipe) - still).max() > 0
 
 
-@pytest.mark.parametrize("make", [tiny_pixart, tiny_sd3, tiny_flux])
 @pytest.mark.parametrize("preset", ["uce", "mace"])
-def test_a_closed_form_is_refused_where_there_is_nothing_to_solve_for(preset: str, make, monkeypatch) -> None:
+def test_a_closed_form_is_refused_where_there_is_nothing_to_solve_for(preset: str, monkeypatch) -> None:
     monkeypatch.setattr("fmn_nb.forgetting.data.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
     with pytest.raises(UnsupportedPipelineError, match="solves for to_k and to_v of a U-Net") as error:
-        forget(make(), "cat", preset=preset)
+        forget(tiny_pixart(), "cat", preset=preset)
     assert "\n" not in str(error.value)
 
 
@@ -149,18 +148,44 @@ def test_uce_is_the_published_equation(tokens: str, guide: str, instead: str) ->
 def test_the_null_space_leaves_what_is_kept_as_it_was_and_the_weights_alone_do_not() -> None:
     pipe = tiny_sd()
     asked = {"preset": "uce", "tokens": "last", "guide": "without", "prompts": [PROMPT], "retain_prompts": OTHERS}
-    said = embeddings(pipe, [*OTHERS, ""])
+    (seen,) = text_inputs(pipe)
+    said = seen.embeddings(pipe, [*OTHERS, ""])
     kept = kept_columns(pipe, list(zip([*OTHERS, ""], said, strict=True)), every=False)  # [4, in]
 
     def moved(**given) -> float:
         patch = forget(pipe, "cat", **asked, **given)
         found = dict(patch.differences())
         shares = [(found[f"{name}.weight"].double() @ kept.T).norm() / (weight.double() @ kept.T).norm()
-                  for name, weight in text_weights(pipe).items()]
+                  for name, weight in seen.weights.items()]
         return float(torch.stack(shares).max())
 
     loose, weighed, exact = moved(preserve_scale=0.0), moved(preserve_scale=10.0), moved(null_space=1e-6)
     assert exact < 1e-5 < weighed < loose
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
+def test_in_joint_attention_uce_solves_for_what_takes_in_the_columns_and_the_pooled_text(make) -> None:
+    """Both by the equation as it is printed, which keeps biases: they cancel in W' e + b = W g + b."""
+    pipe = make()
+    if make is tiny_flux:
+        pipe.default_sample_size = 4  # 4096 packed positions would only be slow
+    asked = {"guide": "dog", "tokens": "last", "ridge": 0.3, "erase_scale": 2.0, "preserve_scale": 0.7}
+    patch = forget(pipe, "cat", preset="uce", prompts=[PROMPT], retain_prompts=OTHERS, **asked)
+    found = dict(patch.differences())
+    assert set(found) == {"context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"}
+    task = Task(pipe, ("cat",), settings_for("uce", asked), prompts=[PROMPT])
+    for seen in text_inputs(pipe):
+        (module, weight), = seen.weights.items()
+        said = seen.embeddings(pipe, [PROMPT, ANCHOR, *OTHERS, ""])  # [prompts, columns, in]
+        edited, guides, kept = said[0], said[1], said[2:].flatten(0, 1)
+        if seen.argument == "encoder_hidden_states":
+            columns = dict(zip((PROMPT, ANCHOR), said, strict=False))
+            edited, guides = paired(task, "last", columns)
+            kept = kept_columns(pipe, list(zip([*OTHERS, ""], said[2:], strict=True)), every=False)
+        gram = 2.0 * edited.T @ edited + 0.7 * kept.T @ kept + 0.3 * torch.eye(edited.shape[1]).double()
+        w = weight.double()
+        wanted = (2.0 * w @ guides.T @ edited + 0.7 * w @ kept.T @ kept + 0.3 * w) @ torch.linalg.inv(gram)
+        assert_close(found[f"{module}.weight"].double(), wanted - w)
 
 
 def test_uce_is_a_lora_of_as_many_ranks_as_prompts_that_plain_diffusers_draws_the_same_with(emoji, tmp_path) -> None:
@@ -333,12 +358,13 @@ def test_fusion_is_the_least_squares_optimum() -> None:
     parts = [forget(pipe, name, preset="uce", tokens="later", retain_prompts=kept) for name in ("cat", "frog")]
     prompts, weighing = [["a photo of a cat", "a cat"], ["a photo of a frog"]], Weighing(1.0, 3.0, 0.2)
     patch = fuse(pipe, parts, prompts, kept, weighing)
-    own = [embeddings(pipe, texts).flatten(0, 1) for texts in prompts]
+    (seen,) = text_inputs(pipe)
+    own = [seen.embeddings(pipe, texts).flatten(0, 1) for texts in prompts]
     changes = [dict(part.differences()) for part in parts]
     for name, found in patch.differences():
         weight = dict(pipe.unet.named_parameters())[name].detach().double()
         wanted = straight.fused(weight, [change[name] for change in changes], own,
-                                embeddings(pipe, kept).flatten(0, 1), 0.2, 3.0)
+                                seen.embeddings(pipe, kept).flatten(0, 1), 0.2, 3.0)
         assert_close(found.double(), wanted)
     assert [one["name"] for one in patch.info["concepts"]] == ["cat", "frog"] and patch.changed() == parts[0].changed()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from quick import quick
 from snapshots import assert_unchanged, noise_images, snapshot
-from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sdxl
+from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention import text_layer_calls, text_layers
+from fmn_nb.attention.layers import ARCHITECTURES
 from fmn_nb.concepts import Concept
 from fmn_nb.forgetting import SettingsError
 from fmn_nb.forgetting.methods.redirect import redirected
@@ -50,10 +52,13 @@ def test_a_layer_runs_again_alone_as_the_qkv_equations_say() -> None:
     assert not any(module._forward_hooks for module in unet.modules())
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_pixart])
-@pytest.mark.parametrize("train", ["lora", "cross_attention"])
+@pytest.mark.parametrize(("make", "train"), [
+    *((make, train) for make in (tiny_sd, tiny_sdxl, tiny_pixart) for train in ("lora", "cross_attention")),
+    (tiny_sd3, "lora"), (tiny_flux, "lora")])
 def test_it_starts_at_what_the_target_is_away_and_comes_nearer(make, train: str) -> None:
     pipe = make()
+    if make is tiny_flux:
+        pipe.default_sample_size = 4  # 4096 packed positions would only be slow
     before = snapshot(pipe)
     losses = quick(pipe, steps=12, learning_rate=2e-2, retain_weight=0.0, train=train, rank=4,
                    **REDIRECT).info["forgetting"]["losses"]
@@ -77,9 +82,36 @@ def test_masks_choose_the_pixels_of_every_layer() -> None:
     assert masked["losses"][1] != open_to_all["losses"][1]
 
 
-def test_joint_attention_is_one_clear_error() -> None:
+def test_a_joint_layer_runs_again_with_the_text_of_one_run_and_the_pixels_of_another() -> None:
+    """In one sequence (single-stream blocks) as in two (double-stream ones), by the block's own attention."""
+    pipe = tiny_flux()
+    model = denoiser(pipe)
+    given = conditions(pipe, ["a photo of a cat", "a photo of a dog"], size=(16, 16))
+    noisy = torch.randn(1, *given.latent_shape, generator=torch.Generator().manual_seed(0))
+    runs = []
+    for prompt in (0, 1):
+        with torch.no_grad(), text_layer_calls(model) as calls:
+            predict(model, noisy, torch.tensor([500]), given, torch.tensor([prompt]))
+        runs.append(calls)
+    for name, call in runs[0].items():
+        layer, text = model.get_submodule(name), runs[1][name]
+        mixed, (_, named) = replace(text, pixels=call.pixels), text.text
+        with torch.no_grad():
+            if "single" in name:
+                wanted = layer(torch.cat([text.states, call.pixels], 1), **named)[:, text.states.shape[1]:]
+            else:
+                wanted = layer(call.pixels, **named)[0]
+            assert torch.equal(mixed.again(layer), wanted) and torch.equal(call.again(layer), call.written)
+            assert not torch.equal(wanted, call.written)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_sequence_with_more_than_text_and_image_is_one_clear_error(monkeypatch) -> None:
+    flux = ARCHITECTURES["FluxTransformer2DModel"]
+    odd = replace(flux, layers=tuple(replace(rule, extra=1) for rule in flux.layers))
+    monkeypatch.setitem(ARCHITECTURES, "FluxTransformer2DModel", odd)
     pipe = tiny_flux()
     before = snapshot(pipe)
-    with pytest.raises(SettingsError, match=r"for layers of cross-attention, and transformer_blocks\.0\.attn of this"):
+    with pytest.raises(SettingsError, match=r"transformer_blocks\.0\.attn of this FluxTransformer2DModel has more in"):
         quick(pipe, retain_weight=0.0, **REDIRECT)
     assert_unchanged(pipe, before)

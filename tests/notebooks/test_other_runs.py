@@ -97,6 +97,22 @@ def test_real_checkpoints_are_taken(number, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", ["02", "03", "04", "05", "06", "08"])
+def test_a_model_of_the_world_with_joint_attention_is_taken(number, joint_model, tmp_path):
+    run_notebook(number, tmp_path, {"model": str(joint_model)} | SMALL[number])
+
+
+@pytest.fixture(scope="module")
+def joint_model(tmp_path_factory):
+    """The folder of the organism with joint attention in its smoke size."""
+    from fmn_nb.emoji.training.recipe import pretrain
+    from fmn_nb.emoji.training.request import Request
+
+    request = Request(tmp_path_factory.mktemp("models"), organism="joint", smoke=True, stages=["joint"])
+    return pretrain(request, lambda line: None) / request.made.folder
+
+
+@pytest.mark.slow
 def test_notebook_08_compares_any_presets_and_fuses_any_number_of_concepts(tmp_path):
     few = {"presets": "uce, esd-u", "others": "frog, alarm clock, dog"}
     run_notebook("08", tmp_path, few | SMALL["08"])

@@ -1,4 +1,7 @@
-"""The model card: what the bundled models can do, measured, each figure with its bar and 95% interval, and grids."""
+"""The model card: what the bundled models can do, measured, each figure with its bar and 95% interval, and grids.
+
+A card is a class: what is measured, against which bars, and the text around it. Other organisms' cards are subclasses.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import ImageOps
+from torch.nn import Module
 
 from fmn_nb.attention import ground_images
 from fmn_nb.concepts import Verdict
@@ -29,115 +34,6 @@ from fmn_nb.stats import Z95, wilson
 COLUMNS = 12  # of the card's grids
 POINTING_TIMESTEP = 300
 HELD_OUT_SEED = 1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured figure. `bar` is (lowest, highest) that was aimed at."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    count: int
-    bar: tuple[float, float]
-
-    @property
-    def met(self) -> bool:
-        """Whether the value is within its bar."""
-        return self.bar[0] <= self.value <= self.bar[1]
-
-    @property
-    def row(self) -> str:
-        """Its line of the card's table: name, value, interval, number of trials, bar, whether it is met."""
-        low, high = self.bar
-        bar = f"<= {high:g}" if low == 0 else f">= {low:g}" if high in (1.0, np.inf) else f"{low:g} to {high:g}"
-        interval = f"{self.low:.3f} to {self.high:.3f}" if self.low < self.high else ""
-        met = "met" if self.met else "**not met**"
-        return f"| {self.name} | {self.value:.3f} | {interval} | {self.count} | {bar} | {met} |"
-
-
-@dataclass
-class Quality:
-    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps."""
-
-    data: Path
-    sprites: Path
-    scale: int = 1
-    steps: int = STEPS
-    log: Callable[[str], None] = print
-
-    def __post_init__(self) -> None:
-        self.pipe: StableDiffusionPipeline = load(str(self.data / "emoji-diffusion"))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.judge = Judge.load(self.data / "emoji-judge")
-
-    def measure(self) -> list[Figure]:
-        """All figures, in the model card's order; each is logged as soon as it is known."""
-        figures: list[Figure] = []
-        for figure in chain(self._scenes(), self._drawn(), self._ambiguous(), self._pointing_and_speed()):
-            self.log(figure.row)
-            figures.append(figure)
-        return figures
-
-    def _scenes(self) -> Iterator[Figure]:
-        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True)
-        images = Renderer(self.sprites).images(scenes)
-        restored = through_vae(self.pipe.vae, images)
-        for name, pixels, bars in (("held-out scenes", images, (0.99, 0.98)),
-                                   ("held-out scenes through the VAE", restored, (0.98, 0.95))):
-            pairs = list(zip(scenes, self.judge.verdicts(pixels), strict=True))
-            yield _share(f"{name}: objects", [v.seen == set(s.labels) for s, v in pairs], bars[0])
-            yield _share(f"{name}: style", [v.style == s.style for s, v in pairs], bars[1])
-        decibels = 10 * np.log10(255**2 / np.square(images.astype(np.float64) - restored).mean(axis=(1, 2, 3)))
-        half, mean = Z95 * decibels.std(ddof=1) / np.sqrt(len(decibels)), float(decibels.mean())
-        yield Figure("VAE: PSNR in dB, mean of the images", mean, mean - half, mean + half, len(decibels),
-                     (26.0, np.inf))
-
-    def _drawn(self) -> Iterator[Figure]:
-        """Every object in every style, five seeds; every proper name, twenty; fifty pairs of objects in every style."""
-        judged = self._judged("generated", [([name], style) for name in OBJECTS for style in STYLES for _ in range(5)])
-        yield _share("generated: object", [v.label == names[0] for names, _, v in judged], 0.97)
-        yield _share("generated: style", [v.style == style for _, style, v in judged], 0.93)
-        judged = self._judged("identities", [([name], None) for name in IDENTITIES for _ in range(20)])
-        yield _share("generated: identities", [v.label == names[0] for names, _, v in judged], 0.9)
-        rng = random.Random("pairs")
-        judged = self._judged("pairs", [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)])
-        yield _share("generated: two objects, both seen", [set(names) <= v.seen for names, _, v in judged], 0.85)
-
-    def _ambiguous(self) -> Iterator[Figure]:
-        for word, (dominant, overshadowed) in AMBIGUOUS.items():
-            judged = self._judged(word, [([word], style) for style in STYLES for _ in range(12)])
-            labels = [v.label for *_, v in judged]
-            yield _share(f"'{word}': dominant reading", [x == dominant.phrase for x in labels], 0.7, 0.95)
-            if rest := [x for x in labels if x != dominant.phrase]:
-                name = f"'{word}': overshadowed reading, of the rest"
-                yield _share(name, [x == overshadowed.phrase for x in rest], 0.5)
-
-    def _pointing_and_speed(self) -> Iterator[Figure]:
-        """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
-        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
-                               timesteps=(POINTING_TIMESTEP,))
-        yield _share("attention: pointing game", list(scores["pointing"]), 0.9)
-        prompts = [caption([name], style) for name in OBJECTS for style in STYLES][::self.scale]
-        started = time.perf_counter()
-        generate(self.pipe, prompts, range(len(prompts)), steps=20)
-        seconds = time.perf_counter() - started
-        name = f"seconds for {len(prompts)} images of 20 steps"
-        yield Figure(name, seconds, seconds, seconds, len(prompts), (0.0, 60.0))
-
-    def _judged(self, purpose: str, wanted: list[tuple[list[str], str | None]],
-                ) -> list[tuple[list[str], str | None, Verdict]]:
-        """What the judge sees where (names, style) are asked for, on seeds of the purpose's own."""
-        wanted, offset = wanted[::self.scale], sum(purpose.encode()) * 1000
-        prompts = [caption(names, style) for names, style in wanted]
-        images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=self.steps)
-        return [(*asked, verdict) for asked, verdict in zip(wanted, self.judge.verdicts(images), strict=True)]
-
-
-def _share(name: str, outcomes: Sequence[bool], low: float, high: float = 1.0) -> Figure:
-    hits, count = sum(outcomes), len(outcomes)
-    return Figure(name, hits / count, *wilson(hits, count), count, (low, high))
 
 
 CARD = """# emoji: a Stable Diffusion in miniature
@@ -204,12 +100,166 @@ the table either were taken from an earlier training by the same recipe. Whether
 in the steps that `fmn-nb pretrain` takes, was not measured."""
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure. `bar` is (lowest, highest) that was aimed at."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+    bar: tuple[float, float]
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is within its bar."""
+        return self.bar[0] <= self.value <= self.bar[1]
+
+    @property
+    def row(self) -> str:
+        """Its line of the card's table: name, value, interval, number of trials, bar, whether it is met."""
+        low, high = self.bar
+        bar = f"<= {high:g}" if low == 0 else f">= {low:g}" if high in (1.0, np.inf) else f"{low:g} to {high:g}"
+        interval = f"{self.low:.3f} to {self.high:.3f}" if self.low < self.high else ""
+        met = "met" if self.met else "**not met**"
+        return f"| {self.name} | {self.value:.3f} | {interval} | {self.count} | {bar} | {met} |"
+
+
+@dataclass
+class Quality:
+    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps.
+
+    Attributes:
+        model: the pipeline's folder.
+        bars: the lowest share that each of the figures of drawn things is to reach.
+        template: the card's text; the grids that it shows are drawn.
+        most_seconds: that so many images may take as there are objects in styles.
+    """
+
+    data: Path
+    sprites: Path
+    scale: int = 1
+    steps: int = STEPS
+    log: Callable[[str], None] = print
+    model: ClassVar[str] = "emoji-diffusion"
+    bars: ClassVar[dict[str, float]] = {"object": 0.97, "style": 0.93, "identities": 0.9, "pairs": 0.85}
+    most_seconds: ClassVar[float] = 60.0
+    template: ClassVar[str] = CARD
+
+    def __post_init__(self) -> None:
+        self.pipe: DiffusionPipeline = load(str(self.folder))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.judge = Judge.load(self._judge_folder())
+
+    @property
+    def folder(self) -> Path:
+        """Where the pipeline is, and its card goes."""
+        return self.data / self.model
+
+    def measure(self) -> list[Figure]:
+        """All figures, in the model card's order; each is logged as soon as it is known."""
+        figures: list[Figure] = []
+        for figure in self._figures():
+            self.log(figure.row)
+            figures.append(figure)
+        return figures
+
+    def text(self, figures: Sequence[Figure], training: dict) -> str:
+        """The card, of these figures and the steps and seconds of each part's training."""
+        history = CONTINUED if training.get("diffusion", {}).get("started_from") else ""
+        return self.template.format(**self._told(figures, training), history=history)
+
+    def _judge_folder(self) -> Path:
+        return self.data / "emoji-judge"
+
+    def _figures(self) -> Iterator[Figure]:
+        return chain(self._scenes(), self._drawn(), self._ambiguous(), self._pointing(), self._speed())
+
+    def _parts(self) -> dict[str, Module]:
+        return {"text encoder": self.pipe.text_encoder, "U-Net": self.pipe.unet, "VAE": self.pipe.vae}
+
+    def _told(self, figures: Sequence[Figure], training: dict) -> dict[str, object]:
+        """What every card says, for its text."""
+        sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self._parts().items()}
+        return {
+            "objects": len(OBJECTS), "styles": len(STYLES), "names": len(IDENTITIES), "words": len(AMBIGUOUS),
+            "sizes": "\n".join(f"| {name} | {size:.2f} M |" for name, size in sizes.items()),
+            "training": "\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
+            "steps": self.steps, "guidance": GUIDANCE, "figures": "\n".join(f.row for f in figures),
+            "style_names": ", ".join(STYLES), "identity_names": ", ".join(IDENTITIES),
+            "word_names": ", ".join(AMBIGUOUS)}
+
+    def _scenes(self) -> Iterator[Figure]:
+        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True)
+        images = Renderer(self.sprites).images(scenes)
+        restored = through_vae(self.pipe.vae, images)
+        for name, pixels, bars in (("held-out scenes", images, (0.99, 0.98)),
+                                   ("held-out scenes through the VAE", restored, (0.98, 0.95))):
+            pairs = list(zip(scenes, self.judge.verdicts(pixels), strict=True))
+            yield _share(f"{name}: objects", [v.seen == set(s.labels) for s, v in pairs], bars[0])
+            yield _share(f"{name}: style", [v.style == s.style for s, v in pairs], bars[1])
+        decibels = 10 * np.log10(255**2 / np.square(images.astype(np.float64) - restored).mean(axis=(1, 2, 3)))
+        half, mean = Z95 * decibels.std(ddof=1) / np.sqrt(len(decibels)), float(decibels.mean())
+        yield Figure("VAE: PSNR in dB, mean of the images", mean, mean - half, mean + half, len(decibels),
+                     (26.0, np.inf))
+
+    def _drawn(self) -> Iterator[Figure]:
+        """Every object in every style, five seeds; every proper name, twenty; fifty pairs of objects in every style."""
+        judged = self._judged("generated", [([name], style) for name in OBJECTS for style in STYLES for _ in range(5)])
+        yield _share("generated: object", [v.label == names[0] for names, _, v in judged], self.bars["object"])
+        yield _share("generated: style", [v.style == style for _, style, v in judged], self.bars["style"])
+        judged = self._judged("identities", [([name], None) for name in IDENTITIES for _ in range(20)])
+        yield _share("generated: identities", [v.label == names[0] for names, _, v in judged],
+                     self.bars["identities"])
+        rng = random.Random("pairs")
+        judged = self._judged("pairs", [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)])
+        yield _share("generated: two objects, both seen", [set(names) <= v.seen for names, _, v in judged],
+                     self.bars["pairs"])
+
+    def _ambiguous(self) -> Iterator[Figure]:
+        for word, (dominant, overshadowed) in AMBIGUOUS.items():
+            judged = self._judged(word, [([word], style) for style in STYLES for _ in range(12)])
+            labels = [v.label for *_, v in judged]
+            yield _share(f"'{word}': dominant reading", [x == dominant.phrase for x in labels], 0.7, 0.95)
+            if rest := [x for x in labels if x != dominant.phrase]:
+                name = f"'{word}': overshadowed reading, of the rest"
+                yield _share(name, [x == overshadowed.phrase for x in rest], 0.5)
+
+    def _pointing(self) -> Iterator[Figure]:
+        """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
+        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
+                               timesteps=(POINTING_TIMESTEP,))
+        yield _share("attention: pointing game", list(scores["pointing"]), 0.9)
+
+    def _speed(self) -> Iterator[Figure]:
+        prompts = [caption([name], style) for name in OBJECTS for style in STYLES][::self.scale]
+        started = time.perf_counter()
+        generate(self.pipe, prompts, range(len(prompts)), steps=20)
+        seconds = time.perf_counter() - started
+        name = f"seconds for {len(prompts)} images of 20 steps"
+        yield Figure(name, seconds, seconds, seconds, len(prompts), (0.0, self.most_seconds))
+
+    def _judged(self, purpose: str, wanted: list[tuple[list[str], str | None]],
+                ) -> list[tuple[list[str], str | None, Verdict]]:
+        """What the judge sees where (names, style) are asked for, on seeds of the purpose's own."""
+        wanted, offset = wanted[::self.scale], sum(purpose.encode()) * 1000
+        prompts = [caption(names, style) for names, style in wanted]
+        images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=self.steps)
+        return [(*asked, verdict) for asked, verdict in zip(wanted, self.judge.verdicts(images), strict=True)]
+
+
+def _share(name: str, outcomes: Sequence[bool], low: float, high: float = 1.0) -> Figure:
+    hits, count = sum(outcomes), len(outcomes)
+    return Figure(name, hits / count, *wilson(hits, count), count, (low, high))
+
+
 def write_card(quality: Quality, training: dict) -> Path:
     """Measure, and write README.md, quality.json, training.json and the card's images into the model's folder.
 
     `training` holds the steps and seconds of each part's training.
     """
-    folder, pipe, figures = quality.data / "emoji-diffusion", quality.pipe, quality.measure()
+    folder, figures = quality.folder, quality.measure()
     names, styles = list(OBJECTS), list(STYLES)
     pairs = [([names[i % 24], names[(7 * i + 5) % 24]], styles[i % 6]) for i in range(2 * COLUMNS)]
     grids = {
@@ -219,19 +269,13 @@ def write_card(quality: Quality, training: dict) -> Path:
         "ambiguous": ([caption([w]) for w in AMBIGUOUS for _ in range(COLUMNS)], COLUMNS),
     }
     for name, (prompts, columns) in grids.items():
-        images = generate(pipe, prompts, range(len(prompts)), steps=quality.steps)
+        if f"images/{name}.png" not in quality.template:
+            continue
+        images = generate(quality.pipe, prompts, range(len(prompts)), steps=quality.steps)
         framed = [ImageOps.expand(image, border=1, fill="white") for image in images]
         with replacing(folder / "images" / f"{name}.png") as temporary:
             few_colours(make_image_grid(framed, len(framed) // columns, columns)).save(temporary, optimize=True)
     write_json(folder / "quality.json", [
         {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
     write_json(folder / "training.json", training)
-    parts = {"text encoder": pipe.text_encoder, "U-Net": pipe.unet, "VAE": pipe.vae}
-    return write_text(folder / "README.md", CARD.format(
-        objects=len(OBJECTS), styles=len(STYLES), names=len(IDENTITIES), words=len(AMBIGUOUS),
-        sizes="\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items()),
-        training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
-        history=CONTINUED if training.get("diffusion", {}).get("started_from") else "",
-        steps=quality.steps, guidance=GUIDANCE, figures="\n".join(f.row for f in figures),
-        style_names=", ".join(STYLES), identity_names=", ".join(IDENTITIES), word_names=", ".join(AMBIGUOUS),
-    ))
+    return write_text(folder / "README.md", quality.text(figures, training))

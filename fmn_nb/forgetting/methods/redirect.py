@@ -19,6 +19,10 @@ concept adds, as negative guidance does for predictions (Gandikota et al., arXiv
 concept unasked as well (a picture without the name of a style still has one), "without" alone is not enough.
 
 How much attention the concept's columns get is not asked, and changes little: what they write does.
+
+In joint attention (Flux, Stable Diffusion 3) a layer has the text's features of that block in the place of c, as they
+are when the frozen model denoises with each prompt, and O is its output at the pixels alone. What the text's features
+become, and what a pooled vector of the text does past attention, is not asked.
 """
 
 from __future__ import annotations
@@ -42,9 +46,9 @@ THROUGH_THE_RUN = False  # the layers learn from runs of the frozen model
 def objective(seen: Seen, settings: Settings) -> Tensor:
     """How far the layers are from writing what they should: a scalar from 0, with its graph."""
     model, distances = seen.weights.model, []
-    with text_layer_calls(model, seen.attention) as without:
+    with text_layer_calls(model) as without:
         seen.frozen("guide")
-    with text_layer_calls(model, seen.attention) as named:
+    with text_layer_calls(model) as named:
         seen.frozen("concept")
     for name, call in without.items():
         layer, there = model.get_submodule(name), replace(named[name], pixels=call.pixels)

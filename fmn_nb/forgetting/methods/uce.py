@@ -18,7 +18,9 @@ preserve 1, ridge .5. Here the prompts are the fine-tune's (`wording`), columns 
 text (a prompt's last word with its guide's, begin with begin where the guide is empty), and kept columns come from the
 retain prompts: the last word of each where `tokens` is "last", every column where it is "later".
 
-A pooled text embedding beside the columns (Stable Diffusion XL) is none of W's and stays as it is.
+A pooled text embedding beside the columns (Stable Diffusion XL) is none of W's and stays as it is. A transformer with
+joint attention has no keys that see the text encoder's output: W is the layer that takes the columns in, and, with the
+pooled vectors of the same prompts in the place of columns, the one that takes in the pooled vector.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from fmn_nb.concepts import PromptTokens
 from fmn_nb.forgetting.methods import Edit
 from fmn_nb.forgetting.prompts import retain_prompts
 from fmn_nb.patches import Patch
-from fmn_nb.patches.least_squares import Weighing, embeddings, solved, text_weights
+from fmn_nb.patches.least_squares import POOLED, Wanted, Weighing, solved, text_inputs
 
 if TYPE_CHECKING:
     from fmn_nb.forgetting.data import Task
@@ -54,15 +56,25 @@ def weighing_of(settings: Settings) -> Weighing:
 
 def solved_for(task: Task, columns: str, every: bool) -> Edit:
     """The closed form for the concept's `columns` (`paired`), with every kept column or each prompt's last word."""
-    weights = text_weights(task.pipe, task.settings.projections)
     texts = [*retain_prompts(task.pipe, task.concepts, task.retain_prompts, task.readings.values()), ""]
     texts = texts if task.settings.retains else []
-    named = [text for concept in task.concepts for text in (*task.prompts_of(concept), *task.guides_of(concept))]
-    said = dict(zip(unique := list(dict.fromkeys([*texts, *named])), embeddings(task.pipe, unique), strict=True))
-    edited, guides = paired(task, columns, said)
-    kept = kept_columns(task.pipe, [(text, said[text]) for text in texts], every) if texts else edited[:0]
-    kind, tensors = solved(weights, edited, guides, kept, weighing_of(task.settings))
-    return Edit(kind, tensors, *_missed(weights, kind, tensors, (edited, guides)))
+    pairs = [pair for concept in task.concepts
+             for pair in zip(task.prompts_of(concept), task.guides_of(concept), strict=True)]
+    unique = list(dict.fromkeys([*texts, *(text for concept in task.concepts
+                                           for text in (*task.prompts_of(concept), *task.guides_of(concept)))]))
+    wanted = []
+    for seen in text_inputs(task.pipe, task.settings.projections):
+        said = dict(zip(unique, seen.embeddings(task.pipe, unique), strict=True))
+        if seen.argument == POOLED:
+            edited, guides = (torch.cat([said[pair[side]] for pair in pairs]) for side in (0, 1))
+        else:
+            edited, guides = paired(task, columns, said)
+        kept = edited[:0]
+        if texts:
+            kept = kept_columns(task.pipe, [(text, said[text]) for text in texts], every or seen.argument == POOLED)
+        wanted.append(Wanted(seen.weights, edited, guides, kept))
+    kind, tensors = solved(wanted, weighing_of(task.settings))
+    return Edit(kind, tensors, *_missed(wanted, kind, tensors))
 
 
 def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -102,14 +114,13 @@ def kept_columns(pipe: DiffusionPipeline, kept: Sequence[tuple[str, Tensor]], ev
     return torch.stack([kept[0][1][0], *(own[columns[-1]] for own, columns in words if columns)])
 
 
-def _missed(weights: dict[str, Tensor], kind: str, tensors: dict[str, Tensor],
-            pairs: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _missed(asked: Sequence[Wanted], kind: str, tensors: dict[str, Tensor]) -> tuple[float, float]:
     """Mean of |W' e - W g|^2 / |W e - W g|^2 over the edited columns and the weights, before and after: (1, rest)."""
-    edited, guides = pairs
     wanted = missed = 0.0
-    for name, change in Patch(kind, tensors).differences():
-        weight = weights[name.removesuffix(".weight")].cpu().double()
-        asked = (guides - edited) @ weight.T  # [n, out]
-        wanted += float(asked.square().sum())
-        missed += float((edited @ change.double().T - asked).square().sum())
+    changes = dict(Patch(kind, tensors).differences())
+    for one in asked:
+        for module, weight in one.weights.items():
+            move = (one.guides - one.edited) @ weight.cpu().double().T  # [n, out]
+            wanted += float(move.square().sum())
+            missed += float((one.edited @ changes[f"{module}.weight"].double().T - move).square().sum())
     return (1.0, missed / wanted) if wanted else (0.0, 0.0)
