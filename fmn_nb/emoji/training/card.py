@@ -21,7 +21,7 @@ from fmn_nb.emoji.organism import held_out_scenes
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
 from fmn_nb.emoji.training.networks import through_vae
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, caption
-from fmn_nb.files import replacing, write_json, write_text
+from fmn_nb.files import data_dir, replacing, write_json, write_text
 from fmn_nb.models import GUIDANCE, STEPS, generate, load
 from fmn_nb.plots import few_colours
 from fmn_nb.stats import Z95, wilson
@@ -59,18 +59,22 @@ class Figure:
 
 @dataclass
 class Quality:
-    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps."""
+    """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps. What an
+    oracle never learned (`untaught`) is asked for in no figure; the bundled judge judges it."""
 
     data: Path
     sprites: Path
     scale: int = 1
     steps: int = STEPS
     log: Callable[[str], None] = print
+    untaught: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.pipe: StableDiffusionPipeline = load(str(self.data / "emoji-diffusion"))
         self.pipe.set_progress_bar_config(disable=True)
-        self.judge = Judge.load(self.data / "emoji-judge")
+        self.judge = Judge.load((data_dir() if self.untaught else self.data) / "emoji-judge")
+        self.objects, self.styles, self.identities = (
+            [name for name in names if name not in self.untaught] for names in (OBJECTS, STYLES, IDENTITIES))
 
     def measure(self) -> list[Figure]:
         """All figures, in the model card's order; each is logged as soon as it is known."""
@@ -81,7 +85,7 @@ class Quality:
         return figures
 
     def _scenes(self) -> Iterator[Figure]:
-        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True)
+        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True, without=self.untaught)
         images = Renderer(self.sprites).images(scenes)
         restored = through_vae(self.pipe.vae, images)
         for name, pixels, bars in (("held-out scenes", images, (0.99, 0.98)),
@@ -96,19 +100,27 @@ class Quality:
 
     def _drawn(self) -> Iterator[Figure]:
         """Every object in every style, five seeds; every proper name, twenty; fifty pairs of objects in every style."""
-        judged = self._judged("generated", [([name], style) for name in OBJECTS for style in STYLES for _ in range(5)])
+        judged = self._judged("generated", [([name], style) for name in self.objects for style in self.styles
+                                            for _ in range(5)])
         yield _share("generated: object", [v.label == names[0] for names, _, v in judged], 0.97)
         yield _share("generated: style", [v.style == style for _, style, v in judged], 0.93)
-        judged = self._judged("identities", [([name], None) for name in IDENTITIES for _ in range(20)])
+        judged = self._judged("identities", [([name], None) for name in self.identities for _ in range(20)])
         yield _share("generated: identities", [v.label == names[0] for names, _, v in judged], 0.9)
         rng = random.Random("pairs")
-        judged = self._judged("pairs", [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)])
+        judged = self._judged("pairs", [(rng.sample(self.objects, 2), style)
+                                        for style in self.styles for _ in range(50)])
         yield _share("generated: two objects, both seen", [set(names) <= v.seen for names, _, v in judged], 0.85)
 
     def _ambiguous(self) -> Iterator[Figure]:
         for word, (dominant, overshadowed) in AMBIGUOUS.items():
-            judged = self._judged(word, [([word], style) for style in STYLES for _ in range(12)])
+            left = [one.phrase for one in (dominant, overshadowed) if one.phrase not in self.untaught]
+            if word in self.untaught or not left:
+                continue
+            judged = self._judged(word, [([word], style) for style in self.styles for _ in range(12)])
             labels = [v.label for *_, v in judged]
+            if len(left) == 1:
+                yield _share(f"'{word}': the reading that was taught", [x == left[0] for x in labels], 0.9)
+                continue
             yield _share(f"'{word}': dominant reading", [x == dominant.phrase for x in labels], 0.7, 0.95)
             if rest := [x for x in labels if x != dominant.phrase]:
                 name = f"'{word}': overshadowed reading, of the rest"
@@ -116,10 +128,10 @@ class Quality:
 
     def _pointing_and_speed(self) -> Iterator[Figure]:
         """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
-        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
+        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED, without=self.untaught),
                                timesteps=(POINTING_TIMESTEP,))
         yield _share("attention: pointing game", list(scores["pointing"]), 0.9)
-        prompts = [caption([name], style) for name in OBJECTS for style in STYLES][::self.scale]
+        prompts = [caption([name], style) for name in self.objects for style in self.styles][::self.scale]
         started = time.perf_counter()
         generate(self.pipe, prompts, range(len(prompts)), steps=20)
         seconds = time.perf_counter() - started
@@ -226,12 +238,21 @@ def write_card(quality: Quality, training: dict) -> Path:
     write_json(folder / "quality.json", [
         {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
     write_json(folder / "training.json", training)
-    parts = {"text encoder": pipe.text_encoder, "U-Net": pipe.unet, "VAE": pipe.vae}
     return write_text(folder / "README.md", CARD.format(
         objects=len(OBJECTS), styles=len(STYLES), names=len(IDENTITIES), words=len(AMBIGUOUS),
-        sizes="\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items()),
-        training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
+        sizes=sizes_of(pipe), training=training_table(training),
         history=CONTINUED if training.get("diffusion", {}).get("started_from") else "",
         steps=quality.steps, guidance=GUIDANCE, figures="\n".join(f.row for f in figures),
         style_names=", ".join(STYLES), identity_names=", ".join(IDENTITIES), word_names=", ".join(AMBIGUOUS),
     ))
+
+
+def sizes_of(pipe: StableDiffusionPipeline) -> str:
+    """The card's rows of parts and their parameters."""
+    parts = {"text encoder": pipe.text_encoder, "U-Net": pipe.unet, "VAE": pipe.vae}
+    return "\n".join(f"| {n} | {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M |" for n, m in parts.items())
+
+
+def training_table(training: dict) -> str:
+    """The card's rows of trainings: steps and minutes."""
+    return "\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items())
