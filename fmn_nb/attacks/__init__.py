@@ -4,6 +4,9 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "attack": ["Attack", "InversionBudget", "attack_table", "concept_inversion"],
+    "budgets": ["Budgets", "choose_budgets", "fix_budgets", "read_budgets"],
+    "curves": ["success_curve"],
+    "floor": ["attacked"],
     "memorization": ["MScore", "centre_of", "embedding", "m_score"],
     "prompt_search": ["SearchBudget", "adversarial_prompt"],
     "relearning": ["RelearningBudget", "relearn", "steps_until"],

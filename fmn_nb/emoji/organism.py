@@ -14,7 +14,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fmn_nb.concepts import Concept, NotThereError
+from fmn_nb.concepts import Concept, NotThereError, untaught_of
 from fmn_nb.emoji.judges import Judge, SecondJudge
 from fmn_nb.emoji.scenes import Placed, Renderer, Scene, sample_scenes
 from fmn_nb.emoji.world import (
@@ -31,8 +31,6 @@ from fmn_nb.emoji.world import (
 )
 from fmn_nb.evaluation import Clip, Drawing, Features, draw, drawings, judge_features
 from fmn_nb.files import data_dir
-
-UNTAUGHT_KEY = "_untaught"  # in the configuration of an oracle's U-Net
 
 
 class EmojiWorld:
@@ -141,11 +139,6 @@ def untaught_by(without: Sequence[str]) -> tuple[str, ...]:
     gone |= {reading.phrase for word, readings in AMBIGUOUS.items() if word in gone for reading in readings}
     gone |= {word for word, readings in AMBIGUOUS.items() if all(reading.phrase in gone for reading in readings)}
     return tuple(name for name in VOCABULARY.concepts() if name in gone)
-
-
-def untaught_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """The names that an oracle never learned, as its U-Net's configuration tells; none for any other model."""
-    return tuple(getattr(pipe.unet, "config", {}).get(UNTAUGHT_KEY, ())) if hasattr(pipe, "unet") else ()
 
 
 def never_taught(pipe: DiffusionPipeline, concept: Concept) -> bool:

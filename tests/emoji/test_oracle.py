@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import fmn_nb as fmn
-from fmn_nb.concepts import Concept, world_of
-from fmn_nb.emoji.organism import held_out_scenes, never_taught, untaught_by, untaught_of
+from fmn_nb.concepts import Concept, untaught_of, world_of
+from fmn_nb.emoji.organism import held_out_scenes, never_taught, untaught_by
 from fmn_nb.emoji.training.card import Quality
 from fmn_nb.emoji.training.oracle import take_parts, write_oracle
 from fmn_nb.emoji.training.recipe import Pretraining, pretrain

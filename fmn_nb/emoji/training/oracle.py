@@ -17,8 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from matplotlib.figure import Figure
 from transformers import CLIPTextModel
 
-from fmn_nb.concepts import Concept
-from fmn_nb.emoji.organism import UNTAUGHT_KEY
+from fmn_nb.concepts import UNTAUGHT_KEY, Concept
 from fmn_nb.emoji.training.card import Quality, sizes_of, training_table
 from fmn_nb.emoji.training.request import ORACLE, Request
 from fmn_nb.emoji.world import VOCABULARY
