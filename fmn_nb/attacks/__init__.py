@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "curves": ["success_curve"],
     "floor": ["attacked"],
     "memorization": ["MScore", "centre_of", "embedding", "m_score"],
+    "probes": ["PROBES", "probe", "probe_table"],
     "prompt_search": ["SearchBudget", "adversarial_prompt"],
     "relearning": ["RelearningBudget", "relearn", "steps_until"],
     "wording": ["misspellings", "paraphrase_attack", "paraphrases", "wordings_table"],

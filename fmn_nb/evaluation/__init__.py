@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "evaluator": ["evaluate"],
     "measures": ["Measures", "harmonic_mean", "judge_images", "measure", "with_ceiling"],
     "oracle": ["OracleReport"],
-    "protocol": ["Drawing", "Share", "draw", "drawings", "probe_shares", "share_of"],
+    "protocol": ["Drawing", "Share", "draw", "drawings", "evenly", "probe_shares", "share_of"],
     "quality": ["Features", "judge_features"],
     "report": ["Report"],
     "sequence": ["rebound", "sequence_table", "stages", "together_table"],
