@@ -22,11 +22,11 @@ from torch import nn
 from fmn_nb.attacks.budgets import Budgets, read_budgets
 from fmn_nb.attacks.curves import IMAGES, REVIVED, mean_curve, success_curve
 from fmn_nb.attacks.relearning import steps_until
-from fmn_nb.concepts import Concept, untaught_of
-from fmn_nb.evaluation import MeasurementError, Session, drawings
-from fmn_nb.evaluation.oracle import OracleReport, distances, side, with_reason
+from fmn_nb.concepts import Concept
+from fmn_nb.evaluation import MeasurementError, OracleReport, Session
+from fmn_nb.evaluation.oracle import apart
 from fmn_nb.files import replacing
-from fmn_nb.models import ReferenceImageError, UnsupportedPipelineError, digest, digest_of, drawing_key
+from fmn_nb.models import UnsupportedPipelineError, digest, digest_of, drawing_key
 from fmn_nb.patches import Patch
 from fmn_nb.stats import difference_interval
 
@@ -48,48 +48,36 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
 
     What can't be measured stands under `skipped` with its reason.
     """
-    judges = [replace(session, pipe=oracle) for oracle in oracles]
-    taught = [names for one in oracles if (names := untaught_of(one)) and not _never(concept, names, session)]
-    if taught:
-        return OracleReport(skipped={"oracle": f"the oracle was taught {concept.name!r}; it never learned "
-                                               f"{', '.join(taught[0])}"})
-    report = OracleReport()
-    wanted = [drawing for drawing in drawings(concept, session.vocabulary, seed, size) if drawing.role == "forget"]
+    report = apart(session, concept, patch, oracles, seed, size)
+    if "oracle" in report.skipped:
+        return report
     try:
-        unchanged = side(session, None, wanted)
-        model = unchanged if patch is None else side(session, patch, wanted)
-        found, skipped = distances(model, unchanged, [side(one, None, wanted) for one in judges], wanted, seed)
-        report = replace(report, distances=found, skipped=skipped)
-    except (UnsupportedPipelineError, ReferenceImageError) as error:
-        report = with_reason(report, "distance", str(error))
-    try:
-        return attacked(session, concept, patch, judges, read_budgets(), range(seed, seed + ATTACK_SEEDS[size]), report)
+        found = attacked(session, concept, patch, oracles, read_budgets(), range(seed, seed + ATTACK_SEEDS[size]))
     except (MeasurementError, UnsupportedPipelineError) as error:
-        return with_reason(report, "attacks", str(error))
+        return replace(report, skipped={**report.skipped, "attacks": str(error)})
+    return replace(found, distances=report.distances, skipped={**report.skipped, **found.skipped})
 
 
-def _never(concept: Concept, untaught: Sequence[str], session: Session) -> bool:
-    return bool({concept.name, session.vocabulary.target_label(concept)} & set(untaught))
-
-
-def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[Session], budgets: Budgets,
-             seeds: Sequence[int], report: OracleReport | None = None) -> OracleReport:
-    """Every attack at its budgets on the three models, in `report` or in a new one.
+def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
+             budgets: Budgets, seeds: Sequence[int], images: int = IMAGES) -> OracleReport:
+    """Every attack at its budgets on the three models, `images` judged each time.
 
     Raises:
         MeasurementError: nobody judges, or there are no references.
     """
     rows, revive, curves, missing = {}, {}, {}, {}
+    others = [replace(session, pipe=oracle) for oracle in oracles]
     for attack, steps in budgets.steps.items():
         if not steps:
             missing[attack] = "the oracle's curve has none of its budgets"
             continue
         at = sorted({*steps.values(), *(budgets.tried[attack] if len(seeds) > 1 else ())})
         try:
-            known = [curve_of(session, concept, None, attack, at, seed) for seed in seeds]
+            known = [curve_of(session, concept, None, attack, at, seed, images) for seed in seeds]
             found = {"forgetting model": known if patch is None else
-                     [curve_of(session, concept, patch, attack, at, seed) for seed in seeds],
-                     "oracle": [curve_of(one, concept, None, attack, at, seed) for one in oracles for seed in seeds],
+                     [curve_of(session, concept, patch, attack, at, seed, images) for seed in seeds],
+                     "oracle": [curve_of(one, concept, None, attack, at, seed, images)
+                                for one in others for seed in seeds],
                      "unchanged model": known}
         except MeasurementError as error:
             if attack == "adversarial prompt":  # which asks more of a model than the others
@@ -102,10 +90,8 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:
         table.index = pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"])
-    report = report or OracleReport()
-    return replace(report, attacks=table, curves=curves, budgets=budgets.source,
-                   revive=pd.DataFrame.from_dict(revive, orient="index", columns=list(MODELS[:2]), dtype=float),
-                   skipped={**report.skipped, **missing})
+    back = pd.DataFrame.from_dict(revive, orient="index", columns=list(MODELS[:2]), dtype=float)
+    return OracleReport(table, back, {}, curves, budgets.source, missing)
 
 
 def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict[str, float | int | None]:
@@ -120,14 +106,14 @@ def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict
 
 
 def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str, at: Sequence[int],
-             seed: int) -> Curve:
+             seed: int, images: int = IMAGES) -> Curve:
     """The curve; that of an unpatched model is kept in the session's cache, where many patches find it."""
     def measure() -> Curve:
-        return success_curve(session, concept, patch, attack, at, images=IMAGES, seed=seed)
+        return success_curve(session, concept, patch, attack, at, images=images, seed=seed)
 
     cache = session.sampling.cache
     return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, [
-        concept.kind, concept.name, attack, list(at), IMAGES, seed])
+        concept.kind, concept.name, attack, list(at), images, seed])
 
 
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:

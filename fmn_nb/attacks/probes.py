@@ -126,7 +126,7 @@ def probe(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | No
         with session.patched(patch), with_ddim(session.pipe):
             plain = session.shows(concept, asked, probed.draw())
             seen, found = PROBES[name](probed)
-    except (UnsupportedPipelineError, ReferenceImageError, NotThereError, NotProbedError) as error:
+    except (UnsupportedPipelineError, ReferenceImageError, NotThereError, NotProbedError, MeasurementError) as error:
         return Attack(name, 0, 0, NO_IMAGES, 0, perf_counter() - started, {}, str(error))
     return Attack(name, int(seen.sum()), len(seen), share_of(plain), 0, perf_counter() - started, found)
 

@@ -17,11 +17,22 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from fmn_nb.concepts import NotThereError
-from fmn_nb.evaluation.protocol import Drawing
+from fmn_nb.concepts import Concept, NotThereError, untaught_of
+from fmn_nb.evaluation.protocol import Drawing, drawings
 from fmn_nb.evaluation.quality import kernel_distance
 from fmn_nb.evaluation.session import Session
-from fmn_nb.models import Noising, NoisyBatch, Stream, conditions, denoiser, denoising_loss, encode, seeded
+from fmn_nb.models import (
+    Noising,
+    NoisyBatch,
+    ReferenceImageError,
+    Stream,
+    UnsupportedPipelineError,
+    conditions,
+    denoiser,
+    denoising_loss,
+    encode,
+    seeded,
+)
 from fmn_nb.patches import Patch
 
 NOISES = 4  # of each image
@@ -99,6 +110,15 @@ def no_oracle() -> OracleReport:
     return OracleReport(skipped={"oracle": NO_ORACLE})
 
 
+def taught(oracles: Sequence[DiffusionPipeline], concept: Concept, session: Session) -> str:
+    """Why one of the models is no oracle of the concept; "" where none says that it was taught it."""
+    own = {concept.name, session.vocabulary.target_label(concept)}
+    for names in filter(None, map(untaught_of, oracles)):
+        if not own & set(names):
+            return f"the oracle was taught {concept.name!r}; it never learned {', '.join(names)}"
+    return ""
+
+
 # ---- distances ------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +135,22 @@ def side(session: Session, patch: Patch | None, wanted: Sequence[Drawing]) -> Si
     """A model's side: the drawings drawn."""
     with session.patched(patch):
         return Side(session, patch, session.draw(wanted))
+
+
+def apart(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline], seed: int,
+          size: str) -> OracleReport:
+    """How far the model with the patch is from the oracles on the concept's prompts; what can't be told is skipped."""
+    if reason := taught(oracles, concept, session):
+        return OracleReport(skipped={"oracle": reason})
+    wanted = [drawing for drawing in drawings(concept, session.vocabulary, seed, size) if drawing.role == "forget"]
+    try:
+        unchanged = side(session, None, wanted)
+        model = unchanged if patch is None else side(session, patch, wanted)
+        others = [side(replace(session, pipe=oracle), None, wanted) for oracle in oracles]
+        found, skipped = distances(model, unchanged, others, wanted, seed)
+    except (UnsupportedPipelineError, ReferenceImageError) as error:
+        return OracleReport(skipped={"distance": str(error)})
+    return OracleReport(distances=found, skipped=skipped)
 
 
 def distances(model: Side, unchanged: Side, oracles: Sequence[Side], wanted: Sequence[Drawing], seed: int,
@@ -175,8 +211,3 @@ def mean_loss(model: Side, images: Sequence[Image.Image], prompts: Sequence[str]
 
 def _errors(pipe: DiffusionPipeline, noising: Noising, batch: NoisyBatch, given: Any, prompts: Tensor) -> Tensor:
     return denoising_loss(denoiser(pipe), noising, batch, given, prompts, per_row=True).cpu()
-
-
-def with_reason(report: OracleReport, name: str, reason: str) -> OracleReport:
-    """The report with one more thing that could not be measured."""
-    return replace(report, skipped={**report.skipped, name: reason})

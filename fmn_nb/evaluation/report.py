@@ -19,7 +19,7 @@ from fmn_nb.evaluation.probes import PROBES
 from fmn_nb.evaluation.protocol import Drawing, evenly, share_of
 from fmn_nb.evaluation.quality import FeatureMismatchError
 from fmn_nb.files import replacing
-from fmn_nb.plots import as_png, attention_figure, collateral_figure, confusion_figure, image_grid
+from fmn_nb.plots import as_png, attention_figure, collateral_figure, confusion_figure, floor_figure, image_grid
 
 EXAMPLES = 6  # images of each set in the figure
 
@@ -183,7 +183,7 @@ class Report:
         return found | {"attention": dict(self.attention), "cost": dict(self.cost)}
 
     def figures(self) -> dict[str, Figure]:
-        """Figures by name: images, confusion, collateral, attention; those that have something to show."""
+        """Figures by name: images, confusion, collateral, oracle, attention; those that have something to show."""
         found: dict[str, Figure] = {}
         if self.images:
             shown, names = [], []
@@ -199,6 +199,8 @@ class Report:
             found["confusion"] = confusion_figure(self.confusion(last, what), f"{self.concept.name}, {last}")
             if self.after:
                 found["collateral"] = collateral_figure(self.collateral())
+        if len(self.oracle.attacks):
+            found["oracle"] = floor_figure(self.oracle.attacks)
         if len(self.attention_layers.columns) > 2:
             found["attention"] = attention_figure(self.attention_layers)
         return found

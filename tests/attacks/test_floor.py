@@ -30,6 +30,7 @@ from fmn_nb.attacks.budgets import UNFIXED, Budgets
 from fmn_nb.attacks.floor import at_budget
 from fmn_nb.concepts import Concept
 from fmn_nb.evaluation import MeasurementError, Session
+from fmn_nb.evaluation import oracle as oracles
 from fmn_nb.evaluation.oracle import NO_ORACLE, Distance, distances, loss_difference, mean_loss, side
 from fmn_nb.models import generate
 from fmn_nb.stats import difference_interval
@@ -143,9 +144,9 @@ def report(emoji, oracle, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as quickly:
         quickly.setattr(floors, "read_budgets", lambda: SMALL)
-        quickly.setattr(floors, "IMAGES", 6)
-        every = floors.drawings
-        quickly.setattr(floors, "drawings", lambda *given: every(*given)[:24:4])
+        few, every = floors.attacked, oracles.drawings
+        quickly.setattr(floors, "attacked", lambda *given: few(*given, 6))
+        quickly.setattr(oracles, "drawings", lambda *given: every(*given)[:24:4])
         patch = quick(emoji, steps=1, learning_rate=0.0)
         return floors.compared(Session.of(emoji, steps=4, cache=cache), CAT, patch, [oracle], 0, "quick"), cache
 
@@ -176,13 +177,12 @@ def test_the_report_and_its_metrics_tell_the_oracle(report):
 def test_what_belongs_to_the_unpatched_models_is_kept(report, emoji, monkeypatch):
     kept = Session.of(emoji, steps=4, cache=report[1])
     monkeypatch.setattr(floors, "success_curve", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(floors, "IMAGES", 6)
-    again = floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0)
+    again = floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0, 6)
     assert again["successes"].iloc[0] == round(6 * report[0].attacks.loc["relearning", "first"]["unchanged"])
     for path in (report[1] / "attacks").glob("*.csv"):
         path.write_text("")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0)
+        floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0, 6)
 
 
 def test_what_is_no_oracle_of_the_concept_is_refused(emoji, oracle):
@@ -222,6 +222,6 @@ def test_an_attack_that_a_model_cannot_take_is_skipped():
     judged = session(pipe, cats(*[1] * 20))
     pictures = noise_images(6)
     object.__setattr__(judged, "references", lambda *_: pictures)
-    found = attacked(judged, CAT, None, [replace(judged)], Budgets({"relearning": {}}, "none", {}), (0,))
+    found = attacked(judged, CAT, None, [pipe], Budgets({"relearning": {}}, "none", {}), (0,))
     assert found.skipped == {"relearning": "the oracle's curve has none of its budgets"} and found.attacks.empty
     assert generate(pipe, ["a cat"], [0], steps=1)
