@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "attack": ["Attack", "InversionBudget", "attack_table", "concept_inversion"],
     "budgets": ["Budgets", "choose_budgets", "fix_budgets", "read_budgets"],
-    "curves": ["success_curve"],
+    "curves": ["Tries", "success_curve"],
     "floor": ["attacked"],
     "memorization": ["MScore", "centre_of", "embedding", "m_score"],
     "probes": ["PROBES", "probe", "probe_table"],

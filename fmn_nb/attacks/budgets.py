@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from fmn_nb.attacks.curves import CURVES, IMAGES, mean_curve, success_curve
+from fmn_nb.attacks.curves import CURVES, IMAGES, Tries, mean_curve, success_curve
 from fmn_nb.concepts import Concept
 from fmn_nb.evaluation import Session
 from fmn_nb.files import data_dir, read_json, write_json
@@ -76,7 +76,7 @@ def fix_budgets(oracles: Sequence[DiffusionPipeline | Session], concepts: Sequen
     """
     sessions, content = [Session.of(oracle) for oracle in oracles], {}
     for attack, steps in tried.items():
-        curve = mean_curve([success_curve(session, concept, None, attack, steps, images=images, seed=seed)
+        curve = mean_curve([success_curve(session, concept, None, attack, Tries(steps, images, seed))
                             for session in sessions for concept in concepts for seed in seeds])
         content[attack] = {"budgets": choose_budgets(curve), "curve": curve.to_dict("records")}
     return write_json(path or data_dir() / "results" / BUDGETS_FILE, {

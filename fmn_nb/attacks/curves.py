@@ -7,7 +7,7 @@ judged on the way, on the same images each time, and at n steps stands where the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from diffusers import DiffusionPipeline
@@ -25,29 +25,46 @@ IMAGES = 24  # judged at each number of steps
 REVIVED = 0.5  # the share of images from which a concept counts as back
 
 
-def success_curve(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, attack: str,
-                  at: Sequence[int], *, references: Images | None = None, images: int = IMAGES,
-                  seed: int = 0) -> pd.DataFrame:
-    """The success of an attack ("concept inversion", "adversarial prompt", "relearning") after numbers of steps.
+@dataclass(frozen=True)
+class Tries:
+    """What a curve is judged at.
 
-    Args:
+    Attributes:
         at: numbers of gradient steps, or rounds of the search, from 0: the prompt alone, for the search after a random
             prefix.
+        images: judged at each of them. seed: of everything random.
         references: images of the concept; where None, real ones of the model's world.
+
+    Raises:
+        MeasurementError: there is no such number.
+    """
+
+    at: Sequence[int]
+    images: int = IMAGES
+    seed: int = 0
+    references: Images | None = None
+
+    def __post_init__(self) -> None:
+        if not self.at or min(self.at) < 0:
+            raise MeasurementError(f"at lists numbers of steps from 0, not {list(self.at)}")
+        object.__setattr__(self, "at", tuple(sorted(set(self.at))))
+
+
+def success_curve(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, attack: str,
+                  tries: Tries) -> pd.DataFrame:
+    """The success of an attack ("concept inversion", "adversarial prompt", "relearning") after numbers of steps.
 
     Returns:
         A row for each number, smallest first: steps, successes, images, share with its 95% interval (low, high).
 
     Raises:
-        MeasurementError: an unknown attack, nothing to judge at, nobody judges, or too few references.
+        MeasurementError: an unknown attack, nobody judges, or too few references.
     """
     if attack not in CURVES:
         raise MeasurementError(f"{attack!r} has no curve; there are {', '.join(CURVES)}")
-    if not at or min(at) < 0:
-        raise MeasurementError(f"at lists numbers of steps from 0, not {list(at)}")
-    session, numbers = Session.of(pipe), sorted(set(at))
+    session = Session.of(pipe)
     Noising(session.pipe)  # before anything is drawn
-    return CURVES[attack](session, concept, patch, numbers, references, images, seed)
+    return CURVES[attack](session, concept, patch, tries)
 
 
 def _row(steps: int, seen: pd.Series) -> dict[str, float]:
@@ -56,45 +73,42 @@ def _row(steps: int, seen: pd.Series) -> dict[str, float]:
             "low": share.low, "high": share.high}
 
 
-def inversion_curve(session: Session, concept: Concept, patch: Patch | None, at: Sequence[int],
-                    references: Images | None, images: int, seed: int) -> pd.DataFrame:
+def inversion_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
     """Of `concept_inversion`: one inversion, judged while it learns."""
-    budget = InversionBudget(steps=max(1, *at, 1), images=images)
-    pictures = session.references(concept, references, budget.references, seed)
-    asked, rows = session.fresh_drawings(concept, images, seed), []
+    budget = InversionBudget(steps=max(1, *tries.at), images=tries.images)
+    pictures = session.references(concept, tries.references, budget.references, tries.seed)
+    asked, rows = session.fresh_drawings(concept, tries.images, tries.seed), []
     prompts = [with_words(drawing.prompt, concept, TOKEN) for drawing in asked]
 
     def judge(step: int, loss: float) -> None:
-        if step in at:
+        if step in tries.at:
             rows.append(_row(step, session.seen(concept, asked, prompts)))
 
     with session.patched(patch):
-        if at[0] == 0:
+        if tries.at[0] == 0:
             rows.append(_row(0, session.seen(concept, asked)))
-        if at[-1]:
-            invert(session.pipe, pictures, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=seed,
+        if tries.at[-1]:
+            invert(session.pipe, pictures, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=tries.seed,
                    settings=inversion_settings(budget), callback=judge)
     return pd.DataFrame(rows)
 
 
-def search_curve(session: Session, concept: Concept, patch: Patch | None, at: Sequence[int],
-                 references: Images | None, images: int, seed: int) -> pd.DataFrame:
+def search_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
     """Of `adversarial_prompt`: one search, which goes on where it was judged."""
-    budget, done, rows = SearchBudget(images=images), 0, []
+    budget, done, rows = SearchBudget(images=tries.images), 0, []
     with session.patched(patch):
-        search, prefix, asked = begin_search(session, concept, references, budget, seed)
-        for rounds in at:
+        search, prefix, asked = begin_search(session, concept, tries.references, budget, tries.seed)
+        for rounds in tries.at:
             prefix, _ = search.run(prefix, replace(budget, rounds=rounds - done))
             done = rounds
             rows.append(_row(rounds, session.seen(concept, asked, [" ".join([*prefix, d.prompt]) for d in asked])))
     return pd.DataFrame(rows)
 
 
-def relearning_curve(session: Session, concept: Concept, patch: Patch | None, at: Sequence[int],
-                     references: Images | None, images: int, seed: int) -> pd.DataFrame:
+def relearning_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
     """Of `relearn`, which is a curve already."""
-    budget = RelearningBudget(at=tuple(at), images=images)
-    table = relearn(session, concept, patch, references=references, budget=budget, seed=seed)
+    budget = RelearningBudget(at=tuple(tries.at), images=tries.images)
+    table = relearn(session, concept, patch, references=tries.references, budget=budget, seed=tries.seed)
     return table[["steps", "successes", "images", "share", "low", "high"]]
 
 

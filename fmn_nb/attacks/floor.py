@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fmn_nb.attacks.budgets import Budgets, read_budgets
-from fmn_nb.attacks.curves import IMAGES, REVIVED, mean_curve, success_curve
+from fmn_nb.attacks.curves import IMAGES, REVIVED, Tries, mean_curve, success_curve
 from fmn_nb.attacks.relearning import steps_until
 from fmn_nb.concepts import Concept
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
@@ -73,10 +73,10 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
             continue
         at = sorted({*steps.values(), *(budgets.tried[attack] if len(seeds) > 1 else ())})
         try:
-            known = [curve_of(session, concept, None, attack, at, seed, images) for seed in seeds]
+            known = [curve_of(session, concept, None, attack, Tries(at, images, seed)) for seed in seeds]
             found = {"forgetting model": known if patch is None else
-                     [curve_of(session, concept, patch, attack, at, seed, images) for seed in seeds],
-                     "oracle": [curve_of(one, concept, None, attack, at, seed, images)
+                     [curve_of(session, concept, patch, attack, Tries(at, images, seed)) for seed in seeds],
+                     "oracle": [curve_of(one, concept, None, attack, Tries(at, images, seed))
                                 for one in others for seed in seeds],
                      "unchanged model": known}
         except MeasurementError as error:
@@ -105,15 +105,15 @@ def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict
             "images": sum(count for _, count in pairs["forgetting model"])}
 
 
-def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str, at: Sequence[int],
-             seed: int, images: int = IMAGES) -> Curve:
+def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str,
+             tries: Tries) -> Curve:
     """The curve; that of an unpatched model is kept in the session's cache, where many patches find it."""
     def measure() -> Curve:
-        return success_curve(session, concept, patch, attack, at, images=images, seed=seed)
+        return success_curve(session, concept, patch, attack, tries)
 
     cache = session.sampling.cache
     return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, [
-        concept.kind, concept.name, attack, list(at), images, seed])
+        concept.kind, concept.name, attack, list(tries.at), tries.images, tries.seed])
 
 
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from fmn_nb.attacks.attack import NO_IMAGES, Attack
 from fmn_nb.attacks.relearning import RelearningBudget, harmless_tuning
 from fmn_nb.concepts import Concept, NotThereError
-from fmn_nb.evaluation import Drawing, MeasurementError, Session, share_of
+from fmn_nb.evaluation import Drawing, MeasurementError, Session, Share, share_of
 from fmn_nb.models import (
     ReferenceImageError,
     SeedOffset,
@@ -114,21 +114,30 @@ def probe(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | No
     Raises:
         MeasurementError: an unknown probe, or nobody judges.
     """
+    return _probe(_probed(Session.of(pipe), concept, patch, base, images, seed), name)
+
+
+def _probed(session: Session, concept: Concept, patch: Patch | None, base: DiffusionPipeline | Session | None,
+            images: int, seed: int) -> Probed:
+    session.judge_now(concept)  # before anything is drawn
+    asked = session.fresh_drawings(concept, images, seed)
+    return Probed(session, patch, session if base is None else Session.of(base), concept, asked, seed)
+
+
+def _probe(probed: Probed, name: str, plain: Share | None = None) -> Attack:
+    """One probe; `plain` is the share that the prompt alone has, where it is known."""
     if name not in PROBES:
         raise MeasurementError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
-    started, session = perf_counter(), Session.of(pipe)
-    asked = session.fresh_drawings(concept, images, seed)
-    probed = Probed(session, patch, session if base is None else Session.of(base), concept, asked, seed)
-    session.judge_now(concept)  # before anything is drawn
+    started = perf_counter()
     try:
         if name == HALF_FINISHED:
             probed = replace(probed, begun=begun_by(probed))
-        with session.patched(patch), with_ddim(session.pipe):
-            plain = session.shows(concept, asked, probed.draw())
+        with probed.session.patched(probed.patch), with_ddim(probed.pipe):
+            plain = plain or share_of(probed.session.shows(probed.concept, probed.asked, probed.draw()))
             seen, found = PROBES[name](probed)
     except (UnsupportedPipelineError, ReferenceImageError, NotThereError, NotProbedError, MeasurementError) as error:
         return Attack(name, 0, 0, NO_IMAGES, 0, perf_counter() - started, {}, str(error))
-    return Attack(name, int(seen.sum()), len(seen), share_of(plain), 0, perf_counter() - started, found)
+    return Attack(name, int(seen.sum()), len(seen), plain, 0, perf_counter() - started, found)
 
 
 def probe_table(pipe: DiffusionPipeline | Session, concept: Concept, patches: Mapping[str, Patch], *,
@@ -147,13 +156,14 @@ def probe_table(pipe: DiffusionPipeline | Session, concept: Concept, patches: Ma
     models |= {name: (session, patch) for name, patch in patches.items()} | {CEILING: (session, None)}
     table, reasons = {}, {}
     for model, (own, patch) in models.items():
-        cells = {"the prompt alone": None}
+        probed, plain, cells = _probed(own, concept, patch, session, images, seed), None, {}
         for name in probes or PROBES:
-            attack = probe(own, concept, patch, name, base=session, images=images, seed=seed)
+            attack = _probe(probed, name, plain)
             if attack.skipped:
                 reasons[f"{name}, {model}"] = attack.skipped
                 continue
-            cells |= {"the prompt alone": attack.before.value, name: attack.after.value}
+            plain = attack.before
+            cells |= {"the prompt alone": plain.value, name: attack.after.value}
         table[model] = cells
     return pd.DataFrame(table).rename_axis("probe").astype(float), reasons
 

@@ -17,6 +17,7 @@ import fmn_nb as fmn
 from fmn_nb.attacks import (
     InversionBudget,
     SearchBudget,
+    Tries,
     adversarial_prompt,
     attacked,
     choose_budgets,
@@ -83,7 +84,7 @@ def test_the_intervals_hold_the_truth_and_narrow_with_images():
 def test_a_curve_ends_where_the_attack_of_that_budget_ends(emoji):
     """The same images, one by one, after an inversion that was judged on the way and after one that wasn't."""
     quickly = Session.of(emoji, steps=2)
-    at = success_curve(quickly, CAT, None, "concept inversion", (0, 2, 3), images=4)
+    at = success_curve(quickly, CAT, None, "concept inversion", Tries((3, 0, 2), images=4))
     assert at["steps"].tolist() == [0, 2, 3]
     for steps in (2, 3):
         attack = concept_inversion(quickly, CAT, None, budget=InversionBudget(steps=steps, images=4))
@@ -96,7 +97,8 @@ def test_a_judged_inversion_learns_what_an_unjudged_one_learns():
     references, before, learned = noise_images(6), snapshot(pipe), []
     for at in ((3,), (0, 1, 3)):
         judged = session(pipe, cats(0, 1, 2))
-        success_curve(judged, CAT, quick(pipe), "concept inversion", at, references=references, images=2)
+        success_curve(judged, CAT, quick(pipe), "concept inversion",
+                      Tries(at, images=2, references=references))
         assert_unchanged(pipe, before)
         settings = InversionBudget(steps=3, images=2)
         with quick(pipe).applied(pipe):
@@ -112,15 +114,15 @@ def test_a_search_goes_on_where_it_was_judged():
     seen = []
     watching = session(pipe, cats(*[1] * 9))
     object.__setattr__(watching, "seen", lambda *given: seen.append(given[2][0]) or pd.Series([True, False]))
-    success_curve(watching, CAT, None, "adversarial prompt", (0, 1, 3), references=pictures, images=2)
+    success_curve(watching, CAT, None, "adversarial prompt", Tries((0, 1, 3), images=2, references=pictures))
     assert seen[0].startswith(whole.found["random_prefix"]) and seen[-1].startswith(whole.found["prefix"])
 
 
 def test_what_has_no_curve_says_so():
     with pytest.raises(MeasurementError, match="'paraphrases' has no curve; there are concept inversion"):
-        success_curve(tiny_sd(), CAT, None, "paraphrases", (1,))
+        success_curve(tiny_sd(), CAT, None, "paraphrases", Tries((1,)))
     with pytest.raises(MeasurementError, match="numbers of steps from 0"):
-        success_curve(tiny_sd(), CAT, None, "relearning", ())
+        Tries(())
 
 
 def test_budgets_are_written_with_their_date_and_read(oracle, tmp_path):
@@ -177,12 +179,12 @@ def test_the_report_and_its_metrics_tell_the_oracle(report):
 def test_what_belongs_to_the_unpatched_models_is_kept(report, emoji, monkeypatch):
     kept = Session.of(emoji, steps=4, cache=report[1])
     monkeypatch.setattr(floors, "success_curve", lambda *_, **__: pytest.fail("measured again"))
-    again = floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0, 6)
+    again = floors.curve_of(kept, CAT, None, "relearning", Tries([0, 1], 6))
     assert again["successes"].iloc[0] == round(6 * report[0].attacks.loc["relearning", "first"]["unchanged"])
     for path in (report[1] / "attacks").glob("*.csv"):
         path.write_text("")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        floors.curve_of(kept, CAT, None, "relearning", [0, 1], 0, 6)
+        floors.curve_of(kept, CAT, None, "relearning", Tries([0, 1], 6))
 
 
 def test_what_is_no_oracle_of_the_concept_is_refused(emoji, oracle):

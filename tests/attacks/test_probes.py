@@ -139,6 +139,7 @@ def test_the_table_stands_between_the_oracle_and_the_base_model(world) -> None:
                                  probes=["noise on the way", "judge's guidance"])
     assert list(table.columns) == ["oracle", "balanced", "base model"]
     assert table.loc["the prompt alone", "oracle"] == 0 and table.loc["noise on the way", "oracle"] == 0.5
+    assert judged.judge.calls == 6, "the prompt alone is drawn once for each model"
     assert set(reasons) == {f"judge's guidance, {model}" for model in table.columns}
     with pytest.raises(MeasurementError, match="no probe 'magic'"):
         probe(judged, CAT, None, "magic")

@@ -82,8 +82,7 @@ def findings(task: Task, patch: Patch, forget: TrainingSet, number: int) -> list
         prompts = torch.arange(first, first := first + len(task.prompts_of(concept)))
         if number == 0:
             found += closed_form(task, patch, forget, prompts)
-        for try_, initial in enumerate((concept.phrase, None)):
-            found.append(inverted(task, patch, forget, prompts, concept, initial, number, 1 + (number + try_) % 2))
+        found += [inverted(task, patch, forget, prompts, concept, number, fresh) for fresh in (False, True)]
     return found
 
 
@@ -108,17 +107,19 @@ def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) 
     return [Find(rows, later, prompts)]
 
 
-def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, concept: Concept, initial: str | None,
-             number: int, tokens: int) -> Find:
-    """What textual inversion of the concept's references finds on the model with the patch."""
-    settings = InversionSettings(tokens=tokens, steps=task.settings.probe_steps, learning_rate=LEARNING_RATE, warmup=0,
-                                 weight_decay=0.0, batch_size=BATCH, norm="free")
+def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, concept: Concept, number: int,
+             fresh: bool) -> Find:
+    """What textual inversion of the concept's references finds on the model with the patch, in round `number`: from
+    its word, or from `fresh` random vectors; the one with one token, the other with two, in turn."""
+    settings = InversionSettings(tokens=1 + (number + fresh) % 2, steps=task.settings.probe_steps, batch_size=BATCH,
+                                 learning_rate=LEARNING_RATE, warmup=0, weight_decay=0.0, norm="free")
+    seed = (task.seed + 1000 * (2 * number + fresh)) % 2**62
     shown = forget.latent_of[torch.isin(forget.prompt_of, prompts)].unique()
     latents = Latents(forget.latents.mean[shown], forget.latents.std[shown])
     texts = task.with_word(concept, TOKEN)
     with patch.applied(task.pipe):
-        learned = invert(task.pipe, latents, kind=concept.kind, name=TOKEN, initial=initial, settings=settings,
-                         seed=(task.seed + 1000 * (2 * number + (initial is None))) % 2**62)
+        learned = invert(task.pipe, latents, kind=concept.kind, name=TOKEN, settings=settings,
+                         initial=None if fresh else concept.phrase, seed=seed)
     with learned.loaded(task.pipe), torch.no_grad():
         given = conditions(task.pipe, texts, size=task.settings.size)
         columns = given.rows[_TEXT].shape[1]
