@@ -294,7 +294,7 @@ PRESETS: dict[str, Settings] = {
         learning_rate=2e-2, schedule="cosine", steps=35,
     ),
     # Forgetting that is to withstand attacks: "balanced" against a pool of what attacks find, and then once more with
-    # all of it.
+    # all of it. The numbers beside the rounds are those of "balanced", with twice its batch for the finds.
     "robust": Settings(
         method="robust", positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
         retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
