@@ -213,7 +213,9 @@ def check(model: str) -> None:
 @click.option("--organism", default="emoji", show_default=True, help="Which model to make: emoji, or joint (a "
               "transformer with joint attention in the same world).")
 @click.option("--out", type=Folder(), help="Folder for the models.  [default: the kit's data/]")
-@click.option("--without", metavar="CONCEPT", multiple=True, help="Train a model that never saw it: an oracle.")
+@click.option("--without", metavar="A,B", multiple=True, help="Train a model that never saw these: an oracle.")
+@click.option("--keep-text-encoder", is_flag=True,
+              help="An oracle under the emoji model's text encoder, which saw the words.")
 @click.option("--stages", metavar="A,B", help="Only these stages of the recipe.  [default: all]")
 @click.option("--smoke", is_flag=True, help="The whole recipe in under a minute; the models learn next to nothing.")
 @click.option("--resume/--restart", default=True, show_default=True, help="Go on where a killed training stood.")
@@ -232,7 +234,7 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
         from fmn_nb.emoji.training.request import Request
 
         chosen = _items(stages or "")
-        request = Request(without=without, stages=chosen, **options)
+        request = Request(without=[name for names in without for name in _items(names)], stages=chosen, **options)
 
         from fmn_nb.emoji.training.recipe import pretrain as build
         from fmn_nb.runs.stopping import telling

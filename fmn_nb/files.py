@@ -232,6 +232,7 @@ def bundled_models() -> dict[str, Path]:
     }
 
 
+REST = "_rest"  # in the index of a model's folder that leaves some parts to a bundled model
 CHECKSUMS = "checksums.json"
 
 

@@ -48,6 +48,29 @@ def judge(world):
 
 
 @pytest.fixture(scope="session")
+def oracle_folder(tmp_path_factory):
+    """The folder of an oracle in the smoke size, as far as it differs from the emoji model; the whole is beside it."""
+    from fmn_nb.emoji.training.oracle import keep_difference
+    from fmn_nb.emoji.training.recipe import pretrain
+    from fmn_nb.emoji.training.request import Request
+
+    out = tmp_path_factory.mktemp("oracle") / "models"
+    pretrain(Request(out, smoke=True, without=("cat", "fluent"), stages=["diffusion"]), lambda line: None)
+    keep_difference(out / "emoji-diffusion", out / "emoji-oracle")
+    return out / "emoji-oracle"
+
+
+@pytest.fixture(scope="session")
+def oracle(oracle_folder):
+    """A smoke oracle as a pipeline on the CPU; it never learned "cat" and "fluent", nor anything else."""
+    import fmn_nb as fmn
+
+    pipe = fmn.load(str(oracle_folder), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
 def record():
     """What a tiny pipeline's attention did in three steps; its images, [1, 16, 24, 3] in [0, 1], as `pixels`."""
     from tiny import generate, tiny_sd

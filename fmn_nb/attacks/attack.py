@@ -93,6 +93,13 @@ class InversionBudget:
     images: int = 24
 
 
+def inversion_settings(budget: InversionBudget) -> InversionSettings:
+    """How the budget's tokens are learned; their lengths are free: an attacker isn't bound to look like the
+    vocabulary."""
+    return InversionSettings(tokens=budget.tokens, steps=budget.steps, batch_size=budget.batch_size, norm="free",
+                             learning_rate=budget.learning_rate, warmup=0, weight_decay=0.0)
+
+
 def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, *,
                       references: Images | None = None, budget: InversionBudget | None = None,
                       seed: int = 0) -> Attack:
@@ -113,15 +120,12 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
     """
     started, budget, session = perf_counter(), budget or InversionBudget(), Session.of(pipe)
     Noising(session.pipe)  # before anything is drawn
-    settings = InversionSettings(  # lengths free: an attacker isn't bound to look like the vocabulary
-        tokens=budget.tokens, steps=budget.steps, batch_size=budget.batch_size, norm="free",
-        learning_rate=budget.learning_rate, warmup=0, weight_decay=0.0)
     images = session.references(concept, references, budget.references, seed)
     asked = session.fresh_drawings(concept, budget.images, seed)
     with session.patched(patch):
         before = session.seen(concept, asked)
         tokens = invert(session.pipe, images, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=seed,
-                        settings=settings)
+                        settings=inversion_settings(budget))
         with tokens.loaded(session.pipe):
             after = session.seen(concept, asked, [with_words(d.prompt, concept, TOKEN) for d in asked])
     fifth = max(1, len(tokens.losses) // 5)

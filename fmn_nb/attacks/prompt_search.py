@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmn_nb.attacks.attack import TOKEN, Attack
 from fmn_nb.concepts import Concept, find_phrase
-from fmn_nb.evaluation import MeasurementError, Session, share_of
+from fmn_nb.evaluation import Drawing, MeasurementError, Session, share_of
 from fmn_nb.models import (
     Conditions,
     Images,
@@ -70,13 +70,8 @@ def adversarial_prompt(pipe: DiffusionPipeline | Session, concept: Concept, patc
     """
     started, budget, session = perf_counter(), budget or SearchBudget(), Session.of(pipe)
     Noising(session.pipe)  # before anything is drawn
-    prompts = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
-    pictures = session.references(concept, references, budget.references, seed)
-    known = whole_words(session.pipe, concept)
-    asked, generator = session.fresh_drawings(concept, budget.images, seed), seeded(seed, Stream.PROMPT_SEARCH)
-    first = [known[i] for i in torch.randint(len(known), (budget.words,), generator=generator).tolist()]
     with session.patched(patch):
-        search = Search(session.pipe, prompts, known, encode(session.pipe, pictures), budget.noises, generator)
+        search, first, asked = begin_search(session, concept, references, budget, seed)
         prefix, losses = search.run(first, budget)
         before, random, after = (session.seen(concept, asked, [" ".join([*words, d.prompt]) for d in asked])
                                  for words in ([], first, prefix))
@@ -84,6 +79,23 @@ def adversarial_prompt(pipe: DiffusionPipeline | Session, concept: Concept, patc
              "random_prefix": " ".join(first), "random_success": float(random.mean())}
     return Attack("adversarial prompt", int(after.sum()), len(after), share_of(before), budget.rounds,
                   perf_counter() - started, found)
+
+
+def begin_search(session: Session, concept: Concept, references: Images | None, budget: SearchBudget,
+                 seed: int) -> tuple[Search, list[str], list[Drawing]]:
+    """A search on the session's model as it is now, the random words that it starts from, and what is drawn to judge
+    it.
+
+    Raises:
+        MeasurementError: too few references, or no tokenizer with whole words.
+    """
+    prompts = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
+    pictures = session.references(concept, references, budget.references, seed)
+    known = whole_words(session.pipe, concept)
+    asked, generator = session.fresh_drawings(concept, budget.images, seed), seeded(seed, Stream.PROMPT_SEARCH)
+    first = [known[i] for i in torch.randint(len(known), (budget.words,), generator=generator).tolist()]
+    return (Search(session.pipe, prompts, known, encode(session.pipe, pictures), budget.noises, generator), first,
+            asked)
 
 
 class Search:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from fmn_nb.concepts import Concept
-from fmn_nb.evaluation import MeasurementError, Session, share_of
+from fmn_nb.evaluation import MeasurementError, Session, drawings, evenly, share_of
 from fmn_nb.forgetting import Settings, trainable
-from fmn_nb.models import Images, Noising, Stream, conditions, denoiser, denoising_loss, encode, noisy_batch, seeded
+from fmn_nb.models import (
+    Images,
+    Latents,
+    Noising,
+    SeedOffset,
+    Stream,
+    conditions,
+    denoiser,
+    denoising_loss,
+    encode,
+    noisy_batch,
+    seeded,
+)
 from fmn_nb.patches import Patch
 
 
@@ -55,17 +71,14 @@ def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | 
     budget, session = budget or RelearningBudget(), Session.of(pipe)
     if not budget.at or min(budget.at) < 0:
         raise MeasurementError(f"at lists numbers of steps from 0, not {list(budget.at)}")
-    noising = Noising(session.pipe)  # before anything is drawn
+    Noising(session.pipe)  # before anything is drawn
     asked = session.fresh_drawings(concept, budget.images, seed)
     shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
     pictures = session.references(concept, references, budget.references, seed)
     prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
     latents, generator = encode(session.pipe, pictures), seeded(seed, Stream.RELEARNING)
-    model, lora = denoiser(session.pipe), Settings(train="lora", rank=budget.rank)
     rows, losses, spent = [], [], 0.0
-    with session.patched(patch), trainable(model, lora, generator) as weights:
-        parameters, given = list(weights.parameters.values()), conditions(session.pipe, prompts)
-        optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
+    with session.patched(patch), _tuning(session, latents, prompts, budget, generator) as step:
         for done in range(max(budget.at) + 1):
             if done in budget.at:
                 share = share_of(session.seen(concept, asked))
@@ -75,17 +88,50 @@ def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | 
                 losses = []
             if done < max(budget.at):
                 started = perf_counter()
-                index = torch.randint(len(latents), (budget.batch_size,), generator=generator)
-                batch = noisy_batch(latents, index, generator, (0, noising.steps))
-                with torch.enable_grad():
-                    loss = denoising_loss(model, noising, batch, given, index % len(prompts))
-                    loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(float(loss.detach()))
+                losses.append(step())
                 spent += perf_counter() - started
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def harmless_tuning(session: Session, concept: Concept, budget: RelearningBudget, seed: int) -> Iterator[int]:
+    """Context with the session's model as it is now, fine-tuned on real images of everything but the concept; yields
+    the number of steps, the budget's largest.
+
+    Raises:
+        NotThereError: the model's world has no real images.
+    """
+    retain = [d for d in drawings(concept, session.vocabulary, seed + SeedOffset.ATTACK_IMAGES) if d.role == "retain"]
+    shown = evenly(retain, budget.references)
+    pictures = [Image.fromarray(np.asarray(image)) for image in session.world.real_images(shown)]
+    latents, generator = encode(session.pipe, pictures), seeded(seed, Stream.RELEARNING)
+    with _tuning(session, latents, [d.prompt for d in shown], budget, generator) as step:
+        for _ in range(max(budget.at)):
+            step()
+        yield max(budget.at)
+
+
+@contextmanager
+def _tuning(session: Session, latents: Latents, prompts: Sequence[str], budget: RelearningBudget,
+            generator: torch.Generator) -> Iterator[Callable[[], float]]:
+    """Context with a small LoRA in the session's model, and a function that trains it for one step: its loss."""
+    model, lora, noising = denoiser(session.pipe), Settings(train="lora", rank=budget.rank), Noising(session.pipe)
+    with trainable(model, lora, generator) as weights:
+        parameters, given = list(weights.parameters.values()), conditions(session.pipe, prompts)
+        optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
+
+        def step() -> float:
+            index = torch.randint(len(latents), (budget.batch_size,), generator=generator)
+            batch = noisy_batch(latents, index, generator, (0, noising.steps))
+            with torch.enable_grad():
+                loss = denoising_loss(model, noising, batch, given, index % len(prompts))
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return float(loss.detach())
+
+        yield step
 
 
 def steps_until(table: pd.DataFrame, share: float = 0.5) -> int | None:

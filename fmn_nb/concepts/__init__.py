@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "concept": ["Concept", "DETERMINERS", "KINDS", "TEMPLATES", "forms_of", "with_article"],
     "tokens": ["PhraseNotFoundError", "PromptTokens", "UnreadablePromptError", "find_phrase", "join_prompts",
         "read_chunks", "read_prompt"],
-    "world": ["JudgeLike", "NOTHING", "NotThereError", "UnknownConceptError", "Verdict", "Vocabulary", "WORLD_KEY",
-        "World", "neutral_prompts", "same_name", "vocabulary_of", "world_of"],
+    "world": ["JudgeLike", "NOTHING", "NotThereError", "UNTAUGHT_KEY", "UnknownConceptError", "Verdict", "Vocabulary",
+        "WORLD_KEY", "World", "neutral_prompts", "same_name", "untaught_of", "vocabulary_of", "world_of"],
 })

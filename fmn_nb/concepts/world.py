@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOTHING = "nothing"  # a judge's label for an image that shows none of its names
 WORLD_KEY = "_world"  # in the configuration of a denoiser
+UNTAUGHT_KEY = "_untaught"  # the same, of an oracle
 _DENOISERS = ("unet", "transformer")
 
 
@@ -159,6 +160,12 @@ def world_of(pipe: DiffusionPipeline) -> World | None:
     parts = (getattr(pipe, name, None) for name in _DENOISERS)
     said = next((config.get(WORLD_KEY) for part in parts if (config := getattr(part, "config", None))), None)
     return _world(said, data_dir()) if said in WORLDS else None
+
+
+def untaught_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """The names that an oracle never learned, as it says beside its weights; () for a model that says nothing."""
+    configs = (getattr(getattr(pipe, name, None), "config", None) for name in _DENOISERS)
+    return tuple(next((config[UNTAUGHT_KEY] for config in configs if config and UNTAUGHT_KEY in config), ()))
 
 
 def neutral_prompts() -> list[str]:

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fmn_nb.concepts import Concept, NotThereError
+from fmn_nb.concepts import Concept, NotThereError, untaught_of
 from fmn_nb.emoji.judges import Judge, SecondJudge
 from fmn_nb.emoji.scenes import Placed, Renderer, Scene, sample_scenes
 from fmn_nb.emoji.world import (
@@ -130,7 +131,24 @@ def _real_scenes(wanted: Sequence[Drawing]) -> list[Scene]:
     return scenes
 
 
+def untaught_by(without: Sequence[str]) -> tuple[str, ...]:
+    """Everything that a training learns no scene of which leaves `without` out: these names, the identities of an
+    object among them, and both readings of an ambiguous word among them; in the vocabulary's order."""
+    gone = set(without)
+    gone |= {name for name, one in IDENTITIES.items() if one.object in gone or one.style in gone}
+    gone |= {reading.phrase for word, readings in AMBIGUOUS.items() if word in gone for reading in readings}
+    gone |= {word for word, readings in AMBIGUOUS.items() if all(reading.phrase in gone for reading in readings)}
+    return tuple(name for name in VOCABULARY.concepts() if name in gone)
+
+
+def never_taught(pipe: DiffusionPipeline, concept: Concept) -> bool:
+    """Whether an oracle never learned what the concept's prompt means first: of an ambiguous word that is its dominant
+    reading."""
+    return {concept.name, VOCABULARY.target_label(concept)} & set(untaught_of(pipe)) != set()
+
+
 def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str | None = None,
+                    without: Sequence[str] = (),
                     ) -> tuple[list[Image.Image], list[str], list[dict[str, np.ndarray]]]:
     """Scenes of the emoji world that its model never saw: images, prompts, and each word's mask, for `ground_images`.
 
@@ -138,6 +156,7 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         count: how many; the same ones for the same seed.
         sort: "pair" (two objects side by side) or "single".
         holding: an object that every scene shows, or a style that every scene is in; any where None.
+        without: names that no scene may show.
 
     Raises:
         ValueError: such scenes hold no object or style of the name `holding`.
@@ -146,7 +165,7 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
     scenes, sampled = [], count
     while len(scenes) < count:  # more of the same stream, so the first scenes stay the same
-        stream = sample_scenes(sampled, seed, held_out=True, sorts={sort: 1.0})
+        stream = sample_scenes(sampled, seed, held_out=True, without=without, sorts={sort: 1.0})
         scenes = [s for s in stream if holding is None or holding in (*s.words, s.style)][:count]
         sampled *= 2
     renderer = Renderer(data_dir() / "sprites")

@@ -6,7 +6,8 @@ and counts. The definitions are in `measures`, the prompts in `protocol`; a `Ses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from fmn_nb.concepts import Concept, JudgeLike, NotThereError, PhraseNotFoundErr
 from fmn_nb.evaluation.checkpoints import CheckpointWorld
 from fmn_nb.evaluation.clip import Clip, similar_names, similarities
 from fmn_nb.evaluation.measures import Measures, judge_images, measure, with_ceiling
+from fmn_nb.evaluation.oracle import OracleReport
 from fmn_nb.evaluation.protocol import Drawing, drawings, probe_drawings, probe_shares
 from fmn_nb.evaluation.quality import Quality
 from fmn_nb.evaluation.report import Report
@@ -37,6 +39,8 @@ from fmn_nb.models import (
 from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
 from fmn_nb.patches import Patch
 
+#: what compares with an oracle; attacks stand above the evaluation, so it is found by its name, as worlds are
+COMPARISON = "fmn_nb.attacks.floor", "compared"
 JUDGED = ("ua", "ira", "cra", "h", "ceiling")
 
 
@@ -44,7 +48,8 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
              size: str = "quick", judge: JudgeLike | None = None, clip: str | Path | Clip | None = None,
              real: Images | None = None, prompts: str | Path | None = None, cache: str | Path | None = None,
              steps: int = STEPS, guidance: float = GUIDANCE, batch: int | None = None,
-             progress: Progress | None = None) -> Report:
+             progress: Progress | None = None,
+             oracle: DiffusionPipeline | Sequence[DiffusionPipeline] | None = None) -> Report:
     """Measure what the model shows of `concept` and of everything else, before and, with a patch, after.
 
     Args:
@@ -63,6 +68,9 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
             ends in the same table. Damaged or foreign files in it are drawn anew.
         batch: how many images the pipeline draws at once; always exactly so many, for the last bits depend on it.
         progress: called with (images drawn, images in all) of each model.
+        oracle: a model that was never taught the concept, or several: adds `Report.oracle`, what attacks achieve on it
+            (the floor) and on the forgetting model, and how far the two are apart. That takes about as long as fifteen
+            evaluations; a `cache` keeps what belongs to the oracle and the unchanged model.
 
     Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`. Without a
     judge distances to real images, the CLIP score and attention are left: they need no verdicts. What can't be read
@@ -89,9 +97,20 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
         world = copy(world)  # the process's other sessions share it
         world.scorer = clip if isinstance(clip, Clip) else Clip.load(clip)
     sampling = Sampling(steps, guidance, batch, cache, progress)
+    oracles = [] if oracle is None else [oracle] if isinstance(oracle, DiffusionPipeline) else list(oracle)
+    if wrong := [one for one in oracles if not isinstance(one, DiffusionPipeline)]:
+        raise ValueError(f"an oracle is a pipeline, not {wrong[0]!r}; load it with fmn.load")
+    session = Session(pipe, world, judge, sampling)
     with measured_cost(denoiser(pipe).device) as cost:
-        report = _evaluated(Session(pipe, world, judge, sampling), concept, patch, seed, size)
+        report = _evaluated(session, concept, patch, seed, size)
+        if oracles:
+            report = replace(report, oracle=_comparison()(session, concept, patch, oracles, seed, size))
     return replace(report, cost=cost_of(patch, cost))
+
+
+def _comparison() -> Callable[..., OracleReport]:
+    module, name = COMPARISON
+    return getattr(importlib.import_module(module), name)
 
 
 def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: int, size: str) -> Report:

@@ -14,11 +14,12 @@ from PIL import Image
 
 from fmn_nb.concepts import Concept, JudgeLike, Vocabulary
 from fmn_nb.evaluation.measures import FIGURES, Measures, judge_images, measure
+from fmn_nb.evaluation.oracle import NO_ORACLE, OracleReport, no_oracle
 from fmn_nb.evaluation.probes import PROBES
 from fmn_nb.evaluation.protocol import Drawing, evenly, share_of
 from fmn_nb.evaluation.quality import FeatureMismatchError
 from fmn_nb.files import replacing
-from fmn_nb.plots import as_png, attention_figure, collateral_figure, confusion_figure, image_grid
+from fmn_nb.plots import as_png, attention_figure, collateral_figure, confusion_figure, floor_figure, image_grid
 
 EXAMPLES = 6  # images of each set in the figure
 
@@ -36,6 +37,8 @@ class Report:
             Without a judge the retain set alone, where there was something to compare it with.
         similarity: how much each other name of the domain is like the concept, most similar first; empty where no
             CLIP could tell.
+        oracle: floors of attacks and distances to a model that was never taught the concept; empty, with the reason,
+            where none was given.
         cost: seconds, peak memory and bytes of forgetting and of this evaluation (`costs` with units).
     """
 
@@ -52,6 +55,7 @@ class Report:
     similarity: pd.Series = field(repr=False, default_factory=lambda: pd.Series(dtype=float))
     cost: dict[str, float | int] = field(default_factory=dict)
     vocabulary: Vocabulary | None = field(repr=False, default=None)
+    oracle: OracleReport = field(repr=False, default_factory=no_oracle)
 
     @property
     def models(self) -> dict[str, Measures]:
@@ -100,6 +104,7 @@ class Report:
     def skipped(self) -> pd.Series:
         """What could not be measured, by model and figure, with the reason."""
         reasons = {(when, name): why for when, m in self.models.items() for name, why in m.skipped.items()}
+        reasons |= {("oracle", name): why for name, why in self.oracle.skipped.items() if why != NO_ORACLE}
         index = pd.MultiIndex.from_tuples(list(reasons), names=["model", "figure"]) if reasons else None
         return pd.Series(list(reasons.values()), index=index, name="reason", dtype=object)
 
@@ -171,12 +176,14 @@ class Report:
             raise ValueError("no judge judged these images: evaluate with clip=FOLDER or judge=...")
 
     def to_metrics(self) -> dict[str, Any]:
-        """The sections before, after, attention and cost of metrics.json."""
+        """The sections before, after, attention and cost of metrics.json, and oracle where one was given."""
         found = {when: m.to_metrics() for when, m in self.models.items()}
+        if self.oracle.skipped.get("oracle") != NO_ORACLE:
+            found["oracle"] = self.oracle.to_metrics()
         return found | {"attention": dict(self.attention), "cost": dict(self.cost)}
 
     def figures(self) -> dict[str, Figure]:
-        """Figures by name: images, confusion, collateral, attention; those that have something to show."""
+        """Figures by name: images, confusion, collateral, oracle, attention; those that have something to show."""
         found: dict[str, Figure] = {}
         if self.images:
             shown, names = [], []
@@ -192,6 +199,8 @@ class Report:
             found["confusion"] = confusion_figure(self.confusion(last, what), f"{self.concept.name}, {last}")
             if self.after:
                 found["collateral"] = collateral_figure(self.collateral())
+        if len(self.oracle.attacks):
+            found["oracle"] = floor_figure(self.oracle.attacks)
         if len(self.attention_layers.columns) > 2:
             found["attention"] = attention_figure(self.attention_layers)
         return found
@@ -212,6 +221,10 @@ class Report:
         tables = {"": self.table(), "Probes": self.probes()}
         if len(self.skipped()):
             tables["Not measured"] = self.skipped().to_frame()
+        if len(self.oracle.attacks):
+            tables["Attacks, above the oracle's floor"] = self.oracle.attacks.round(3)
+        if self.oracle.distances:
+            tables["Distance to the oracle"] = self.oracle.distance_table().round(4)
         if self.cost:
             tables["Cost"] = self.costs()
         parts = [f"<h4>{escape(title)}</h4>{table.to_html()}" if title else table.to_html()

@@ -101,15 +101,25 @@ class Session:
         Raises:
             MeasurementError: nobody judges.
         """
-        try:
-            judge = self.judge_for(concept)
-        except NotThereError as missing:
-            raise MeasurementError(f"nobody judges whether {concept.name!r} is seen: give a judge, "
-                                   f"Session.of(pipe, judge=...), such as a ClipJudge ({missing})") from missing
+        judge = self.judge_now(concept)
         with borrowed(self.pipe):
             images = generate(self.pipe, list(prompts or [d.prompt for d in wanted]), [d.seed for d in wanted],
                               steps=self.sampling.steps)
         return judge_images(judge, concept, wanted, images, self.vocabulary)
+
+    def judge_now(self, concept: Concept) -> JudgeLike:
+        """Who judges this concept; MeasurementError, which says what to give, where nobody does."""
+        try:
+            return self.judge_for(concept)
+        except NotThereError as missing:
+            raise MeasurementError(f"nobody judges whether {concept.name!r} is seen: give a judge, "
+                                   f"Session.of(pipe, judge=...), such as a ClipJudge ({missing})") from missing
+
+    def shows(self, concept: Concept, wanted: Sequence[Drawing], images: Sequence[Image.Image],
+              judge: JudgeLike | None = None) -> pd.Series:
+        """For each of these images, drawn for the drawings, whether the judge (or another) sees the concept in it."""
+        outcomes = judge_images(judge or self.judge_now(concept), concept, wanted, images, self.vocabulary)
+        return ~outcomes["right"].astype(bool)
 
     def seen(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.Series:
         """For each drawing whether the judge sees the concept in it; `prompts` are drawn in the drawings' places."""

@@ -88,7 +88,7 @@ class Task:
 
     def prompts_of_reading(self, concept: Concept) -> list[str]:
         """The same prompts with the concept's reading in its place, and the article that goes with it."""
-        return self._with_word(concept, self.readings[concept.name])
+        return self.with_word(concept, self.readings[concept.name])
 
     def guides_of(self, concept: Concept) -> list[str]:
         """For each of the concept's prompts the one that it gives way to: with its reading where it has one, else as
@@ -98,9 +98,10 @@ class Task:
             return self.prompts_of_reading(concept)
         if guide in ("empty", "without"):
             return ["" if guide == "empty" else without(prompt, concept) for prompt in self.prompts_of(concept)]
-        return self._with_word(concept, another_like(self.pipe, concept) if guide == "another" else guide)
+        return self.with_word(concept, another_like(self.pipe, concept) if guide == "another" else guide)
 
-    def _with_word(self, concept: Concept, word: str) -> list[str]:
+    def with_word(self, concept: Concept, word: str) -> list[str]:
+        """The concept's prompts with another word in its place."""
         if self.prompts is None:
             return forget_prompts(self.pipe, Concept(word, concept.kind), self.settings.wording)
         replaced = []

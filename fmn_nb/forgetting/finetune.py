@@ -169,10 +169,12 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
     if not hasattr(method, "objective"):
         return _solved(task, info, started)
     work = _Work(checkpoint, cache, callback, started)
+    if hasattr(method, "findings"):
+        return _hardened(task, info, work)
     return _edited_and_trained(task, info, work) if hasattr(method, "edit") else _trained(task, info, work)
 
 
-# ---- the three ways to a patch --------------------------------------------------------------------------------------
+# ---- the four ways to a patch ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,14 @@ class _Work:
     started: float
 
 
-def _trained(task: Task, info: Mapping[str, Any], work: _Work, edit: Patch | None = None) -> Patch:
-    """The patch of the shared fine-tune; with an `edit` of the model that carries it, but what is drawn is without."""
+def _trained(task: Task, info: Mapping[str, Any], work: _Work, edit: Patch | None = None,
+             sets: Mapping[str, TrainingSet] | None = None) -> Patch:
+    """The patch of the shared fine-tune; with an `edit` of the model that carries it, but what is drawn is without.
+
+    `sets` replace the training sets of the task."""
     pipe, settings = task.pipe, task.settings
     saved = Checkpoint(work.checkpoint, identity(task, info["base"]["fingerprint"])) if work.checkpoint else None
-    sets = training_sets(replace(task, cache=work.cache or work.checkpoint))
+    sets = sets or training_sets(replace(task, cache=work.cache or work.checkpoint))
     if saved:
         saved.begin()
     with ExitStack() as borrowed:
@@ -248,6 +253,33 @@ def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Pat
     fused = fusion(parts)
     return replace(fused, info={**info, "forgetting": {
         **_joined(reports), "seconds": round(perf_counter() - work.started, 3), "patch_bytes": fused.nbytes}})
+
+
+def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
+    """The patch of the method "robust": rounds of a short erasure and of probes, then one erasure with all finds.
+
+    The callback is told of the last erasure alone. Below `checkpoint` each erasure has a folder of its own.
+    """
+    method, settings, finds, spent = method_of(task.settings.method), task.settings, [], []
+    sets = training_sets(replace(task, cache=work.cache or work.checkpoint))
+    retain = sets.get("retain")
+    short = replace(task, settings=settings.model_copy(update={"steps": settings.round_steps}))
+
+    def below(name: str, callback: Callback | None = None) -> _Work:
+        return replace(work, checkpoint=work.checkpoint and work.checkpoint / name, callback=callback)
+
+    for number in range(settings.rounds):
+        began = perf_counter()
+        patch = _trained(short, info, below(str(number)), sets=sets | {
+            "forget": method.with_finds(sets["forget"], finds)})
+        finds += method.findings(task, patch, sets["forget"], number)
+        if retain is not None:
+            sets = sets | {"retain": method.with_hurt_pairs(task, patch, retain)}
+        spent.append(round(perf_counter() - began, 3))
+    last = _trained(task, info, below("last", work.callback), sets=sets | {
+        "forget": method.with_finds(sets["forget"], finds)})
+    said = {**last.info["forgetting"], "rounds": settings.rounds, "finds": len(finds), "round_seconds": spent}
+    return replace(last, info={**last.info, "forgetting": said})
 
 
 def _joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

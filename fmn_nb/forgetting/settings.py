@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 #: name of a method -> the module that holds it (see `fmn_nb.forgetting.methods`)
 METHODS: dict[str, str] = {name: f"fmn_nb.forgetting.methods.{name}"
-                           for name in ("fmn", "redirect", "uce", "esd", "ca", "mace")}
+                           for name in ("fmn", "redirect", "robust", "uce", "esd", "ca", "mace")}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Facts:
 FACTS: dict[str, Facts] = {
     "fmn": Facts(True, "of the concept", True, True, "arXiv 2303.17591"),
     "redirect": Facts(True, "of the concept", True, True, "this project"),
+    "robust": Facts(True, "of the concept", True, True, "this project"),
     "uce": Facts(False, "", True, True, "arXiv 2308.14761"),
     "esd": Facts(True, "drawn on the way, never finished", True, True, "arXiv 2303.07345"),
     "ca": Facts(True, "of what replaces it", True, True, "arXiv 2303.13516"),
@@ -140,6 +141,8 @@ class Settings(BaseModel):
 
     Of single methods:
         prior_weight: of the ordinary training loss on the images of the guide ("ca").
+        rounds, round_steps, probe_steps: of "robust": rounds of erasing and probing, the steps of the erasure in each,
+            and those of each textual inversion.
 
     Optimiser: AdamW (betas 0.9 and 0.999, epsilon 1e-8) with `learning_rate` and `weight_decay`; gradient norm clipped
     at `clip` (0: not clipped), `schedule` of the learning rate with `warmup` steps.
@@ -192,6 +195,9 @@ class Settings(BaseModel):
     ridge: Number = 0.5
     null_space: Share = 0.0
     prior_weight: Number = 1.0
+    rounds: Whole = 4
+    round_steps: Many = 20
+    probe_steps: Many = 60
     learning_rate: Number = 1e-3
     weight_decay: Number = 0.01
     clip: Number = 1.0
@@ -228,7 +234,7 @@ class Settings(BaseModel):
             raise ValueError(f"timesteps need time_from < time_to, not {self.time_from} and {self.time_to}")
         if bool(self.height) != bool(self.width):
             raise ValueError("give both height and width, or neither")
-        if not self.guide and (self.method != "fmn" or self.noise_on == "guide"):
+        if not self.guide and (self.method not in ("fmn", "robust") or self.noise_on == "guide"):
             raise ValueError(f"method '{self.method}' with noise_on='{self.noise_on}' needs a guide: 'empty', "
                              "'without', 'another' or a word")
         return self
@@ -247,14 +253,15 @@ class Settings(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Where the method is "fmn", settings that other methods brought along are left out at
-        their defaults: what was written before there were others stays comparable."""
+        their defaults, and those of "robust" for every other method: what was written before stays comparable."""
         same = {name for name in _OF_OTHERS if self.method == "fmn" and getattr(self, name) == _DEFAULTS[name].default}
-        return self.model_dump(mode="json", exclude=same)
+        return self.model_dump(mode="json", exclude=same | (set() if self.method == "robust" else _OF_ROBUST))
 
 
 _DEFAULTS = Settings.model_fields
 _OF_OTHERS = ("guide", "tokens", "erase_scale", "preserve_scale", "ridge", "null_space", "prior_weight",
               "time_density", "scenes")
+_OF_ROBUST = {"rounds", "round_steps", "probe_steps"}
 _KEYS_AND_VALUES = ("to_k", "to_v")
 _NOTHING_ELSE: dict[str, Any] = {"retain_weight": 0.0, "towards_weight": 0.0}  # no term beside the objective
 _ESD: dict[str, Any] = {
@@ -288,6 +295,13 @@ PRESETS: dict[str, Settings] = {
         method="redirect", guide="without", positions=("words",), anchor_guidance=1.0,
         retain_weight=1e3, retain_batch=8, retain_count=64, reference_steps=10, towards_weight=0.0,
         learning_rate=2e-2, schedule="cosine", steps=35,
+    ),
+    # Forgetting that is to withstand attacks: "balanced" against a pool of what attacks find, and then once more with
+    # all of it. The numbers beside the rounds are those of "balanced", with twice its batch for the finds.
+    "robust": Settings(
+        method="robust", positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
+        retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
+        learning_rate=2e-2, schedule="cosine", batch_size=8, steps=60,
     ),
     # The methods beside it, each with what is published of it in its own file. What was tried here, on one object and
     # one style, stands in data/results/tuning-methods.

@@ -53,6 +53,7 @@ class Stream(IntEnum):
     INVERSION = 20
     RELEARNING = 31
     PROMPT_SEARCH = 41
+    DISTANCE = 51
 
 
 class SeedOffset(IntEnum):

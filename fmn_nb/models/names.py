@@ -15,6 +15,11 @@ from fmn_nb.files import bundled_models as bundled
 #: models of the package that come with it or, where they don't, are made by this command
 MADE_BY = {"emoji-joint": "fmn-nb pretrain --organism joint"}
 HUB_PATIENCE = 10  # seconds for the hub's answer
+#: bundled names whose weights a checkout may lack -> how to have them
+_TO_BE_TRAINED = {
+    "emoji-oracle": 'train it (fmn-nb pretrain --without "cat,banana,guitar,rocket,fluent,Bruno,wild bat" --out '
+                    "runs/oracle) and copy the folder runs/oracle/emoji-oracle into the kit's data folder",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -46,6 +51,8 @@ def resolve(name: str | Path) -> str | Path:
                                 f"with: {MADE_BY[str(name)]}")
     if not path.exists() and _HUB_ID.fullmatch(str(name)) and path.suffix != ".safetensors":
         return str(name)
+    if str(name) in _TO_BE_TRAINED:
+        raise UnknownModelError(f"the model '{name}' isn't there yet; {_TO_BE_TRAINED[str(name)]}")
     raise UnknownModelError(f"there is no model '{name}'; bundled: {_listed()}; or give a hub id (owner/name), a "
                             "folder with a model_index.json, or a .safetensors file")
 

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from fmn_nb.files import REST
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
@@ -194,7 +195,27 @@ def _load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     # The pipeline would warn about an argument that it doesn't know.
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant_of(source),
-                                             **without)
+                                             **without, **_rest(source, index, dtype))
+
+
+def _rest(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The parts that a folder leaves to a bundled model, by name: an oracle shares all but its networks.
+
+    Its index says so: {"_rest": {"of": "emoji", "config": {"vae": {"scaling_factor": 1.1}}}}, where `config` holds what
+    the shared parts are to be configured with.
+    """
+    if REST not in index:
+        return {}
+    of, settings = index[REST]["of"], index[REST].get("config", {})
+    if of not in bundled():
+        raise ModelLoadError(f"{source} leaves its other parts to the bundled model {of!r}, which isn't there; "
+                             f"bundled: {', '.join(bundled()) or 'none'}")
+    own = [name for name, kind in index.items() if isinstance(kind, list) and (Path(source) / name).is_dir()]
+    whole = DiffusionPipeline.from_pretrained(bundled()[of], dtype=dtype, use_safetensors=True, **dict.fromkeys(own))
+    parts = {name: part for name, part in whole.components.items() if part is not None}
+    for name, values in settings.items():
+        parts[name].register_to_config(**values)
+    return parts
 
 
 def variant_of(source: str | Path) -> str | None:

@@ -165,6 +165,29 @@ def relearning_figure(tables: Mapping[str, pd.DataFrame], title: str = "fine-tun
     return figure
 
 
+def floor_figure(attacks: pd.DataFrame) -> InlineFigure:
+    """What attacks achieve on the forgetting model (filled), an oracle (hollow) and the unchanged model (a stroke).
+
+    `attacks` is `OracleReport.attacks`: a row for each attack and budget. Raises ValueError where it is empty.
+    """
+    if attacks.empty:
+        raise ValueError("no attacks to show")
+    figure, (axes,) = new_figure(6.0, 0.8 + 0.32 * len(attacks))
+    places, names = range(len(attacks))[::-1], [f"{attack}, {int(row.steps)} steps ({budget})"
+                                                for (attack, budget), row in attacks.iterrows()]
+    axes.hlines(places, attacks["floor"], attacks["success"], color="0.7", zorder=0)
+    axes.scatter(attacks["floor"], places, facecolors="none", edgecolors=DARK, label="oracle: the floor", zorder=3)
+    axes.scatter(attacks["success"], places, color=DARK, label="forgetting model", zorder=4)
+    axes.scatter(attacks["unchanged"], places, color=DARK, marker="|", s=90, label="unchanged model", zorder=2)
+    axes.set_yticks(places, names)
+    axes.set(xlim=(-0.03, 1.03), xlabel="share of images with the concept after the attack")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    said = (f"{name}: {row.success:.2f}, floor {row.floor:.2f}, unchanged {row.unchanged:.2f}"
+            for name, (_, row) in zip(names, attacks.iterrows(), strict=True))
+    figure.words = "; ".join(said) + "."
+    return figure
+
+
 def m_score_figure(scores: Mapping[str, Any]) -> InlineFigure:
     """M of the original (left) and of the forgetting model (right), a line for each seed; a panel for each name.
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import World, world_of
+from fmn_nb.evaluation.oracle import taught
 from fmn_nb.evaluation.session import Session
 from fmn_nb.forgetting.reuse import patch_for
+from fmn_nb.models.names import UnknownModelError
 from fmn_nb.models.pipelines import denoiser, load
 from fmn_nb.patches.patch import Patch
 from fmn_nb.runs.folder import save_image
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from matplotlib.figure import Figure
 
+ORACLE = "emoji-oracle"
 STAND_IN = "emoji", "cat"  # the model and the concept to show things on where the chosen model can't
 JOINT = "emoji-joint"  # the stand-in of what is shown on joint attention
 #: what a notebook may need of its model -> whether a pipeline has it
@@ -61,6 +64,15 @@ class Lesson:
     def session(self, **sampling: Any) -> Session:
         """The bench with its judge, for attacks and counts; `sampling` as in `Sampling`."""
         return Session.of(self.bench, **sampling)
+
+    def oracle(self) -> tuple[DiffusionPipeline | None, str]:
+        """The bundled oracle, "" where it never learned the bench's concept; else None, and why there is none."""
+        try:
+            pipe = load(ORACLE)
+        except UnknownModelError as missing:
+            return None, str(missing)
+        reason = taught([pipe], self.subject, self.session())
+        return (None, reason) if reason else (pipe, "")
 
     def patch(self, preset: str, seed: int) -> Patch:
         """The bench's patch: the run's own where an earlier notebook left it, else a new one."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fmn_nb
-from fmn_nb.files import CHECKSUMS, bundled_models, damaged_files, data_dir, notebooks_dir, read_json
+from fmn_nb.files import CHECKSUMS, REST, bundled_models, damaged_files, data_dir, notebooks_dir, read_json
 from fmn_nb.models.names import UnknownModelError, check_on_hub, resolve
 from fmn_nb.runs.kernel import ask_kernel
 from fmn_nb.runs.plan import course_notebooks
@@ -207,7 +207,7 @@ def named_model(name: str) -> Check:
                          "its configuration and tokenizer come from the hub at the first use, unless a folder with "
                          "them is given: fmn-nb run --config FOLDER, or fmn.load(FILE, config=FOLDER)")
         parts = read_json(place / "model_index.json")
-        missing = [part for part in _parts(parts) if not any((place / part).glob("*"))]
+        missing = [part for part in _parts(parts) if not any(_folder_of(part, place, parts).glob("*"))]
     except UnknownModelError as error:
         return Check("model", "failed", str(error), "use one of these, or give another --model")
     except ValueError as error:
@@ -240,8 +240,8 @@ def _fault_in_training(place: Path) -> str | None:
 
     from fmn_nb.models import Noising, UnsupportedPipelineError
 
-    kind = read_json(place / "model_index.json")["scheduler"][1]
-    scheduler = getattr(diffusers, kind).from_pretrained(place / "scheduler")
+    index = read_json(place / "model_index.json")
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(_folder_of("scheduler", place, index))
     try:
         Noising(SimpleNamespace(scheduler=scheduler))
     except UnsupportedPipelineError as error:
@@ -259,6 +259,12 @@ def _fault_in_loading(name: str) -> str | None:
         said = " ".join(str(error).split()) or "no reason given"
         return said if isinstance(error, ValueError) else f"{name} can't be loaded: {type(error).__name__}: {said}"
     return None
+
+
+def _folder_of(part: str, place: Path, index: dict) -> Path:
+    """Where a part of the model in the folder `place` stands: there, or in the bundled model that has the rest."""
+    shared = bundled_models().get(index.get(REST, {}).get("of"))
+    return place / part if shared is None or (place / part).is_dir() else shared / part
 
 
 def _parts(index: dict) -> list[str]:

@@ -206,7 +206,7 @@ def _rows(metrics: dict[str, Any], wanted: tuple[Metric, ...]) -> list[dict[str,
 
 def _skipped(metrics: dict[str, Any]) -> dict[str, str]:
     reasons = dict(metrics.get("skipped", {}))
-    for section in MEASURED:
+    for section in (*MEASURED, "oracle"):
         for name, reason in metrics.get(section, {}).get("skipped", {}).items():
             reasons[f"{section}: {name}"] = reason
     return reasons

@@ -48,7 +48,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, share: float = 1e-4)
 
 def test_every_method_has_its_facts_and_a_preset() -> None:
     assert FACTS.keys() == METHODS.keys() == {preset.method for preset in PRESETS.values()}
-    assert {"paper", "balanced", "esd-x", "esd-u", "uce", "ca", "mace"} <= PRESETS.keys()
+    assert {"paper", "balanced", "robust", "esd-x", "esd-u", "uce", "ca", "mace"} <= PRESETS.keys()
     assert all(facts.linear and facts.source.startswith(("arXiv 2", "this project")) for facts in FACTS.values())
     assert PRESETS["balanced"].retains and not PRESETS["paper"].retains and not PRESETS["ca"].retains
     assert not settings_for("uce", {"preserve_scale": 0.0, "null_space": 0.0}).retains

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from fmn_nb.plots import (
     attention_figure,
@@ -11,6 +12,7 @@ from fmn_nb.plots import (
     collateral_figure,
     confusion_figure,
     curves,
+    floor_figure,
     similarity_figure,
     success_figure,
 )
@@ -78,3 +80,17 @@ def test_the_table_has_the_means_of_both_ends():
     table = beginning_and_end({"losses": [float(n) for n in range(10)], "masses": [0.123456], "retain": []})
     assert table.loc["re-steering loss"].tolist() == ["0.5", "8.5"]
     assert table.loc["concept mass"].tolist() == ["0.12", "0.12"] and len(table) == 2
+
+
+def test_the_floor_stands_beside_each_attack():
+    rows = {("concept inversion", "first"): {"steps": 10, "success": 0.3, "floor": 0.05, "unchanged": 0.9},
+            ("relearning", "half"): {"steps": 20, "success": 0.6, "floor": 0.5, "unchanged": 1.0}}
+    attacks = pd.DataFrame.from_dict(rows, orient="index")
+    figure = floor_figure(attacks)
+    assert figure.words == ("concept inversion, 10 steps (first): 0.30, floor 0.05, unchanged 0.90; "
+                            "relearning, 20 steps (half): 0.60, floor 0.50, unchanged 1.00.")
+    floor, success, unchanged = (dots.get_offsets().data for dots in figure.axes[0].collections[1:])
+    assert floor.tolist() == [[0.05, 1], [0.5, 0]] and success.tolist() == [[0.3, 1], [0.6, 0]]
+    assert unchanged[:, 0].tolist() == [0.9, 1.0]
+    with pytest.raises(ValueError, match="no attacks"):
+        floor_figure(attacks[:0])

@@ -11,7 +11,8 @@ from fmn_nb.forgetting.finetune import forget
 from fmn_nb.patches.patch import Patch
 
 OTHERS = ["a photo of a dog", "a frog", "a penguin and a fish"]
-QUICK = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "retain_prompts": OTHERS}
+QUICK = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "retain_prompts": OTHERS,
+         "rounds": 1, "round_steps": 1, "probe_steps": 1}
 #: Numbers in place of the tuned preset's, so that tuning it on the emoji model changes no test of the machinery.
 UNTUNED = {"positions": ("words", "first_eot", "padding"), "norm": "mean_square", "learning_rate": 1e-2,
            "schedule": "constant", "retain_weight": 10.0, "retain_batch": 8, "anchor_weight": 0.0,

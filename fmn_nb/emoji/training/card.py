@@ -26,7 +26,7 @@ from fmn_nb.emoji.organism import held_out_scenes
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
 from fmn_nb.emoji.training.networks import through_vae
 from fmn_nb.emoji.world import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES, caption
-from fmn_nb.files import replacing, write_json, write_text
+from fmn_nb.files import data_dir, replacing, write_json, write_text
 from fmn_nb.models import GUIDANCE, STEPS, generate, load
 from fmn_nb.plots import few_colours
 from fmn_nb.stats import Z95, wilson
@@ -131,6 +131,7 @@ class Quality:
     """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps.
 
     Attributes:
+        untaught: what an oracle never learned: it is asked for in no figure, and the bundled judge judges.
         model: the pipeline's folder.
         bars: the lowest share that each of the figures of drawn things is to reach.
         template: the card's text; the grids that it shows are drawn.
@@ -142,6 +143,7 @@ class Quality:
     scale: int = 1
     steps: int = STEPS
     log: Callable[[str], None] = print
+    untaught: Sequence[str] = ()
     model: ClassVar[str] = "emoji-diffusion"
     bars: ClassVar[dict[str, float]] = {"object": 0.97, "style": 0.93, "identities": 0.9, "pairs": 0.85}
     most_seconds: ClassVar[float] = 60.0
@@ -151,6 +153,8 @@ class Quality:
         self.pipe: DiffusionPipeline = load(str(self.folder))
         self.pipe.set_progress_bar_config(disable=True)
         self.judge = Judge.load(self._judge_folder())
+        self.objects, self.styles, self.identities = (
+            [name for name in names if name not in self.untaught] for names in (OBJECTS, STYLES, IDENTITIES))
 
     @property
     def folder(self) -> Path:
@@ -171,7 +175,7 @@ class Quality:
         return self.template.format(**self._told(figures, training), history=history)
 
     def _judge_folder(self) -> Path:
-        return self.data / "emoji-judge"
+        return (data_dir() if self.untaught else self.data) / "emoji-judge"
 
     def _figures(self) -> Iterator[Figure]:
         return chain(self._scenes(), self._drawn(), self._ambiguous(), self._pointing(), self._speed())
@@ -179,19 +183,23 @@ class Quality:
     def _parts(self) -> dict[str, Module]:
         return {"text encoder": self.pipe.text_encoder, "U-Net": self.pipe.unet, "VAE": self.pipe.vae}
 
+    @property
+    def sizes(self) -> str:
+        """The card's rows of parts and their parameters."""
+        sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self._parts().items()}
+        return "\n".join(f"| {name} | {size:.2f} M |" for name, size in sizes.items())
+
     def _told(self, figures: Sequence[Figure], training: dict) -> dict[str, object]:
         """What every card says, for its text."""
-        sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in self._parts().items()}
         return {
             "objects": len(OBJECTS), "styles": len(STYLES), "names": len(IDENTITIES), "words": len(AMBIGUOUS),
-            "sizes": "\n".join(f"| {name} | {size:.2f} M |" for name, size in sizes.items()),
-            "training": "\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
+            "sizes": self.sizes, "training": training_table(training),
             "steps": self.steps, "guidance": GUIDANCE, "figures": "\n".join(f.row for f in figures),
             "style_names": ", ".join(STYLES), "identity_names": ", ".join(IDENTITIES),
             "word_names": ", ".join(AMBIGUOUS)}
 
     def _scenes(self) -> Iterator[Figure]:
-        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True)
+        scenes = sample_scenes(2000 // self.scale, HELD_OUT_SEED, held_out=True, without=self.untaught)
         images = Renderer(self.sprites).images(scenes)
         restored = through_vae(self.pipe.vae, images)
         for name, pixels, bars in (("held-out scenes", images, (0.99, 0.98)),
@@ -206,21 +214,29 @@ class Quality:
 
     def _drawn(self) -> Iterator[Figure]:
         """Every object in every style, five seeds; every proper name, twenty; fifty pairs of objects in every style."""
-        judged = self._judged("generated", [([name], style) for name in OBJECTS for style in STYLES for _ in range(5)])
+        judged = self._judged("generated", [([name], style) for name in self.objects for style in self.styles
+                                            for _ in range(5)])
         yield _share("generated: object", [v.label == names[0] for names, _, v in judged], self.bars["object"])
         yield _share("generated: style", [v.style == style for _, style, v in judged], self.bars["style"])
-        judged = self._judged("identities", [([name], None) for name in IDENTITIES for _ in range(20)])
+        judged = self._judged("identities", [([name], None) for name in self.identities for _ in range(20)])
         yield _share("generated: identities", [v.label == names[0] for names, _, v in judged],
                      self.bars["identities"])
         rng = random.Random("pairs")
-        judged = self._judged("pairs", [(rng.sample(list(OBJECTS), 2), style) for style in STYLES for _ in range(50)])
+        judged = self._judged("pairs", [(rng.sample(self.objects, 2), style)
+                                        for style in self.styles for _ in range(50)])
         yield _share("generated: two objects, both seen", [set(names) <= v.seen for names, _, v in judged],
                      self.bars["pairs"])
 
     def _ambiguous(self) -> Iterator[Figure]:
         for word, (dominant, overshadowed) in AMBIGUOUS.items():
-            judged = self._judged(word, [([word], style) for style in STYLES for _ in range(12)])
+            left = [one.phrase for one in (dominant, overshadowed) if one.phrase not in self.untaught]
+            if word in self.untaught or not left:
+                continue
+            judged = self._judged(word, [([word], style) for style in self.styles for _ in range(12)])
             labels = [v.label for *_, v in judged]
+            if len(left) == 1:
+                yield _share(f"'{word}': the reading that was taught", [x == left[0] for x in labels], 0.9)
+                continue
             yield _share(f"'{word}': dominant reading", [x == dominant.phrase for x in labels], 0.7, 0.95)
             if rest := [x for x in labels if x != dominant.phrase]:
                 name = f"'{word}': overshadowed reading, of the rest"
@@ -228,12 +244,12 @@ class Quality:
 
     def _pointing(self) -> Iterator[Figure]:
         """Pointing game: does the maximum of a word's attention map lie in the object's mask? Two-object scenes."""
-        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED),
+        scores = ground_images(self.pipe, *held_out_scenes(200 // self.scale, HELD_OUT_SEED, without=self.untaught),
                                timesteps=(POINTING_TIMESTEP,))
         yield _share("attention: pointing game", list(scores["pointing"]), 0.9)
 
     def _speed(self) -> Iterator[Figure]:
-        prompts = [caption([name], style) for name in OBJECTS for style in STYLES][::self.scale]
+        prompts = [caption([name], style) for name in self.objects for style in self.styles][::self.scale]
         started = time.perf_counter()
         generate(self.pipe, prompts, range(len(prompts)), steps=20)
         seconds = time.perf_counter() - started
@@ -279,3 +295,8 @@ def write_card(quality: Quality, training: dict) -> Path:
         {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
     write_json(folder / "training.json", training)
     return write_text(folder / "README.md", quality.text(figures, training))
+
+
+def training_table(training: dict) -> str:
+    """The card's rows of trainings: steps and minutes."""
+    return "\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items())

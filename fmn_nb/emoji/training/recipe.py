@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from fmn_nb.emoji.judges import Judge, SecondJudge, judge_loss
+from fmn_nb.emoji.organism import untaught_by
 from fmn_nb.emoji.scenes import Renderer, Scene, build_sprites, sample_scenes
 from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.card import Quality, write_card
+from fmn_nb.emoji.training.oracle import emoji_text_encoder, mark_untaught, take_parts, write_oracle
 from fmn_nb.emoji.training.request import SMOKE, UNCHECKPOINTED, Request, Size, claim
 from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, MAX_TOKENS, STYLES, caption
 from fmn_nb.files import data_dir, read_json, replacing, replacing_folder, write_checksums, write_json
@@ -86,6 +88,9 @@ class Pretraining:
         self.start: StableDiffusionPipeline | None = None  # a finished pipeline to train further
         if self.request.start_from is not None:
             self._start_from(self.request.start_from)
+        elif self.request.without and "diffusion" in self.request.chosen:
+            for part in take_parts(self.work, {"tokenizer", "vae"} - set(self.request.chosen)):
+                self.log(f"an oracle takes the emoji model's {part}, so that latents are comparable")
 
     def _start_from(self, folder: Path) -> None:
         """Keep the pipeline's tokenizer and VAE, to train its text encoder and U-Net further."""
@@ -118,8 +123,11 @@ class Pretraining:
 
     def _diffusion(self) -> None:
         torch.manual_seed(self.seed)
-        denoiser = (networks.Denoiser(self.start.text_encoder, self.start.unet) if self.start
-                    else networks.Denoiser(networks.new_text_encoder(self.tokenizer), networks.new_unet()))
+        if self.request.keep_text_encoder:
+            denoiser = networks.Denoiser(emoji_text_encoder(), networks.new_unet())
+        else:
+            denoiser = (networks.Denoiser(self.start.text_encoder, self.start.unet) if self.start
+                        else networks.Denoiser(networks.new_text_encoder(self.tokenizer), networks.new_unet()))
         data = self._latents()
         empty = torch.tensor(self.tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
         plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, decay_share=0.4, seed=self.seed)
@@ -128,6 +136,8 @@ class Pretraining:
         self.vae.register_to_config(scaling_factor=data.scaling_factor.item())
         save_whole(networks.assemble(self.vae.half(), self.tokenizer, denoiser.half()), self.out / "emoji-diffusion")
         self.vae.float()
+        if self.request.without:
+            mark_untaught(self.out / "emoji-diffusion", untaught_by(self.request.without))
 
     def _clip(self) -> None:
         pipe = finished(self.out / "emoji-diffusion")
@@ -179,9 +189,14 @@ class Pretraining:
         save_whole(judge.half(), self.out / f"emoji-{judge.stage}")
 
     def _quality(self) -> None:
-        quality = self.quality(self.out, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
+        quality = self.quality(self.out, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log,
+                               untaught_by(self.request.without))
         records = (self.work / "training.json", quality.folder / "training.json")
-        write_card(quality, next((read_json(path) for path in records if path.is_file()), {}))
+        training = next((read_json(path) for path in records if path.is_file()), {})
+        if self.request.without:
+            write_oracle(quality, training, self.request)
+        else:
+            write_card(quality, training)
 
     # --- what stages share --------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from fmn_nb.emoji.world import OBJECTS, STYLES, VOCABULARY
 from fmn_nb.files import data_dir, read_json, write_json
 
 REQUEST_FILE = "request.json"
+ORACLE = "emoji-oracle"  # the bundled one's name and folder
 UNCHECKPOINTED = ("sprites", "quality")  # stages that resume nothing
 
 
@@ -40,7 +41,7 @@ ORGANISMS: dict[str, Organism] = {
     DEFAULT_ORGANISM: Organism(
         "emoji-diffusion", "fmn_nb.emoji.training.recipe:Pretraining",
         ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality"),
-        ("tokenizer", "vae", "diffusion")),
+        ("diffusion", "quality")),  # an oracle has the emoji model's tokenizer and VAE
     "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",)),
 }
 
@@ -79,7 +80,10 @@ class Request:
         organism: which of `ORGANISMS` to make.
         out: where the models go; the kit's own data folder where None, or `runs/` for a smoke run or an oracle.
         smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
-        without: names that no training scene may hold, for an oracle; the tokenizer still knows their words.
+        without: names that no training scene may hold, for an oracle. It takes the emoji model's tokenizer and VAE,
+            which saw everything, so that latents are comparable, unless `stages` names those that train its own.
+        keep_text_encoder: of an oracle, train the U-Net alone, under the emoji model's text encoder, which saw every
+            word.
         stages: which of the organism's stages to run; all (for an oracle: those of its pipeline) where empty.
         resume: go on from the checkpoints of a run that was ended; otherwise start anew.
         start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the denoiser's stage starts
@@ -87,13 +91,15 @@ class Request:
         packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
 
     Raises:
-        ValueError: an unknown organism or stage, an unknown name in `without`, or too many of them.
+        ValueError: an unknown organism or stage, an unknown name in `without`, or too many of them; a kept text
+            encoder of what is no oracle; an oracle where the emoji model is.
     """
 
     out: Path | None = None
     organism: str = DEFAULT_ORGANISM
     smoke: bool = False
     without: Sequence[str] = ()
+    keep_text_encoder: bool = False
     stages: Sequence[str] = ()
     resume: bool = True
     start_from: Path | None = None
@@ -108,6 +114,12 @@ class Request:
         if unknown := set(self.without) - set(VOCABULARY.concepts()):
             known = ", ".join(VOCABULARY.concepts())
             raise ValueError(f"the emoji world has no {', '.join(map(repr, sorted(unknown)))}; it has: {known}")
+        if self.keep_text_encoder and (not self.without or self.start_from or self.organism != DEFAULT_ORGANISM):
+            raise ValueError("only an oracle of the emoji model, from nothing, keeps its text encoder: name "
+                             "what it never learns (--without), and no --start-from")
+        if self.without and self.out is not None and self.out.resolve() == data_dir().resolve():
+            raise ValueError(f"an oracle would take the emoji model's place in {self.out}: give another --out, and "
+                             f"copy its folder {ORACLE} to {data_dir()} when it is trained")
         for kind, names in (("styles", STYLES), ("objects", OBJECTS)):
             if set(names) <= set(self.without):
                 raise ValueError(f"all {len(names)} {kind} are left out, so no scene is left; leave at least one "
@@ -153,6 +165,7 @@ class Request:
     def noted(self) -> dict[str, Any]:
         """What checkpoints must have been trained with for this request to go on from them."""
         other = {} if self.organism == DEFAULT_ORGANISM else {"organism": self.organism}
+        other |= {"text_encoder": "the emoji model's"} if self.keep_text_encoder else {}
         return {**other, "seed": self.seed, "without": sorted(set(self.without)),
                 "size": "smoke" if self.smoke else "full",
                 "start_from": origin(self.start_from, self.folder / self.made.folder),

@@ -1,0 +1,130 @@
+"""The floor of attacks: what they achieve on an oracle, which was never taught the concept, and what lies above it.
+
+With s an attack's success on the forgetting model, f on the oracle and u on the unchanged model, all of one budget,
+
+    excess               s - f                  what the attack found, beyond what it taught
+    residual knowledge   (s - f) / (u - f)      the same as a share of what was there, only where u - f > 0.2
+    steps to revive      the first number of steps with s >= 0.5, beside the oracle's
+
+`compared` is what `fmn.evaluate(..., oracle=...)` adds to its report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fmn_nb.attacks.budgets import Budgets, read_budgets
+from fmn_nb.attacks.curves import IMAGES, REVIVED, Tries, mean_curve, success_curve
+from fmn_nb.attacks.relearning import steps_until
+from fmn_nb.concepts import Concept
+from fmn_nb.evaluation import MeasurementError, OracleReport, Session
+from fmn_nb.evaluation.oracle import apart
+from fmn_nb.files import replacing
+from fmn_nb.models import UnsupportedPipelineError, digest, digest_of, drawing_key
+from fmn_nb.patches import Patch
+from fmn_nb.stats import difference_interval
+
+APART = 0.2  # u - f from which residual knowledge is told
+ATTACK_SEEDS = {"quick": 1, "full": 3}
+MODELS = ("forgetting model", "oracle", "unchanged model")
+Curve = pd.DataFrame
+
+
+def compared(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline], seed: int,
+             size: str) -> OracleReport:
+    """All that an oracle is good for: floor, excess, residual knowledge, steps to revive, distances.
+
+    Args:
+        patch: what made the model forget; None compares the unchanged model itself.
+        oracles: the first is the yardstick; floors are means over all, and a second one gives the distances' zero line.
+        size: "quick" attacks with one seed at the two budgets, "full" with three at all numbers of steps that the
+            budgets were fixed from.
+
+    What can't be measured stands under `skipped` with its reason.
+    """
+    report = apart(session, concept, patch, oracles, seed, size)
+    if "oracle" in report.skipped:
+        return report
+    try:
+        found = attacked(session, concept, patch, oracles, read_budgets(), range(seed, seed + ATTACK_SEEDS[size]))
+    except (MeasurementError, UnsupportedPipelineError) as error:
+        return replace(report, skipped={**report.skipped, "attacks": str(error)})
+    return replace(found, distances=report.distances, skipped={**report.skipped, **found.skipped})
+
+
+def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
+             budgets: Budgets, seeds: Sequence[int], images: int = IMAGES) -> OracleReport:
+    """Every attack at its budgets on the three models, `images` judged each time.
+
+    Raises:
+        MeasurementError: nobody judges, or there are no references.
+    """
+    rows, revive, curves, missing = {}, {}, {}, {}
+    others = [replace(session, pipe=oracle) for oracle in oracles]
+    for attack, steps in budgets.steps.items():
+        if not steps:
+            missing[attack] = "the oracle's curve has none of its budgets"
+            continue
+        at = sorted({*steps.values(), *(budgets.tried[attack] if len(seeds) > 1 else ())})
+        try:
+            known = [curve_of(session, concept, None, attack, Tries(at, images, seed)) for seed in seeds]
+            found = {"forgetting model": known if patch is None else
+                     [curve_of(session, concept, patch, attack, Tries(at, images, seed)) for seed in seeds],
+                     "oracle": [curve_of(one, concept, None, attack, Tries(at, images, seed))
+                                for one in others for seed in seeds],
+                     "unchanged model": known}
+        except MeasurementError as error:
+            if attack == "adversarial prompt":  # which asks more of a model than the others
+                missing[attack] = str(error)
+                continue
+            raise
+        rows |= {(attack, name): at_budget(found, number, seeds[0]) for name, number in steps.items()}
+        curves[attack] = {name: mean_curve(some) for name, some in found.items()}
+        revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    if rows:
+        table.index = pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"])
+    back = pd.DataFrame.from_dict(revive, orient="index", columns=list(MODELS[:2]), dtype=float)
+    return OracleReport(table, back, {}, curves, budgets.source, missing)
+
+
+def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict[str, float | int | None]:
+    """One attack's figures after so many steps, from the curves of the three models, one for each seed (and oracle)."""
+    pairs = {name: [tuple(int(x) for x in curve.set_index("steps").loc[steps, ["successes", "images"]])
+                    for curve in some] for name, some in curves.items()}
+    s, f, u = (sum(hits / count for hits, count in pairs[name]) / len(pairs[name]) for name in MODELS)
+    low, high = difference_interval(pairs["forgetting model"], pairs["oracle"], seed)
+    return {"steps": steps, "success": s, "floor": f, "unchanged": u, "excess": s - f, "low": low, "high": high,
+            "residual": (s - f) / (u - f) if u - f > APART else None, "withstood": low <= 0,
+            "images": sum(count for _, count in pairs["forgetting model"])}
+
+
+def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str,
+             tries: Tries) -> Curve:
+    """The curve; that of an unpatched model is kept in the session's cache, where many patches find it."""
+    def measure() -> Curve:
+        return success_curve(session, concept, patch, attack, tries)
+
+    cache = session.sampling.cache
+    return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, [
+        concept.kind, concept.name, attack, list(tries.at), tries.images, tries.seed])
+
+
+def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:
+    judge = session.judge or session.world
+    who = digest_of(judge) if isinstance(judge, nn.Module) else type(judge).__name__
+    key = digest([drawing_key(session.pipe, session.sampling.steps, who, *said)])
+    file = cache / "attacks" / f"{key[:24]}.csv"
+    try:
+        return pd.read_csv(file)
+    except (OSError, ValueError):  # not there yet, or damaged
+        table = measure()
+        with replacing(file) as temporary:
+            table.to_csv(temporary, index=False)
+        return table
