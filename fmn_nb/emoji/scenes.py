@@ -144,6 +144,12 @@ class Renderer:
             mask[:] = np.asarray(layer) >= 128
         return masks
 
+    def extent(self, label: str, style: str) -> tuple[float, float, float, float]:
+        """The box of a drawing's outline (x0, y0, x1, y1), as fractions of its square."""
+        outline = self._silhouette(label, style)
+        x0, y0, x1, y1 = outline.getbbox()
+        return x0 / outline.width, y0 / outline.height, x1 / outline.width, y1 / outline.height
+
     def images(self, scenes: Sequence[Scene]) -> np.ndarray:
         """Many scenes as [scenes, height, width, 3] uint8."""
         return np.stack([self.image(scene) for scene in scenes])

@@ -1,0 +1,12 @@
+"""Interaction control: who does what to whom, and where in the image."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "drawing": ["draw_grounded", "draw_interactions"],
+    "gates": ["BoxAttention", "record_boxes"],
+    "inside": ["forget_inside"],
+    "interaction": ["Interaction", "InteractionError", "as_text", "laid_out", "parse_interactions"],
+    "relations": ["ACTIONS", "RELATIONS", "Box", "between", "holds", "union"],
+    "grounding": ["ROLES", "ROOM", "Grounding", "Tokens", "grounding_of", "phrase_embeddings", "with_grounding"],
+})
