@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "image_change", "load_images", "pixel_size", "to_pixels"],
     "names": ["UnknownModelError", "bundled", "resolve"],
     "parameters": ["Kept", "ORIGINALS", "own_parameters", "plain_name", "unwrapped"],
-    "pipelines": ["ModelLoadError", "UnsupportedPipelineError", "denoiser", "denoiser_name", "load", "text_encoders",
-        "tokenizers", "training_kind", "uncompiled", "without_bars"],
+    "pipelines": ["CALL_KEY", "ModelLoadError", "UnsupportedPipelineError", "denoiser", "denoiser_name", "load",
+        "text_encoders", "tokenizers", "training_kind", "uncompiled", "without_bars"],
 })

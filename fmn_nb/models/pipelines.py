@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
+CALL_KEY = "_call"  # in a denoiser's configuration: what its pipeline's call takes where nothing else is said
 _SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER_KEY = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # [out, in, 3, 3]: 9 channels go in for inpainting

@@ -1,13 +1,14 @@
 """The whole recipe from sprites to trained models, in stages that can be killed and resumed at any point.
 
-`pretrain` takes a `Request` and runs its stages; a `Pretraining` has a method for each, and a `Training` is the loop
-that they train with. Randomness depends on (seed, step) alone, so a resumed run takes exactly the steps an unbroken one
-would. An oracle is a model whose training scenes leave some names out.
+`pretrain` takes a `Request` and runs its stages; a `Pretraining` has a method for each (those of other organisms stand
+in subclasses), and a `Training` is the loop that they train with. Randomness depends on (seed, step) alone, so a
+resumed run takes exactly the steps an unbroken one would. An oracle's training scenes leave some names out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import random
 import shutil
@@ -29,7 +30,7 @@ from fmn_nb.emoji.judges import Judge, SecondJudge, judge_loss
 from fmn_nb.emoji.scenes import Renderer, Scene, build_sprites, sample_scenes
 from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.card import Quality, write_card
-from fmn_nb.emoji.training.request import CHECKPOINTED, SMOKE, Request, Size, claim
+from fmn_nb.emoji.training.request import SMOKE, UNCHECKPOINTED, Request, Size, claim
 from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, MAX_TOKENS, STYLES, caption
 from fmn_nb.files import data_dir, read_json, replacing, replacing_folder, write_checksums, write_json
 from fmn_nb.models import GUIDANCE, load
@@ -55,9 +56,10 @@ def pretrain(request: Request, log: Callable[[str], None] = print) -> Path:
     noted = request.noted()
     if not request.resume:
         shutil.rmtree(request.work, ignore_errors=True)
-    if request.start_from is not None or set(request.chosen) & set(CHECKPOINTED):
+    if request.start_from is not None or set(request.chosen) - set(UNCHECKPOINTED):
         claim(request.work, noted)
-    recipe = Pretraining(request, log)
+    module, _, name = request.made.recipe.partition(":")
+    recipe: Pretraining = getattr(importlib.import_module(module), name)(request, log)
     for stage in request.chosen:  # what is finished returns at once
         log(f"--- {stage}")
         getattr(recipe, "_" + stage.replace("-", "_"))()
@@ -77,10 +79,14 @@ class Pretraining:
         self.out, self.work, self.sprites = self.request.folder, self.request.work, self.request.sprites
         self.size, self.seed = SMOKE if self.request.smoke else Size(), self.request.seed
         self.start: StableDiffusionPipeline | None = None  # a finished pipeline to train further
-        if self.request.start_from is not None:  # its tokenizer and VAE stay, its text encoder and U-Net are trained on
-            self.start = _finished(self.request.start_from)
-            self.start.tokenizer.save_pretrained(self.work / "tokenizer")
-            save_whole(self.start.vae, self.work / "vae")
+        if self.request.start_from is not None:
+            self._start_from(self.request.start_from)
+
+    def _start_from(self, folder: Path) -> None:
+        """Keep the pipeline's tokenizer and VAE, to train its text encoder and U-Net further."""
+        self.start = finished(folder)
+        self.start.tokenizer.save_pretrained(self.work / "tokenizer")
+        save_whole(self.start.vae, self.work / "vae")
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +125,7 @@ class Pretraining:
         self.vae.float()
 
     def _clip(self) -> None:
-        pipe = _finished(self.out / "emoji-diffusion")
+        pipe = finished(self.out / "emoji-diffusion")
         torch.manual_seed(self.seed)
         clip = networks.new_clip(pipe.text_encoder)
         plan = Plan(self.size.clip_steps, learning_rate=1e-3, seed=self.seed, average=0.99)
@@ -226,7 +232,8 @@ class Pretraining:
         write_json(path, record)
 
 
-def _finished(folder: Path) -> StableDiffusionPipeline:
+def finished(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline that an earlier training left in a folder, in float32."""
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
 
 

@@ -15,9 +15,34 @@ from fmn_nb.emoji.world import OBJECTS, STYLES, VOCABULARY
 from fmn_nb.files import data_dir, read_json, write_json
 
 REQUEST_FILE = "request.json"
-CHECKPOINTED = ("tokenizer", "vae", "diffusion", "clip", "judge", "second-judge")  # the others resume nothing
-STAGES = ("sprites", *CHECKPOINTED, "quality")
-ORACLE_STAGES = ("tokenizer", "vae", "diffusion")  # an oracle is judged by the bundled judge and CLIP
+UNCHECKPOINTED = ("sprites", "quality")  # stages that resume nothing
+
+
+@dataclass(frozen=True)
+class Organism:
+    """A model that `pretrain` can make.
+
+    Attributes:
+        folder: its pipeline's, in the folder of models.
+        recipe: "module:class" of the `Pretraining` that has a method for each stage.
+        stages: what it is made in, in order.
+        oracle_stages: those of an oracle, which the bundled judge and CLIP judge.
+    """
+
+    folder: str
+    recipe: str
+    stages: tuple[str, ...]
+    oracle_stages: tuple[str, ...]
+
+
+DEFAULT_ORGANISM = "emoji"
+ORGANISMS: dict[str, Organism] = {
+    DEFAULT_ORGANISM: Organism(
+        "emoji-diffusion", "fmn_nb.emoji.training.recipe:Pretraining",
+        ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality"),
+        ("tokenizer", "vae", "diffusion")),
+    "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",)),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,8 @@ class Size:
     judge_steps: int = 1600
     second_judge_steps: int = 4000  # attention learns slower than filters
     judge_batch: int = 64
+    joint_steps: int = 20_000
+    joint_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
     quality_scale: int = 1  # divides the numbers of images that measure quality
     quality_steps: int = 20
@@ -41,7 +68,7 @@ class Size:
 
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
-             redrawn=8, quality_scale=20, quality_steps=2)
+             joint_steps=4, joint_batch=4, redrawn=8, quality_scale=20, quality_steps=2)
 
 
 @dataclass(frozen=True)
@@ -49,20 +76,22 @@ class Request:
     """What to train, and where.
 
     Attributes:
+        organism: which of `ORGANISMS` to make.
         out: where the models go; the kit's own data folder where None, or `runs/` for a smoke run or an oracle.
         smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
         without: names that no training scene may hold, for an oracle; the tokenizer still knows their words.
-        stages: which of `STAGES` to run; all (for an oracle: those of its pipeline) where empty.
+        stages: which of the organism's stages to run; all (for an oracle: those of its pipeline) where empty.
         resume: go on from the checkpoints of a run that was ended; otherwise start anew.
-        start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the diffusion stage starts from,
-            to train it further where its checkpoints are gone.
+        start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the denoiser's stage starts
+            from, to train it further where its checkpoints are gone.
         packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
 
     Raises:
-        ValueError: an unknown stage, an unknown name in `without`, or too many of them.
+        ValueError: an unknown organism or stage, an unknown name in `without`, or too many of them.
     """
 
     out: Path | None = None
+    organism: str = DEFAULT_ORGANISM
     smoke: bool = False
     without: Sequence[str] = ()
     stages: Sequence[str] = ()
@@ -72,8 +101,10 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := set(self.stages) - set(STAGES):
-            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; there are: {', '.join(STAGES)}")
+        if self.organism not in ORGANISMS:
+            raise ValueError(f"no organism is called {self.organism!r}; there are: {', '.join(ORGANISMS)}")
+        if unknown := set(self.stages) - set(self.made.stages):
+            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; there are: {', '.join(self.made.stages)}")
         if unknown := set(self.without) - set(VOCABULARY.concepts()):
             known = ", ".join(VOCABULARY.concepts())
             raise ValueError(f"the emoji world has no {', '.join(map(repr, sorted(unknown)))}; it has: {known}")
@@ -83,6 +114,11 @@ class Request:
                                  "of them in (--without names what is left out)")
 
     @property
+    def made(self) -> Organism:
+        """The organism that is to be made."""
+        return ORGANISMS[self.organism]
+
+    @property
     def folder(self) -> Path:
         """Where the models go."""
         if self.out is not None:
@@ -90,12 +126,17 @@ class Request:
         if not self.smoke and not self.without:
             return data_dir()
         left_out = "".join(f"-without-{name.replace(' ', '-')}" for name in self.without)
-        return Path("runs") / f"pretrain{'-smoke' if self.smoke else ''}{left_out}"
+        return Path("runs") / f"pretrain{self._other}{'-smoke' if self.smoke else ''}{left_out}"
 
     @property
     def work(self) -> Path:
         """Where checkpoints are: beside the models, so that no package takes them along."""
-        return self.folder.parent / "checkpoints" / self.folder.name
+        return self.folder.parent / "checkpoints" / f"{self.folder.name}{self._other}"
+
+    @property
+    def _other(self) -> str:
+        """What marks the folders of an organism beside the first."""
+        return "" if self.organism == DEFAULT_ORGANISM else f"-{self.organism}"
 
     @property
     def sprites(self) -> Path:
@@ -105,14 +146,16 @@ class Request:
     @property
     def chosen(self) -> list[str]:
         """The stages to run, in order."""
-        chosen = self.stages or (ORACLE_STAGES if self.without else STAGES)
+        chosen = self.stages or (self.made.oracle_stages if self.without else self.made.stages)
         taken_over = ("tokenizer", "vae") if self.start_from else ()
-        return [stage for stage in STAGES if stage in chosen and stage not in taken_over]
+        return [stage for stage in self.made.stages if stage in chosen and stage not in taken_over]
 
     def noted(self) -> dict[str, Any]:
         """What checkpoints must have been trained with for this request to go on from them."""
-        return {"seed": self.seed, "without": sorted(set(self.without)), "size": "smoke" if self.smoke else "full",
-                "start_from": origin(self.start_from, self.folder / "emoji-diffusion"),
+        other = {} if self.organism == DEFAULT_ORGANISM else {"organism": self.organism}
+        return {**other, "seed": self.seed, "without": sorted(set(self.without)),
+                "size": "smoke" if self.smoke else "full",
+                "start_from": origin(self.start_from, self.folder / self.made.folder),
                 "sprites": "bundled" if self.sprites.resolve() == (data_dir() / "sprites").resolve() else "drawn anew"}
 
 
