@@ -74,8 +74,8 @@ class Tokens:
 def require_gated(pipe: DiffusionPipeline) -> None:
     """Raise InteractionError for a model without gated layers."""
     if not is_gated(denoiser(pipe)):
-        raise InteractionError(f"{type(denoiser(pipe)).__name__} has no gated layers, so it can't be told where things "
-                               "are: take fmn.load('emoji-grounded')")
+        raise InteractionError(f"this {type(denoiser(pipe)).__name__} has no gated layers, so it can't be told where "
+                               "things are: take fmn.load('emoji-grounded')")
 
 
 def grounding_of(pipe: DiffusionPipeline) -> Grounding:
@@ -89,8 +89,8 @@ def grounding_of(pipe: DiffusionPipeline) -> Grounding:
         return attached
     file = Path(str(pipe.config.get("_name_or_path", ""))) / GROUNDING
     if not file.is_file():
-        raise InteractionError(f"the model's folder holds no {GROUNDING}, so its roles are unknown: copy that file from "
-                               "where the model was trained, or take fmn.load('emoji-grounded')")
+        raise InteractionError(f"the model's folder holds no {GROUNDING}, so its roles are unknown: copy that file "
+                               "from where the model was trained, or take fmn.load('emoji-grounded')")
     return _read(file, file.stat().st_mtime_ns)
 
 

@@ -119,7 +119,7 @@ def as_text(interactions: Sequence[Interaction]) -> str:
     return "; ".join(map(str, interactions))
 
 
-# ---- places for what has none -----------------------------------------------------------------------------------------
+# ---- places for what has none ----------------------------------------------------------------------------------------
 
 
 def laid_out(interactions: Sequence[Interaction]) -> list[Interaction]:
@@ -159,8 +159,8 @@ def _with_boxes(one: Interaction, region: Box) -> Interaction:
     if not one.action:
         return replace(one, subject_box=_within(ALONE, region, "nested"))
     if one.action not in RELATIONS:
-        raise InteractionError(f"where things stand is not known for the action '{one.action}': give both boxes, or use "
-                               f"one of {', '.join(ACTIONS)}")
+        raise InteractionError(f"where things stand is not known for the action '{one.action}': give both boxes, or "
+                               f"use one of {', '.join(ACTIONS)}")
     relation = RELATIONS[one.action]
     subject, other = (_within(box, region, relation.direction) for box in (relation.subject, relation.other))
     if one.subject_box is not None:
@@ -182,11 +182,10 @@ def _within(box: Box, region: Box, direction: str) -> Box:
     along = {"row": (wide, length), "column": (length, high), "nested": (length, length)}[direction]
     cx, cy = middle[0] + (cx - 0.5) * along[0], middle[1] + (cy - 0.5) * along[1]
     half = [(box[i + 2] - box[i]) * length * shrink / 2 for i in (0, 1)]
-    if direction == "row":
-        cy = middle[1]
+    if direction == "row":  # what stands close goes on standing close
+        cx, cy = middle[0] + (cx - middle[0]) * shrink, middle[1]
     if direction == "column":
-        cx, pull = middle[0], shrink  # what touches goes on touching
-        cy = middle[1] + (cy - middle[1]) * pull
+        cx, cy = middle[0], middle[1] + (cy - middle[1]) * shrink
     return _kept((cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
 
 

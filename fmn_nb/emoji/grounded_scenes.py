@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+
 from fmn_nb.control import ACTIONS, RELATIONS, Box, Interaction, holds
 from fmn_nb.emoji.scenes import Placed, Renderer, Scene, sample_scenes
 from fmn_nb.emoji.world import BACKGROUNDS, IMAGE_SIZE, OBJECTS, OPENINGS, STYLES, caption
@@ -37,6 +39,11 @@ class GroundedScene:
     def names(self) -> list[str]:
         """The things that the interactions name, in their order."""
         return [name for one in self.interactions for name in (one.subject, one.object) if name]
+
+    def image(self, renderer: Renderer) -> np.ndarray:
+        """[height, width, 3] uint8; a thin rim sets things apart that lie on each other."""
+        nested = any(one.action and RELATIONS[one.action].direction == "nested" for one in self.interactions)
+        return renderer.image(self.scene, halo=1 if nested else 0)
 
     def caption(self, rng: random.Random, sort: str | None = None) -> str:
         """A random caption, or one of a sort (`CAPTIONS`)."""
@@ -174,8 +181,8 @@ def _nested(action: str, rng: random.Random) -> list[Square]:
     large, small = (rng.randint(50, 58), rng.randint(18, 22)) if action == "inside" else (
         rng.randint(38, 46), rng.randint(18, 22))
     x, y = (rng.randint(0, IMAGE_SIZE - large) for _ in range(2))
-    down = rng.uniform(0.45, 0.55) if action == "inside" else rng.uniform(0.72, 0.88)
-    across = rng.uniform(0.4, 0.6) if action == "inside" else rng.uniform(0.3, 0.7)
+    down = rng.uniform(0.45, 0.55) if action == "inside" else rng.uniform(0.82, 0.98)
+    across = rng.uniform(0.4, 0.6) if action == "inside" else rng.uniform(0.2, 0.8)
     u, v = (min(max(round(corner + share * large - small / 2), 0), IMAGE_SIZE - small)
             for corner, share in ((x, across), (y, down)))
     return [(u, v, small), (x, y, large)] if action == "inside" else [(x, y, large), (u, v, small)]

@@ -4,8 +4,8 @@ The layers are diffusers' own (`attention_type="gated"`, from GLIGEN, Li et al.,
 phrases and boxes into tokens, and a "fuser" in each block lets the pixels look at them. Their gates start at zero, so a
 model that is given gates draws what it drew before, bit for bit.
 
-On disk such a model is either a whole pipeline's folder, or a folder with the new weights alone (`GROUNDING`) and a line
-that names the pipeline beside it to which they belong (`BESIDE`).
+On disk such a model is either a whole pipeline's folder, or a folder with the new weights alone (`GROUNDING`) and a
+line that names the pipeline beside it to which they belong (`BESIDE`).
 """
 
 from __future__ import annotations

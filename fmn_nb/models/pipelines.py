@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from fmn_nb.models.gated import BESIDE, base_folder, stored_tensors, with_gates
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
@@ -67,7 +68,12 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
     is_file = isinstance(source, Path) and source.is_file()
     try:
         with without_bars() if isinstance(source, Path) else nullcontext():  # a download may show its progress
-            pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
+            if is_file:
+                pipe = _load_single_file(source, dtype, config)
+            elif isinstance(source, Path) and (source / BESIDE).is_file():
+                pipe = _load_grounded(source, dtype)
+            else:
+                pipe = _load_diffusers(str(source), dtype)
     except (ModelLoadError, UnsupportedPipelineError):
         raise
     except Exception as error:  # a damaged folder ends in whatever error its reader stumbles over
@@ -130,6 +136,14 @@ def _load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant_of(source),
                                              **without)
+
+
+def _load_grounded(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline beside a folder of gated layers, with these layers in its denoiser."""
+    pipe = _load_diffusers(str(base_folder(folder)), dtype)
+    pipe.unet = with_gates(pipe.unet, stored_tensors(folder, dtype))
+    pipe.register_to_config(_name_or_path=str(folder))
+    return pipe
 
 
 def variant_of(source: str | Path) -> str | None:
