@@ -87,3 +87,28 @@ def mean_of_groups_interval(groups: Any, seed: int, samples: int = 1000) -> tupl
     drawn = np.random.default_rng(seed).integers(0, len(sums), (samples, len(sums)))
     low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def difference_interval(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]], seed: int = 0,
+                        ) -> tuple[float, float]:
+    """The 95% interval of the difference of two mean shares, one minus the other, each of several repetitions of
+    (successes, images): a bootstrap over repetitions and images.
+
+    The repetitions (an attack's seeds) are resampled, and in each the images: its share is drawn from the Jeffreys
+    posterior Beta(successes + 1/2, failures + 1/2), for resampled images would give a share of 0 or 1 no width at all.
+    Where the figure itself lies outside, the interval is extended to it. With a single repetition it knows nothing of
+    how seeds scatter.
+
+    Raises:
+        ValueError: no repetition, or an impossible number of successes.
+    """
+    rng, means, shares = np.random.default_rng(seed), [], []
+    for side in (one, other):
+        if not len(side) or any(not 0 <= hits <= count or count < 1 for hits, count in side):
+            raise ValueError(f"{list(side)} are no repetitions of (successes, images)")
+        hits, counts = np.asarray(side, float).T
+        chosen = rng.integers(0, len(hits), (DRAWS, len(hits)))
+        means.append(rng.beta(hits[chosen] + 0.5, counts[chosen] - hits[chosen] + 0.5).mean(1))
+        shares.append(float((hits / counts).mean()))
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    return min(float(low), shares[0] - shares[1]), max(float(high), shares[0] - shares[1])

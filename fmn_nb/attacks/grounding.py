@@ -108,9 +108,9 @@ def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = 
                "high": after.high, "images": attack.count}
         if floor is not None:
             low = floor[number]
-            counts = (attack.successes, attack.count, low.successes, low.count)
+            interval = difference_interval([(attack.successes, attack.count)], [(low.successes, low.count)])
             row |= {"floor": low.after.value, "excess": after.value - low.after.value,
-                    **dict(zip(("excess low", "excess high"), difference_interval(*counts), strict=True))}
+                    "excess low": interval[0], "excess high": interval[1]}
         rows.append(row)
     return pd.DataFrame(rows).set_index("attack").round(3)
 

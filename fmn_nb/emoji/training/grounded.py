@@ -166,7 +166,7 @@ class GroundedPretraining(Pretraining):
 
         def encoded() -> dict[str, Tensor]:
             renderer = Renderer(self.sprites)
-            scenes = sample_grounded(self.size.scenes, self.seed, renderer, without=self.request.without)
+            scenes = sample_grounded(self.size.grounded_scenes, self.seed, renderer, without=self.request.without)
             images = np.stack([scene.image(renderer) for scene in scenes])
             self.log(f"{len(scenes)} scenes painted")
             latents = networks.prepare_latents(pipe.vae, pipe.tokenizer, scenes, images, self.seed)

@@ -63,6 +63,7 @@ class Size:
     judge_batch: int = 64
     joint_steps: int = 20_000
     joint_batch: int = 32
+    grounded_scenes: int = 16_000
     grounded_steps: int = 4400
     grounded_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
@@ -72,7 +73,7 @@ class Size:
 
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
-             joint_steps=4, joint_batch=4, grounded_steps=4, grounded_batch=4,
+             joint_steps=4, joint_batch=4, grounded_scenes=48, grounded_steps=4, grounded_batch=4,
              redrawn=8, quality_scale=20, quality_steps=2)
 
 
