@@ -1,8 +1,9 @@
 """Grounding attack: can a box bring a forgotten concept back?
 
-Edits of cross-attention change how the prompt is read. Boxes enter beside it, through gated layers that such edits don't
-touch, with the same text encoder. The attack asks a grounded model that forgot a concept for it in four ways, from
-the prompt alone to a box that names it in other words, and compares with a grounded oracle, whose success is the floor.
+Edits of cross-attention change how the prompt is read. Boxes enter beside it, through gated layers that such
+edits don't touch, with the same text encoder. The attack asks a grounded model that forgot a concept for
+it in four ways, from the prompt alone to a box that names it in other words, and compares with a grounded oracle, whose
+success is the floor.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from PIL import Image
 
 from fmn_nb.attacks.attack import Attack
 from fmn_nb.concepts import Concept, NotThereError
-from fmn_nb.control import Interaction, draw_grounded, with_grounding
-from fmn_nb.control.drawing import How
+from fmn_nb.control import How, Interaction, draw_grounded, with_grounding
 from fmn_nb.control.grounding import require_gated
 from fmn_nb.evaluation import MeasurementError, Session, judge_images, share_of
 from fmn_nb.evaluation.protocol import Drawing

@@ -170,7 +170,8 @@ def neutral_prompts() -> list[str]:
 def vocabulary_of(folder: Path) -> Vocabulary | None:
     """The vocabulary of the world that the model in a diffusers folder is of, without loading the model."""
     if (folder / GROUNDED).is_file():  # gated layers alone: the pipeline beside them says it
-        folder = folder.parent / Path(read_json(folder / GROUNDED)["base"]).name
+        base = Path(read_json(folder / GROUNDED)["base"]).name
+        folder = next((place / base for place in (folder.parent, data_dir()) if (place / base).is_dir()), folder)
     for name in _DENOISERS:
         config = folder / name / "config.json"
         if config.is_file():

@@ -3,10 +3,11 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "drawing": ["draw_grounded", "draw_interactions"],
+    "drawing": ["How", "draw_grounded", "draw_interactions"],
     "gates": ["BoxAttention", "record_boxes"],
     "inside": ["forget_inside"],
     "interaction": ["Interaction", "InteractionError", "as_text", "laid_out", "parse_interactions"],
     "relations": ["ACTIONS", "RELATIONS", "Box", "between", "holds", "union"],
-    "grounding": ["ROLES", "ROOM", "Grounding", "Tokens", "grounding_of", "phrase_embeddings", "with_grounding"],
+    "grounding": ["ABLATIONS", "Grounding", "ROLES", "ROOM", "Tokens", "grounding_of", "phrase_embeddings",
+        "save_pipeline", "tokens_of", "with_grounding"],
 })

@@ -1,7 +1,7 @@
 """Hearing the gated layers: which boxes' tokens each pixel looks at while a grounded model draws.
 
-In a gated layer pixels and tokens attend to each other in one sequence; what is kept are the pixels' shares that fall on
-the tokens. Nothing of what the model computes is changed.
+In a gated layer pixels and tokens attend to each other in one sequence; what is kept are the pixels' shares that fall
+on the tokens. Nothing of what the model computes is changed.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fmn_nb.concepts import with_article, world_of
 from fmn_nb.control.interaction import Interaction, InteractionError, laid_out
 from fmn_nb.control.relations import ACTIONS
-from fmn_nb.files import write_tensors
+from fmn_nb.files import replacing_folder, write_tensors
 from fmn_nb.models import denoiser
 from fmn_nb.models.gated import GROUNDING, gated_tensors, is_gated, with_gates
 
@@ -116,6 +116,19 @@ def with_grounding(pipe: DiffusionPipeline, like: DiffusionPipeline) -> Diffusio
     gated.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     gated.grounding = grounding
     return gated
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+    """Write a gated pipeline as a whole folder, which a plain `StableDiffusionPipeline` loads, and its vectors in it.
+
+    Raises:
+        InteractionError: the model has no gated layers, or no vectors are known.
+    """
+    grounding = grounding_of(pipe)
+    with replacing_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
+        grounding.save(temporary)
+    return Path(folder)
 
 
 # ---- words and tokens ------------------------------------------------------------------------------------------------

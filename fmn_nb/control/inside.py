@@ -1,7 +1,7 @@
 """Forgetting only inside a box: a patch is at work there, and outside stays what the base model draws.
 
-The base model draws first. Then the patched model draws from the same noise, and after each step the latents outside the
-box are put back to those of the base model at that step, so the two grow together at the box's rim. For localised
+The base model draws first. Then the patched model draws from the same noise, and after each step the latents outside
+the box are put back to those of the base model at that step, so the two grow together at the box's rim. For localised
 erasure by a model's own parts see Lee et al., GLoCE, arXiv 2411.13982; this one needs no training and any patch.
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Box = tuple[float, float, float, float]
-APART = 0.2  # at least so far apart are the centres of two things that stand side by side
+APART, APART_SMALL = 0.2, 0.6  # side by side, centres are so far apart, or by this share of their mean size if less
 
 
 def between(subject: Box, other: Box) -> Box:
@@ -57,14 +57,19 @@ class Relation:
     other: Box
 
 
+def _apart(one: Box, other: Box, axis: int) -> float:
+    """How far apart along an axis the centres of two boxes must be to count as beside each other."""
+    return min(APART, APART_SMALL * (one[axis + 2] - one[axis] + other[axis + 2] - other[axis]) / 2)
+
+
 def _above(one: Box, other: Box, slack: float) -> bool:
     (x, y), (u, v) = centre(one), centre(other)
-    return v - y >= APART - slack and abs(u - x) <= v - y
+    return v - y >= _apart(one, other, 1) - slack and abs(u - x) <= v - y
 
 
 def _left_of(one: Box, other: Box, slack: float) -> bool:
     (x, y), (u, v) = centre(one), centre(other)
-    return u - x >= APART - slack and abs(v - y) <= u - x
+    return u - x >= _apart(one, other, 0) - slack and abs(v - y) <= u - x
 
 
 def _inside(one: Box, other: Box, slack: float) -> bool:

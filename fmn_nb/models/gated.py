@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmn_nb.files import GROUNDED as BESIDE
-from fmn_nb.files import read_json
+from fmn_nb.files import data_dir, read_json
 
 GROUNDING = "grounding.safetensors"
 
@@ -27,7 +27,7 @@ GROUNDING = "grounding.safetensors"
 def is_gated(model: nn.Module) -> bool:
     """Whether a denoiser has gated layers that look at boxes."""
     config = getattr(model, "config", None)
-    return bool(config) and str(config.get("attention_type", "")).startswith("gated")
+    return isinstance(config, Mapping) and str(config.get("attention_type", "")).startswith("gated")
 
 
 def is_gated_name(name: str) -> bool:
@@ -57,19 +57,22 @@ def with_gates(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor] | None 
         gated.load_state_dict(dict(tensors), strict=False)
     elif not all(is_gated_name(name) for name in missing):
         raise ValueError(f"{type(unet).__name__} lacks weights: {', '.join(sorted(missing)[:3])}")
-    return gated.to(like.device, like.dtype).train(unet.training)
+    if like.dtype != gated.dtype:
+        gated = gated.to(like.dtype)
+    return gated.to(like.device).train(unet.training)
 
 
 def base_folder(folder: Path) -> Path:
-    """The pipeline's folder that the gated layers in `folder` belong to.
+    """The pipeline's folder that the gated layers in `folder` belong to: beside them, else the bundled one.
 
     Raises:
-        FileNotFoundError: it isn't beside it.
+        FileNotFoundError: it is in neither place.
     """
-    base = folder.parent / Path(read_json(folder / BESIDE)["base"]).name
-    if not (base / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder.name} needs the pipeline {base.name} beside it, which isn't there")
-    return base
+    name = Path(read_json(folder / BESIDE)["base"]).name  # a name alone, whatever a stranger's file says
+    for place in (folder.parent / name, data_dir() / name):
+        if (place / "model_index.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder.name} needs the pipeline {name} beside it, which isn't there")
 
 
 def stored_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,11 +22,12 @@ from fmn_nb.control.grounding import ROOM, phrase_embeddings
 from fmn_nb.emoji.grounded_scenes import GroundedScene, sample_grounded
 from fmn_nb.emoji.scenes import Renderer
 from fmn_nb.emoji.training import networks
+from fmn_nb.emoji.training.grounded_card import GroundedQuality, write_grounded_card
 from fmn_nb.emoji.training.networks import MIN_SNR, NOISE_SCHEDULE, Latents, Loss, Losses
 from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished
 from fmn_nb.emoji.training.request import ORGANISMS
 from fmn_nb.emoji.world import OBJECTS
-from fmn_nb.files import data_dir, replacing_folder, write_json, write_tensors
+from fmn_nb.files import data_dir, read_json, replacing_folder, write_json, write_tensors
 from fmn_nb.models.gated import BESIDE, GROUNDING, gated_tensors, is_gated_name, with_gates
 
 TOKENS = ROOM * 3  # subject, object and action of each interaction
@@ -149,6 +150,14 @@ class GroundedPretraining(Pretraining):
         loss = grounded_loss(model, pipe.text_encoder, data, phrase_embeddings(pipe, WORDS), self.size.grounded_batch)
         self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
         save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)
+
+    def _quality(self) -> None:
+        folder = self.out / self.request.made.folder
+        if not (folder / BESIDE).is_file():
+            raise FileNotFoundError(f"no gated layers in {folder}; run the stage grounded first")
+        quality = GroundedQuality(folder, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
+        records = (self.work / "training.json", folder / "training.json")
+        write_grounded_card(quality, next((read_json(path) for path in records if path.is_file()), {}))
 
     def _base(self) -> StableDiffusionPipeline:
         """The finished emoji model, in float32 and frozen."""
