@@ -1,8 +1,9 @@
 """Forgetting only inside a box: a patch is at work there, and outside stays what the base model draws.
 
 The base model draws first. Then the patched model draws from the same noise, and after each step the latents outside
-the box are put back to those of the base model at that step, so the two grow together at the box's rim. For localised
-erasure by a model's own parts see Lee et al., GLoCE, arXiv 2411.13982; this one needs no training and any patch.
+the box are put back to those of the base model at that step, so the two grow together at the box's rim. An
+autoencoder's normalisation reaches over the whole image, so in the end the pixels outside are put back as well. For
+localised erasure by a model's own parts see GLoCE; this one needs no training and takes any patch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
                   guidance: float = GUIDANCE) -> tuple[list[Image.Image], list[Image.Image]]:
     """Draw each prompt with the patch inside its box alone; the base model's images, and those.
 
-    Outside the box both have the same latents to the last bit; the autoencoder's window blurs that by a few pixels.
+    Outside the box both have the same latents, and the same pixels, to the last bit.
 
     Raises:
         InteractionError: a box that is none. ValueError: not as many boxes and seeds as prompts.
@@ -51,7 +52,13 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
     base = generate(pipe, prompts, seeds, callback_on_step_end=keep, **options)
     with patch.applied(pipe):
         forgotten = generate(pipe, prompts, seeds, callback_on_step_end=mend, **options)
-    return base, forgotten
+    return base, [_composed(*three) for three in zip(base, forgotten, boxes, strict=True)]
+
+
+def _composed(outside: Image.Image, inside: Image.Image, box: Box) -> Image.Image:
+    """One image inside the box, the other one outside it."""
+    mask = Image.fromarray(box_mask(box, max(inside.size))).crop((0, 0, *inside.size))
+    return Image.composite(inside, outside, mask)
 
 
 def _latent_mask(box: Box, latents: torch.Tensor) -> torch.Tensor:
