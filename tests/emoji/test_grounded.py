@@ -38,7 +38,7 @@ def test_scenes_show_their_relations_exactly(scenes, world):
                 if name:  # the box is that of the outline; a whisker covers no half pixel
                     rows, columns = np.nonzero(masks[name])
                     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                    assert np.allclose(found, [64 * side for side in box], atol=2.1), (name, found, box)
+                    assert np.allclose(found, [64 * side for side in box], atol=3), (name, found, box)
 
 
 def test_the_same_seed_gives_the_same_scenes_and_another_others(scenes, world):
@@ -66,9 +66,9 @@ def test_captions_name_the_things_or_others_or_none(scenes):
 def test_a_small_thing_in_front_has_a_rim_of_background(scenes, world):
     scene = next(s for s in scenes if s.interactions[0].action == "inside")
     with_rim, without = scene.image(world.renderer), world.renderer.image(scene.scene)
-    changed = (with_rim != without).any(-1)
-    rim = (with_rim == without[0, 0]).all(-1)  # the corner is background
-    assert changed.sum() > 20 and rim[changed].mean() > 0.7, "the rest are the edges of a drawing on it"
+    changed, background = (with_rim != without).any(-1), without[-1, -1].astype(float)
+    far = [np.abs(image[changed] - background).mean() for image in (with_rim, without)]
+    assert changed.sum() > 20 and far[0] < 0.7 * far[1], "a soft rim in the background's colour"
 
 
 def test_tokens_stand_in_places_of_their_own(scenes):
