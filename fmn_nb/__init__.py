@@ -9,8 +9,8 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-_FOLDERS = ["attacks", "attention", "concepts", "emoji", "evaluation", "files", "forgetting", "inversion", "models",
-            "patches", "plots", "runs", "stats", "widgets"]
+_FOLDERS = ["attacks", "attention", "concepts", "control", "emoji", "evaluation", "files", "forgetting", "inversion",
+            "models", "patches", "plots", "runs", "stats", "widgets"]
 __getattr__, _, _reachable = lazy_loader.attach(
     __name__,
     submodules=_FOLDERS,
@@ -22,6 +22,7 @@ __getattr__, _, _reachable = lazy_loader.attach(
         "forgetting": ["PRESETS", "SettingsError", "forget"],
         "inversion": ["invert"],
         "evaluation": ["Report", "evaluate"],
+        "control": ["Interaction", "draw_interactions"],
         "runs": ["record", "run", "save_image"],
     },
 )

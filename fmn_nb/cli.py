@@ -210,8 +210,9 @@ def check(model: str) -> None:
 
 
 @main.command()
-@click.option("--organism", default="emoji", show_default=True, help="Which model to make: emoji, or joint (a "
-              "transformer with joint attention in the same world).")
+@click.option("--organism", default="emoji", show_default=True, help="Which model to make: emoji, joint (a "
+              "transformer with joint attention in the same world), or grounded (interaction control for the emoji "
+              "model).")
 @click.option("--out", type=Folder(), help="Folder for the models.  [default: the kit's data/]")
 @click.option("--without", metavar="A,B", multiple=True, help="Train a model that never saw these: an oracle.")
 @click.option("--keep-text-encoder", is_flag=True,

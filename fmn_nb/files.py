@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+GROUNDED = "grounding.json"  # in a folder with gated layers alone: which pipeline beside it they belong to
 MOST_YAML = 1_000_000  # values that a YAML file may stand for, aliases written out
 
 
@@ -225,11 +226,11 @@ def notebooks_dir() -> Path:
 
 
 def bundled_models() -> dict[str, Path]:
-    """Name -> folder of every bundled diffusion pipeline: `data/NAME-diffusion` is the model NAME."""
-    return {
-        index.parent.name.removesuffix("-diffusion"): index.parent
-        for index in sorted(data_dir().glob("*/model_index.json"))
-    }
+    """Name -> folder of every bundled diffusion pipeline: `data/NAME-diffusion` is the model NAME, and a folder with
+    further layers for one of these (`GROUNDED`) has its own name."""
+    whole = {index.parent.name.removesuffix("-diffusion"): index.parent
+             for index in sorted(data_dir().glob("*/model_index.json"))}
+    return whole | {line.parent.name: line.parent for line in sorted(data_dir().glob(f"*/{GROUNDED}"))}
 
 
 REST = "_rest"  # in the index of a model's folder that leaves some parts to a bundled model

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "budgets": ["Budgets", "choose_budgets", "fix_budgets", "read_budgets"],
     "curves": ["Tries", "success_curve"],
     "floor": ["attacked"],
+    "grounding": ["grounded_oracle", "grounding_attack", "grounding_table"],
     "memorization": ["MScore", "centre_of", "embedding", "m_score"],
     "probes": ["PROBES", "probe", "probe_table"],
     "prompt_search": ["SearchBudget", "adversarial_prompt"],

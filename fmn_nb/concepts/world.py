@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fmn_nb.concepts.concept import KINDS, Concept
 from fmn_nb.concepts.tokens import find_phrase
-from fmn_nb.files import data_dir, read_json
+from fmn_nb.files import GROUNDED, data_dir, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,6 +176,9 @@ def neutral_prompts() -> list[str]:
 
 def vocabulary_of(folder: Path) -> Vocabulary | None:
     """The vocabulary of the world that the model in a diffusers folder is of, without loading the model."""
+    if (folder / GROUNDED).is_file():  # gated layers alone: the pipeline beside them says it
+        base = Path(read_json(folder / GROUNDED)["base"]).name
+        folder = next((place / base for place in (folder.parent, data_dir()) if (place / base).is_dir()), folder)
     for name in _DENOISERS:
         config = folder / name / "config.json"
         if config.is_file():

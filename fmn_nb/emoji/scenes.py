@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, IMAGE_SIZE, OBJECTS, STYLES, random_caption
 from fmn_nb.files import read_json
@@ -122,12 +122,18 @@ class Renderer:
             (size, size), Image.Resampling.LANCZOS))
         self._silhouette = lru_cache(maxsize=None)(lambda label, style: silhouette(self._sprites[label, style]))
 
-    def image(self, scene: Scene) -> np.ndarray:
-        """The scene as [height, width, 3] uint8."""
+    def image(self, scene: Scene, halo: int = 0) -> np.ndarray:
+        """The scene as [height, width, 3] uint8; from the second thing on, `halo` pixels of the background stand around
+        each, so that things on top of each other stay apart."""
         colour = tuple(int(np.clip(c + scene.shade, 0, 255)) for c in BACKGROUNDS[scene.background])
         canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour)
         for item in scene.items:
             sprite = self._resized(item.label, scene.style, item.size)
+            if halo and item is not scene.items[0]:
+                rim = Image.new("L", (item.size + 2 * halo,) * 2)
+                rim.paste(self._silhouette(item.label, scene.style).resize((item.size,) * 2), (halo, halo))
+                rim = rim.filter(ImageFilter.MaxFilter(2 * halo + 1))
+                canvas.paste(Image.new("RGB", rim.size, colour), (item.x - halo, item.y - halo), rim)
             canvas.paste(sprite, (item.x, item.y), sprite)
         return np.asarray(canvas)
 
@@ -143,6 +149,12 @@ class Renderer:
             layer.paste(outline.resize((item.size, item.size), Image.Resampling.BOX), (item.x, item.y))
             mask[:] = np.asarray(layer) >= 128
         return masks
+
+    def extent(self, label: str, style: str) -> tuple[float, float, float, float]:
+        """The box of a drawing's outline (x0, y0, x1, y1), as fractions of its square."""
+        outline = self._silhouette(label, style)
+        x0, y0, x1, y1 = outline.getbbox()
+        return x0 / outline.width, y0 / outline.height, x1 / outline.width, y1 / outline.height
 
     def images(self, scenes: Sequence[Scene]) -> np.ndarray:
         """Many scenes as [scenes, height, width, 3] uint8."""

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from fmn_nb.files import bundled_models
+from fmn_nb.models.gated import is_gated, is_gated_name
 from fmn_nb.models.parameters import own_tensors
 from fmn_nb.models.pipelines import denoiser, denoiser_name, text_encoders, tokenizers, training_kind
 
@@ -41,8 +42,9 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
 
     Values are rounded to float16 first, so a model has one fingerprint whether it is loaded in float32 or in
     float16. Left out, because they don't make another base model: patches that are applied at the moment,
-    LoRA adapters beside the weights, and rows of the token embedding past the tokenizer's own vocabulary
-    (learned tokens). The few configuration values that change what the weights mean are included.
+    LoRA adapters beside the weights, gated layers that look at boxes, and rows of the token embedding past the
+    tokenizer's own vocabulary (learned tokens). The few configuration values that change what the weights mean are
+    included.
     """
     encoders = (_base_weights(encoder, encoder.get_input_embeddings().weight, tokenizer.vocab_size)
                 for encoder, tokenizer in zip(text_encoders(pipe), tokenizers(pipe), strict=False))
@@ -57,7 +59,7 @@ def base_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     every precision shares; and `coarse`, whether its values came through a precision below float16's (bfloat16,
     float8), so that only their signs can be compared.
     """
-    tensors = {name: tensor for name, tensor in own_tensors(denoiser(pipe)).items() if tensor.is_floating_point()}
+    tensors = {name: tensor for name, tensor in _base_tensors(denoiser(pipe)).items() if tensor.is_floating_point()}
     signs = (part for name, tensor in tensors.items() for part in (_title(name, tensor), _signs(tensor)))
     coarse = sum(int((tensor.float().bfloat16().float() == tensor.float()).sum()) for tensor in tensors.values())
     return {"name": model_name(pipe), "component": denoiser_name(pipe), "fingerprint": fingerprint(pipe),
@@ -99,13 +101,19 @@ def _settings(pipe: DiffusionPipeline) -> str:
 
 
 def _base_weights(module: nn.Module, embedding: Tensor | None = None, rows: int = 0) -> Iterator[str | Tensor]:
-    for name, tensor in own_tensors(module).items():
+    for name, tensor in _base_tensors(module).items():
         if not tensor.is_floating_point():
             continue
         if tensor is embedding:
             tensor = tensor[:rows]
         yield _title(name, tensor)
         yield tensor.detach().to("cpu", torch.float16)
+
+
+def _base_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base model: what gated layers add beside them makes no other one."""
+    tensors = own_tensors(module)
+    return {n: t for n, t in tensors.items() if not is_gated_name(n)} if is_gated(module) else tensors
 
 
 def _title(name: str, tensor: Tensor) -> str:

@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from fmn_nb.files import GROUNDED
 from fmn_nb.files import bundled_models as bundled
 
 #: models of the package that come with it or, where they don't, are made by this command
@@ -21,6 +22,8 @@ _TO_BE_TRAINED = {
                     "runs/oracle) and copy the folder runs/oracle/emoji-oracle into the kit's data folder",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: names of models that come with the package once they are trained, and the command that trains them
+TRAINED_BY = {"emoji-grounded": "fmn-nb pretrain --organism grounded"}
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -39,8 +42,10 @@ def resolve(name: str | Path) -> str | Path:
     known, path = bundled(), Path(name).expanduser()
     if str(name) in known:
         return known[str(name)]
-    if path.is_dir() and (path / "model_index.json").is_file():
+    if path.is_dir() and ((path / "model_index.json").is_file() or (path / GROUNDED).is_file()):
         return path
+    if str(name) in TRAINED_BY:
+        raise UnknownModelError(f"the model '{name}' is not trained yet; train it with: {TRAINED_BY[str(name)]}")
     if path.is_file() and path.suffix == ".safetensors":
         return path
     if path.is_file() and path.suffix in _PICKLED:

@@ -27,6 +27,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fmn_nb.files import REST
+from fmn_nb.models.gated import BESIDE, base_folder, stored_tensors, with_gates
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
@@ -73,7 +74,12 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
     try:
         # A download may show its progress.
         with without_bars() if isinstance(source, Path) else nullcontext(), _known_types(own):
-            pipe = _load_single_file(source, dtype, config) if is_file else _load_diffusers(str(source), dtype)
+            if is_file:
+                pipe = _load_single_file(source, dtype, config)
+            elif isinstance(source, Path) and (source / BESIDE).is_file():
+                pipe = _load_grounded(source, dtype)
+            else:
+                pipe = _load_diffusers(str(source), dtype)
     except (ModelLoadError, UnsupportedPipelineError):
         raise
     except Exception as error:  # a damaged folder ends in whatever error its reader stumbles over
@@ -216,6 +222,14 @@ def _rest(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str
     for name, values in settings.items():
         parts[name].register_to_config(**values)
     return parts
+
+
+def _load_grounded(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline beside a folder of gated layers, with these layers in its denoiser."""
+    pipe = _load_diffusers(str(base_folder(folder)), dtype)
+    pipe.unet = with_gates(pipe.unet, stored_tensors(folder, dtype))
+    pipe.register_to_config(_name_or_path=str(folder))
+    return pipe
 
 
 def variant_of(source: str | Path) -> str | None:

@@ -123,6 +123,8 @@ class Figure:
         bar = f"<= {high:g}" if low == 0 else f">= {low:g}" if high in (1.0, np.inf) else f"{low:g} to {high:g}"
         interval = f"{self.low:.3f} to {self.high:.3f}" if self.low < self.high else ""
         met = "met" if self.met else "**not met**"
+        if self.bar == (0.0, 1.0):  # any share: only measured
+            bar = met = ""
         return f"| {self.name} | {self.value:.3f} | {interval} | {self.count} | {bar} | {met} |"
 
 
@@ -266,7 +268,11 @@ class Quality:
 
 
 def _share(name: str, outcomes: Sequence[bool], low: float, high: float = 1.0) -> Figure:
-    hits, count = sum(outcomes), len(outcomes)
+    return share_figure(name, sum(outcomes), len(outcomes), low, high)
+
+
+def share_figure(name: str, hits: int, count: int, low: float, high: float = 1.0) -> Figure:
+    """A share of trials, with its 95% Wilson interval, that was aimed at from `low` to `high`."""
     return Figure(name, hits / count, *wilson(hits, count), count, (low, high))
 
 

@@ -13,11 +13,12 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -241,8 +242,9 @@ class Pretraining:
                 save_file(made, temporary)
         return load_file(path)
 
-    def _train(self, name: str, module: nn.Module, loss: networks.Loss, plan: Plan) -> None:
-        training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log)
+    def _train(self, name: str, module: nn.Module, loss: networks.Loss, plan: Plan,
+               faster: Mapping[str, float] = MappingProxyType({})) -> None:
+        training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log, faster=faster)
         training.run()
         path = self.work / "training.json"
         record = read_json(path) if path.is_file() else {}
@@ -312,7 +314,8 @@ class Training:
     """One model in training.
 
     `loss` maps (step, generator) to named losses, of which "loss" is minimised. The weights' moving average is what
-    a finished training leaves in the module.
+    a finished training leaves in the module. `faster` says, by how its name ends, which weight learns how many times
+    as fast as the others.
     """
 
     name: str
@@ -321,17 +324,26 @@ class Training:
     plan: Plan
     checkpoint: Path
     log: Callable[[str], None] = print
+    faster: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.step, self.seconds = 0, 0.0
         self._means: dict[str, float] = {}
         self._weights = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
-        self._optimiser = torch.optim.AdamW(self._weights.values(), lr=self.plan.learning_rate,
+        self._optimiser = torch.optim.AdamW(self._groups(), lr=self.plan.learning_rate,
                                             weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99), fused=True)
         self._average = {k: p.detach().clone() for k, p in self._weights.items()}
         if self.checkpoint.is_file():
             self._restore()
             self.log(f"{self.name}: resumed at step {self.step} of {self.plan.steps}")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The weights by how many times the learning rate they take, each group with its `times`."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self._weights.items():
+            times = next((times for end, times in self.faster.items() if name.endswith(end)), 1.0)
+            groups.setdefault(times, []).append(parameter)
+        return [{"params": parameters, "times": times} for times, parameters in groups.items()]
 
     def run(self) -> None:
         """Train to the plan's last step, then put the averaged weights into the module."""
@@ -354,7 +366,7 @@ class Training:
 
     def _train_step(self) -> None:
         for group in self._optimiser.param_groups:
-            group["lr"] = self.plan.learning_rate * trapezoid(self.step, self.plan)
+            group["lr"] = self.plan.learning_rate * trapezoid(self.step, self.plan) * group["times"]
         losses = self.loss(self.step, generator(self.plan.seed, self.name, self.step))
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(f"{self.name}: the loss is {losses['loss'].item()} at step {self.step}")

@@ -43,6 +43,8 @@ ORGANISMS: dict[str, Organism] = {
         ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality"),
         ("diffusion", "quality")),  # an oracle has the emoji model's tokenizer and VAE
     "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",)),
+    "grounded": Organism("emoji-grounded", "fmn_nb.emoji.training.grounded:GroundedPretraining",
+                         ("grounded", "quality"), ("grounded",)),
 }
 
 
@@ -62,6 +64,9 @@ class Size:
     judge_batch: int = 64
     joint_steps: int = 20_000
     joint_batch: int = 32
+    grounded_scenes: int = 16_000
+    grounded_steps: int = 4400
+    grounded_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
     quality_scale: int = 1  # divides the numbers of images that measure quality
     quality_steps: int = 20
@@ -69,7 +74,8 @@ class Size:
 
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
-             joint_steps=4, joint_batch=4, redrawn=8, quality_scale=20, quality_steps=2)
+             joint_steps=4, joint_batch=4, grounded_scenes=48, grounded_steps=4, grounded_batch=4,
+             redrawn=8, quality_scale=20, quality_steps=2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Drawing with interactions: tokens beside the prompt for the first part of the steps, the plain model for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from fmn_nb.control.grounding import Tokens, tokens_of
+from fmn_nb.control.interaction import Interaction, InteractionError, parse_interactions
+from fmn_nb.models import GUIDANCE, STEPS, generate
+from fmn_nb.models.arguments import finite_number
+
+STRENGTH = 0.8  # share of the steps in which the boxes are heard
+AT_ONCE = 24
+
+
+@dataclass(frozen=True)
+class How:
+    """How grounded images are drawn: the share of steps with grounding, steps, guidance, and what `tokens_of` takes."""
+
+    strength: float = STRENGTH
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    without: Collection[str] = ()
+    said: dict[str, str] = field(default_factory=dict)
+
+
+def draw_interactions(pipe: DiffusionPipeline, prompt: str, interactions: Sequence[Interaction] | Interaction | str,
+                      seeds: Sequence[int] = (0,), strength: float = STRENGTH, *, steps: int = STEPS,
+                      guidance: float = GUIDANCE) -> list[Image.Image]:
+    """Draw a prompt with things where the interactions say; one image for each seed.
+
+    Args:
+        pipe: a gated model, such as `fmn.load("emoji-grounded")`.
+        prompt: says the rest (style, background), and may name the things too; may be "".
+        interactions: one or several, or their text form ("cat=chasing=frog; dog=above=key"). Missing boxes are laid
+            out as the actions say (`laid_out`).
+        strength: the share of the steps, from the first, in which the boxes are heard: 0 draws the plain model's image,
+            1 hears them to the end.
+
+    Raises:
+        InteractionError: a model without gated layers, a word that it doesn't know, too many interactions, no place.
+        ValueError: a number that is none, or a strength outside [0, 1].
+    """
+    if isinstance(interactions, str):
+        interactions = parse_interactions(interactions)
+    elif isinstance(interactions, Interaction):
+        interactions = [interactions]
+    seeds = list(seeds)
+    return draw_grounded(pipe, [prompt] * len(seeds), [list(interactions)] * len(seeds), seeds,
+                         How(strength, steps, guidance))
+
+
+def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions: Sequence[Sequence[Interaction]],
+                  seeds: Sequence[int], how: How | None = None, **options: Any) -> list[Image.Image]:
+    """One image for each prompt, its interactions and its seed; `options` go to `generate`.
+
+    Raises:
+        As `draw_interactions`, and ValueError for lists of different lengths.
+    """
+    how = how or How()
+    strength = finite_number("strength", how.strength, 0)
+    if strength > 1:
+        raise ValueError(f"strength must be a share of the steps from 0 to 1, not {strength:g}")
+    if not len(prompts) == len(interactions) == len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(interactions)} lists of interactions, {len(seeds)} seeds: give "
+                         "as many of each")
+    for each in interactions:
+        if not all(isinstance(one, Interaction) for one in each):
+            raise InteractionError(f"interactions are wanted, not {each!r}: fmn.Interaction('cat', 'chasing', 'frog')")
+    tokens = tokens_of(pipe, interactions, how.without, how.said) if len(prompts) else None
+    images = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        given = scheduled(tokens[part], strength, how) | options
+        images += generate(pipe, prompts[part], seeds[part], steps=how.steps, guidance=how.guidance, batch=AT_ONCE,
+                           **given)
+    return images
+
+
+def scheduled(tokens: Tokens, strength: float, how: How) -> dict[str, Any]:
+    """The pipeline's arguments that ground the first `strength` of the steps and leave the rest to the plain model."""
+    heard = round(strength * how.steps)
+    if not heard:
+        return {}
+    arguments = tokens.arguments(guided=how.guidance > 1)
+
+    def end_of_step(_pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 >= heard:
+            arguments.pop("gligen", None)  # the pipeline passes this very dict on in each step
+        return kept
+
+    return {"cross_attention_kwargs": arguments, "callback_on_step_end": end_of_step}

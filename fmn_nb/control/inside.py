@@ -1,0 +1,66 @@
+"""Forgetting only inside a box: a patch is at work there, and outside stays what the base model draws.
+
+The base model draws first. Then the patched model draws from the same noise, and after each step the latents outside
+the box are put back to those of the base model at that step, so the two grow together at the box's rim. An
+autoencoder's normalisation reaches over the whole image, so in the end the pixels outside are put back as well. For
+localised erasure by a model's own parts see GLoCE; this one needs no training and takes any patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from fmn_nb.control.gates import box_mask
+from fmn_nb.control.interaction import checked_box
+from fmn_nb.control.relations import Box
+from fmn_nb.models import GUIDANCE, STEPS, generate
+from fmn_nb.patches import Patch
+
+
+def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str], boxes: Sequence[Box],
+                  seeds: Sequence[int], *, steps: int = STEPS,
+                  guidance: float = GUIDANCE) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Draw each prompt with the patch inside its box alone; the base model's images, and those.
+
+    Outside the box both have the same latents, and the same pixels, to the last bit.
+
+    Raises:
+        InteractionError: a box that is none. ValueError: not as many boxes and seeds as prompts.
+        PatchMismatchError: the patch belongs to another model.
+    """
+    if not len(prompts) == len(boxes) == len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(boxes)} boxes, {len(seeds)} seeds: give as many of each")
+    boxes = [checked_box(box, "the box") for box in boxes]
+    track: list[torch.Tensor] = []
+
+    def keep(_pipe: DiffusionPipeline, _step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        track.append(kept["latents"].clone())
+        return kept
+
+    def mend(_pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        latents = kept["latents"]
+        inside = torch.stack([_latent_mask(box, latents) for box in boxes])[:, None]  # [images, 1, height, width]
+        kept["latents"] = torch.where(inside, latents, track[step])
+        return kept
+
+    options = {"steps": steps, "guidance": guidance, "batch": max(1, len(prompts))}
+    base = generate(pipe, prompts, seeds, callback_on_step_end=keep, **options)
+    with patch.applied(pipe):
+        forgotten = generate(pipe, prompts, seeds, callback_on_step_end=mend, **options)
+    return base, [_composed(*three) for three in zip(base, forgotten, boxes, strict=True)]
+
+
+def _composed(outside: Image.Image, inside: Image.Image, box: Box) -> Image.Image:
+    """One image inside the box, the other one outside it."""
+    mask = Image.fromarray(box_mask(box, max(inside.size))).crop((0, 0, *inside.size))
+    return Image.composite(inside, outside, mask)
+
+
+def _latent_mask(box: Box, latents: torch.Tensor) -> torch.Tensor:
+    """The latents whose centres lie in the box, [height, width] bool; of a U-Net's square latents."""
+    return torch.from_numpy(box_mask(box, latents.shape[-1])).to(latents.device)

@@ -1,0 +1,207 @@
+"""An interaction: who does what to whom, and where. Its text form, and boxes where none are given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fmn_nb.control.relations import ACTIONS, RELATIONS, Box, between, centre
+from fmn_nb.models.arguments import finite_number
+
+FORM = "write SUBJECT=ACTION=OBJECT, several with ; between them, such as cat=chasing=frog; dog=above=key"
+ALONE: Box = (0.15, 0.15, 0.85, 0.85)  # of one thing without a box
+
+
+class InteractionError(ValueError):
+    """An interaction that can't be drawn: a word, a box or a number of them; the text says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Who does what to whom: "cat", "chasing", "frog". A subject alone, `Interaction("cat")`, is a thing in a box.
+
+    Attributes:
+        subject, action, object: words; action and object are both there or both "".
+        subject_box, object_box: (x0, y0, x1, y1) in [0, 1] from the top left, or None: `laid_out` finds places.
+
+    Raises:
+        InteractionError: a word is missing; a box is no four numbers, lies outside [0, 1] or is turned inside out; a
+            box for an object that isn't there.
+    """
+
+    subject: str
+    action: str = ""
+    object: str = ""
+    subject_box: Box | None = None
+    object_box: Box | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "action", "object"):
+            word = getattr(self, name)
+            if not isinstance(word, str):
+                raise InteractionError(f"the {name} must be a word, not {word!r}")
+            object.__setattr__(self, name, " ".join(word.split()))
+        if not self.subject or bool(self.action) != bool(self.object):
+            said = "=".join((self.subject, self.action, self.object))
+            raise InteractionError(f"'{said}' lacks a word: {FORM}")
+        if self.object_box is not None and not self.object:
+            raise InteractionError(f"a box for the object of '{self.subject}', which has none: name action and object")
+        for name in ("subject_box", "object_box"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_box(getattr(self, name), f"the {name.replace('_', ' ')}"))
+
+    @property
+    def between(self) -> Box | None:
+        """The box of the action; None where a box is missing."""
+        if not self.action or self.subject_box is None or self.object_box is None:
+            return None
+        return between(self.subject_box, self.object_box)
+
+    def __str__(self) -> str:
+        return "=".join((self.subject, self.action, self.object)) if self.action else self.subject
+
+    @property
+    def words(self) -> str:
+        """In words, with the boxes: "cat (x 0.10 to 0.50, y 0.30 to 0.70) chasing frog (...)"."""
+        parts = [self.subject, _in_words(self.subject_box)]
+        if self.action:
+            parts += [self.action, self.object, _in_words(self.object_box)]
+        return " ".join(part for part in parts if part)
+
+
+def _in_words(box: Box | None) -> str:
+    return "" if box is None else f"(x {box[0]:.2f} to {box[2]:.2f}, y {box[1]:.2f} to {box[3]:.2f})"
+
+
+def checked_box(box: Any, name: str) -> Box:
+    """(x0, y0, x1, y1) as floats; InteractionError names what is wrong with it."""
+    try:
+        values = tuple(box)
+    except TypeError:
+        values = ()
+    if len(values) != 4 or isinstance(box, str | dict):
+        raise InteractionError(f"{name} must be four numbers (x0, y0, x1, y1), not {box!r}")
+    try:
+        x0, y0, x1, y1 = (finite_number(f"each side of {name}", value) for value in values)
+    except ValueError as error:
+        raise InteractionError(str(error)) from None
+    said = f"{name} ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+    if min(x0, y0, x1, y1) < 0 or max(x0, y0, x1, y1) > 1:
+        raise InteractionError(f"{said} reaches out of the image: its sides are fractions from 0 to 1")
+    if x0 >= x1 or y0 >= y1:
+        raise InteractionError(f"{said} is turned inside out: x0 must be below x1 and y0 below y1")
+    return x0, y0, x1, y1
+
+
+def parse_interactions(text: str) -> list[Interaction]:
+    """The interactions of a text such as "cat=chasing=frog; dog=above=key"; a word alone is a thing ("cat").
+
+    Raises:
+        InteractionError: no interaction, or a part with another number of words.
+    """
+    if not isinstance(text, str):
+        raise InteractionError(f"interactions as a text are wanted, not {text!r}: {FORM}")
+    found = []
+    for part in filter(str.strip, re.split(r"[;\n]", text)):
+        words = [word.strip() for word in part.split("=")]
+        if len(words) not in (1, 3) or not all(words):
+            raise InteractionError(f"'{part.strip()}' is no interaction: {FORM}")
+        found.append(Interaction(*words))
+    if not found:
+        raise InteractionError(f"there is no interaction in '{text}': {FORM}")
+    return found
+
+
+def as_text(interactions: Sequence[Interaction]) -> str:
+    """The text form, without boxes."""
+    return "; ".join(map(str, interactions))
+
+
+# ---- places for what has none ----------------------------------------------------------------------------------------
+
+
+def laid_out(interactions: Sequence[Interaction]) -> list[Interaction]:
+    """The interactions with a box for everything: those given stay, the others stand as the action says.
+
+    Several share the image: rows one below the other, columns side by side; a row beside a column takes the left two
+    thirds. A missing box beside a given one has its size and stands to it as the action says, as far as the image goes.
+
+    Raises:
+        InteractionError: an action whose place isn't known, and a box is missing.
+    """
+    places = _regions([RELATIONS[one.action].direction if one.action in RELATIONS else "row" for one in interactions])
+    return [_with_boxes(one, place) for one, place in zip(interactions, places, strict=True)]
+
+
+def _regions(directions: Sequence[str]) -> list[Box]:
+    """A part of the image for each interaction."""
+    rows, columns = (sum(d == wanted for d in directions) for wanted in ("row", "column"))
+    nested = len(directions) - rows - columns
+    rows += nested
+    width = 1.0 if not columns else 0.0 if not rows else 0.67  # of what stands in rows
+    regions, row, column = [], 0, 0
+    for direction in directions:
+        if direction == "column":
+            each = (1 - width) / columns
+            regions.append((width + column * each, 0.0, width + (column + 1) * each, 1.0))
+            column += 1
+        else:
+            regions.append((0.0, row / rows, width, (row + 1) / rows))
+            row += 1
+    return regions
+
+
+def _with_boxes(one: Interaction, region: Box) -> Interaction:
+    if one.subject_box is not None and (not one.action or one.object_box is not None):
+        return one
+    if not one.action:
+        return replace(one, subject_box=_within(ALONE, region, "nested"))
+    if one.action not in RELATIONS:
+        raise InteractionError(f"where things stand is not known for the action '{one.action}': give both boxes, or "
+                               f"use one of {', '.join(ACTIONS)}")
+    relation = RELATIONS[one.action]
+    subject, other = (_within(box, region, relation.direction) for box in (relation.subject, relation.other))
+    if one.subject_box is not None:
+        return replace(one, object_box=_beside(one.subject_box, subject, other))
+    if one.object_box is not None:
+        return replace(one, subject_box=_beside(one.object_box, other, subject))
+    return replace(one, subject_box=subject, object_box=other)
+
+
+def _within(box: Box, region: Box, direction: str) -> Box:
+    """A box of the unit square in a part of the image: along a row or a column it keeps its share of the length, and
+    nothing is stretched."""
+    wide, high = region[2] - region[0], region[3] - region[1]
+    length = {"row": wide, "column": high, "nested": min(wide, high)}[direction]
+    room = 0.94 * min(wide, high) if direction != "nested" else length
+    shrink = min(1.0, room / (max(box[2] - box[0], box[3] - box[1]) * length))  # across, a row has less room
+    cx, cy = centre(box)
+    middle = (region[0] + wide / 2, region[1] + high / 2)
+    along = {"row": (wide, length), "column": (length, high), "nested": (length, length)}[direction]
+    cx, cy = middle[0] + (cx - 0.5) * along[0], middle[1] + (cy - 0.5) * along[1]
+    half = [(box[i + 2] - box[i]) * length * shrink / 2 for i in (0, 1)]
+    if direction == "row":  # what stands close goes on standing close
+        cx, cy = middle[0] + (cx - middle[0]) * shrink, middle[1]
+    if direction == "column":
+        cx, cy = middle[0], middle[1] + (cy - middle[1]) * shrink
+    return _kept((cx - half[0], cy - half[1], cx + half[0], cy + half[1]))
+
+
+def _kept(box: Sequence[float]) -> Box:
+    """The part of a box that lies in the image, rounded."""
+    return tuple(round(min(max(value, 0.0), 1.0), 4) for value in box)
+
+
+def _beside(given: Box, known: Box, missing: Box) -> Box:
+    """Where `missing` stands if `known` stands at `given`: moved and scaled with it, and kept in the image."""
+    sx, sy = ((given[i + 2] - given[i]) / (known[i + 2] - known[i]) for i in (0, 1))
+    found = []
+    for axis, scale in ((0, sx), (1, sy)):
+        low = given[axis] + (missing[axis] - known[axis]) * scale
+        size = min((missing[axis + 2] - missing[axis]) * scale, 1.0)
+        low = min(max(low, 0.0), 1.0 - size)
+        found.append((low, low + size))
+    (x0, x1), (y0, y1) = found
+    return tuple(round(v, 4) for v in (x0, y0, x1, y1))

@@ -1,0 +1,157 @@
+"""A picture built up turn by turn: "a cat", "add a frog chasing it", "move the cat up", and undone again.
+
+A turn is a line of text that changes a list of interactions; every thing in it has a box. This is plain grammar over
+the words that a model knows, not a language model: what it doesn't understand it refuses in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fmn_nb.control.interaction import Interaction, InteractionError, checked_box, laid_out, parse_interactions
+from fmn_nb.control.relations import ACTIONS, Box
+
+TURNS = ('write "a cat", "add a frog chasing it", "move the cat up", "make the cat larger", "remove the frog", or '
+         "cat=chasing=frog")
+STEP, GROWTH = 0.1, 1.25  # of a move, in fractions of the image; of a size
+_DIRECTIONS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
+_GROWTHS = {"larger": GROWTH, "bigger": GROWTH, "smaller": 1 / GROWTH}
+_ARTICLE = r"(?:a|an|the|one)\s+"
+_NAME = rf"(?:{_ARTICLE})?(.+?)"
+
+
+@dataclass
+class Turns:
+    """The turns so far, and what stands after each; the last of them is what is to be drawn."""
+
+    said: list[str] = field(default_factory=list)
+    states: list[tuple[Interaction, ...]] = field(default_factory=lambda: [()])
+
+    @property
+    def interactions(self) -> list[Interaction]:
+        """What stands now, every thing with a box."""
+        return list(self.states[-1])
+
+    def say(self, turn: str) -> list[Interaction]:
+        """Take a turn; what can't be understood is an InteractionError and leaves everything as it was."""
+        self.put(after(self.interactions, turn), " ".join(turn.split()))
+        return self.interactions
+
+    def put(self, interactions: Sequence[Interaction], said: str) -> None:
+        """Let these stand, however they came about."""
+        self.states.append(tuple(laid_out(interactions)))
+        self.said.append(said)
+
+    def undo(self) -> str:
+        """Take the last turn back and return it; "" where there is none."""
+        if not self.said:
+            return ""
+        self.states.pop()
+        return self.said.pop()
+
+
+def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
+    """The interactions after a turn; those given must have boxes.
+
+    Raises:
+        InteractionError: it isn't understood, or speaks of a thing that isn't there or is there already.
+    """
+    text = " ".join(str(turn).split()).rstrip(".")
+    if "=" in text:
+        return [*interactions, *laid_out([*interactions, *parse_interactions(text)])[len(interactions):]]
+    if match := re.fullmatch(rf"move\s+{_NAME}\s+(up|down|left|right)(?:\s+by\s+(\d*\.?\d+))?", text, re.I):
+        name, direction, by = match.groups()
+        dx, dy = (side * (float(by) if by else STEP) for side in _DIRECTIONS[direction.lower()])
+        return changed(interactions, name, lambda box: moved(box, dx, dy))
+    if match := re.fullmatch(rf"make\s+{_NAME}\s+(larger|bigger|smaller)", text, re.I):
+        name, how = match.groups()
+        return changed(interactions, name, lambda box: grown(box, _GROWTHS[how.lower()]))
+    if match := re.fullmatch(rf"(?:remove|delete|take away)\s+(?:{_ARTICLE})?(.+)", text, re.I):
+        return _without(interactions, match[1])
+    return _added(interactions, re.sub(r"^(?:add|draw|now)\s+", "", text, flags=re.I))
+
+
+def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
+    """"a cat", "a frog chasing it", "a frog chasing the cat": what is there already keeps its box."""
+    for action in ACTIONS:
+        match = re.fullmatch(rf"{_NAME}\s+(?:is\s+|that is\s+)?{action}\s+(.+)", text, re.I)
+        if match is None:
+            continue
+        subject, other = (re.sub(f"^{_ARTICLE}", "", one, flags=re.I) for one in match.groups())
+        things = things_of(interactions)
+        if other.lower() == "it":
+            if not things:
+                raise InteractionError(f"'{text}': nothing is there yet that 'it' could be; begin with a thing")
+            other = list(things)[-1]
+        rest = [one for one in interactions if one.action or one.subject not in (subject, other)]
+        new = Interaction(subject, action, other, things.get(subject), things.get(other))
+        if new.subject_box is not None and new.object_box is not None:  # both are there: the subject goes to its place
+            new = replace(new, subject_box=None)
+        return [*rest, laid_out([*rest, new])[-1] if new.object_box is None else laid_out([new])[0]]
+    match = re.fullmatch(rf"(?:{_ARTICLE})?([\w ]+)", text, re.I)
+    if match is None or not match[1].strip() or len(match[1].split()) > 3:
+        raise InteractionError(f"'{text}' is not understood: {TURNS}")
+    if match[1] in things_of(interactions):
+        raise InteractionError(f"there is {match[1]} already; move it, or add something else")
+    return [*interactions, Interaction(match[1])]
+
+
+def _without(interactions: Sequence[Interaction], name: str) -> list[Interaction]:
+    _check_there(interactions, name)
+    kept = []
+    for one in interactions:
+        if name not in (one.subject, one.object):
+            kept.append(one)
+        elif one.action:  # the other one stays, alone
+            alone = (one.object, one.object_box) if name == one.subject else (one.subject, one.subject_box)
+            kept.append(Interaction(alone[0], subject_box=alone[1]))
+    return kept
+
+
+# ---- things and their boxes ------------------------------------------------------------------------------------------
+
+
+def things_of(interactions: Sequence[Interaction]) -> dict[str, Box]:
+    """Every thing that is named, with its box, in the order of naming."""
+    return {name: box for one in interactions
+            for name, box in ((one.subject, one.subject_box), (one.object, one.object_box)) if name and box}
+
+
+def changed(interactions: Sequence[Interaction], name: str, change: Callable[[Box], Box]) -> list[Interaction]:
+    """The interactions with the box of one thing changed (`change`: box -> box), wherever it is named.
+
+    Raises:
+        InteractionError: it isn't there, or the new box is none.
+    """
+    _check_there(interactions, name)
+    new = []
+    for one in interactions:
+        if one.subject == name and one.subject_box:
+            one = replace(one, subject_box=checked_box(change(one.subject_box), f"the box of {name}"))
+        if one.object == name and one.object_box:
+            one = replace(one, object_box=checked_box(change(one.object_box), f"the box of {name}"))
+        new.append(one)
+    return new
+
+
+def moved(box: Box, dx: float, dy: float) -> Box:
+    """A box moved, as far as the image goes."""
+    dx, dy = (min(max(d, -box[i]), 1 - box[i + 2]) for i, d in ((0, dx), (1, dy)))
+    return tuple(round(v, 4) for v in (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy))
+
+
+def grown(box: Box, times: float) -> Box:
+    """A box grown or shrunk about its centre, as far as the image goes."""
+    sides = []
+    for low, high in ((box[0], box[2]), (box[1], box[3])):
+        half, middle = (high - low) * times / 2, (low + high) / 2
+        sides.append((max(0.0, middle - half), min(1.0, middle + half)))
+    (x0, x1), (y0, y1) = sides
+    return tuple(round(v, 4) for v in (x0, y0, x1, y1))
+
+
+def _check_there(interactions: Sequence[Interaction], name: str) -> None:
+    if name not in (things := things_of(interactions)):
+        raise InteractionError(f"there is no {name}; there is {', '.join(things) or 'nothing yet'}")

@@ -1,0 +1,187 @@
+"""The organism with interaction control: gated layers learn, beside the frozen emoji model, who stands where.
+
+Only the position net, the gated layers ("fusers") and the vectors of roles and instances train; text encoder, VAE and
+every weight of the emoji model stay, so that without interactions the model draws what it always drew.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from fmn_nb.control import ACTIONS, Grounding
+from fmn_nb.control.grounding import ROOM, phrase_embeddings
+from fmn_nb.emoji.grounded_scenes import GroundedScene, sample_grounded
+from fmn_nb.emoji.scenes import Renderer
+from fmn_nb.emoji.training import networks
+from fmn_nb.emoji.training.grounded_card import GroundedQuality, write_grounded_card
+from fmn_nb.emoji.training.networks import MIN_SNR, NOISE_SCHEDULE, Latents, Loss, Losses
+from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished
+from fmn_nb.emoji.training.request import ORGANISMS
+from fmn_nb.emoji.world import OBJECTS
+from fmn_nb.files import data_dir, read_json, replacing_folder, write_json, write_tensors
+from fmn_nb.models.gated import BESIDE, GROUNDING, gated_tensors, is_gated_name, with_gates
+
+TOKENS = ROOM * 3  # subject, object and action of each interaction
+WORDS = (*OBJECTS, *ACTIONS)
+SHARED_BOX_SHARE = 0.15  # so often subject and object get the box around both, and the action alone tells them apart
+GATE_SPEED = 20.0  # times the learning rate: a gate is one number, and while it is shut nothing behind it learns
+
+
+class GroundedDenoiser(nn.Module):
+    """A frozen U-Net with gated layers, and the vectors of roles and instances, of which the loss is a function."""
+
+    def __init__(self, unet: UNet2DConditionModel, grounding: Grounding) -> None:
+        super().__init__()
+        self.unet, self.grounding = unet, grounding
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(is_gated_name(name))
+
+    def gates(self) -> dict[str, float]:
+        """How far the gates are open, |tanh alpha|: the mean over layers, of attention and of the layer behind it."""
+        named = dict(self.unet.named_parameters())
+        return {kind: float(torch.stack([p.detach().tanh().abs() for n, p in named.items() if n.endswith(kind)]).mean())
+                for kind in ("alpha_attn", "alpha_dense")}
+
+
+@dataclass
+class GroundedLatents:
+    """Scenes as latents with captions, and for each the tokens of its interactions.
+
+    `words` [scenes, TOKENS] are numbers in `WORDS`, -1 where there is no token; `boxes` [scenes, TOKENS, 4] in [0, 1].
+    """
+
+    latents: Latents
+    words: Tensor
+    boxes: Tensor
+
+
+def token_table(scenes: Sequence[GroundedScene], seed: int) -> dict[str, Tensor]:
+    """`words` and `boxes` of scenes; each interaction gets one of the `ROOM` places at random."""
+    rng, number = random.Random(f"places-{seed}"), {word: index for index, word in enumerate(WORDS)}
+    words = np.full((len(scenes), TOKENS), -1, dtype=np.int16)
+    boxes = np.zeros((len(scenes), TOKENS, 4), dtype=np.float32)
+    for row, scene in enumerate(scenes):
+        for place, one in zip(rng.sample(range(ROOM), len(scene.interactions)), scene.interactions, strict=True):
+            parts = ((one.subject, one.subject_box), (one.object, one.object_box), (one.action, one.between))
+            for role, (word, box) in enumerate(parts):
+                if word:
+                    words[row, 3 * place + role], boxes[row, 3 * place + role] = number[word], box
+    return {"words": torch.from_numpy(words), "boxes": torch.from_numpy(boxes)}
+
+
+def shared_boxes(boxes: Tensor, there: Tensor) -> Tensor:
+    """Boxes [batch, TOKENS, 4] with those of each whole interaction replaced by the one around subject and object.
+
+    `there` [batch, TOKENS] says which tokens there are.
+    """
+    triples = boxes.unflatten(1, (ROOM, 3))  # [batch, ROOM, roles, 4]
+    both = torch.cat([triples[:, :, :2, :2].amin(2), triples[:, :, :2, 2:].amax(2)], dim=-1)  # [batch, ROOM, 4]
+    whole = there.unflatten(1, (ROOM, 3)).all(2)[..., None, None]
+    return torch.where(whole, both[:, :, None], triples).flatten(1, 2)
+
+
+def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: GroundedLatents, embeddings: Tensor,
+                  batch: int) -> Loss:
+    """The loss of one step: squared error of the noise with min-SNR-5 weights, as the emoji model's own.
+
+    `embeddings` [words, width] are the encoded `WORDS`. Timesteps are drawn in proportion to themselves: where things
+    stand is decided at high noise, and the rest the emoji model knows already.
+    """
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weights, latents = snr.clamp(max=MIN_SNR) / snr, data.latents
+
+    def loss(step: int, rng: torch.Generator) -> Losses:
+        chosen = torch.randint(len(latents.mean), (batch,), generator=rng)
+        which = torch.randint(latents.tokens.shape[1], (batch,), generator=rng)
+        mean, std = latents.mean[chosen].float(), latents.std[chosen].float()
+        clean = latents.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng))
+        times = (len(snr) * torch.rand(batch, generator=rng).sqrt()).long().clamp(max=len(snr) - 1)
+        noise = torch.randn(clean.shape, generator=rng)
+        words, boxes = data.words[chosen].long(), data.boxes[chosen]
+        there = words >= 0  # [batch, TOKENS]
+        shared = torch.rand(batch, 1, 1, generator=rng) < SHARED_BOX_SHARE
+        boxes = torch.where(shared, shared_boxes(boxes, there), boxes)
+        with torch.no_grad():
+            text = text_encoder(latents.tokens[chosen, which].long()).last_hidden_state
+        said = model.grounding(embeddings[words.clamp(min=0)])  # [batch, TOKENS, width]
+        tokens = {"boxes": boxes, "positive_embeddings": said, "masks": there.float()}
+        predicted = model.unet(scheduler.add_noise(clean, noise, times).float(), times, text,
+                               cross_attention_kwargs={"gligen": tokens}).sample
+        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        return {"loss": (weights[times] * errors).mean(), "error": errors.mean().detach(),
+                **{f"gate {name.removeprefix('alpha_')}": torch.tensor(value) for name, value in model.gates().items()}}
+
+    return loss
+
+
+def save_grounded(model: GroundedDenoiser, folder: Path, base: str) -> Path:
+    """The new weights alone, in half precision, with a line that says to which pipeline beside them they belong."""
+    tensors = gated_tensors(model.unet) | dict(model.grounding.state_dict())
+    with replacing_folder(folder) as temporary:
+        write_tensors(temporary / GROUNDING, {n: t.detach().half().contiguous() for n, t in tensors.items()}, {})
+        write_json(temporary / BESIDE, {"base": base})
+    return folder
+
+
+class GroundedPretraining(Pretraining):
+    """The stages of the organism with interaction control; the emoji model is the one in `out`, or the bundled one."""
+
+    def _start_from(self, folder: Path) -> None:
+        raise ValueError("interaction control always starts from the emoji model beside it: put that into --out and "
+                         "leave --start-from away")
+
+    def _grounded(self) -> None:
+        pipe = self._base()
+        torch.manual_seed(self.seed)
+        unet = with_gates(pipe.unet)
+        model = GroundedDenoiser(unet, Grounding(unet.config.cross_attention_dim, self.seed))
+        data = self._scenes_with_boxes(pipe)
+        plan = Plan(self.size.grounded_steps, learning_rate=1e-3, decay_share=0.4, seed=self.seed)
+        loss = grounded_loss(model, pipe.text_encoder, data, phrase_embeddings(pipe, WORDS), self.size.grounded_batch)
+        self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
+        save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)
+
+    def _quality(self) -> None:
+        folder = self.out / self.request.made.folder
+        if not (folder / BESIDE).is_file():
+            raise FileNotFoundError(f"no gated layers in {folder}; run the stage grounded first")
+        quality = GroundedQuality(folder, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
+        records = (self.work / "training.json", folder / "training.json")
+        write_grounded_card(quality, next((read_json(path) for path in records if path.is_file()), {}))
+
+    def _base(self) -> StableDiffusionPipeline:
+        """The finished emoji model, in float32 and frozen."""
+        places = [folder / ORGANISMS["emoji"].folder for folder in (self.out, data_dir())]
+        for place in places:
+            if (place / "model_index.json").is_file():
+                pipe = finished(place)
+                for part in (pipe.text_encoder, pipe.vae):
+                    part.requires_grad_(False).eval()
+                return pipe
+        raise FileNotFoundError(f"no emoji model in {' or '.join(map(str, places))}; train it first: fmn-nb pretrain")
+
+    def _scenes_with_boxes(self, pipe: StableDiffusionPipeline) -> GroundedLatents:
+        """The training scenes encoded; kept, since encoding takes minutes."""
+
+        def encoded() -> dict[str, Tensor]:
+            renderer = Renderer(self.sprites)
+            scenes = sample_grounded(self.size.grounded_scenes, self.seed, renderer, without=self.request.without)
+            images = np.stack([scene.image(renderer) for scene in scenes])
+            self.log(f"{len(scenes)} scenes painted")
+            latents = networks.prepare_latents(pipe.vae, pipe.tokenizer, scenes, images, self.seed)
+            return vars(latents) | token_table(scenes, self.seed)
+
+        kept = self._kept("scenes", encoded)
+        words, boxes = kept.pop("words"), kept.pop("boxes")
+        kept["scaling_factor"] = torch.tensor(pipe.vae.config.scaling_factor, dtype=torch.float64)
+        return GroundedLatents(Latents(**kept), words, boxes)

@@ -1,0 +1,80 @@
+"""A U-Net with gated self-attention to boxes beside its cross-attention, and its two homes on disk.
+
+The layers are diffusers' own (`attention_type="gated"`, from GLIGEN, Li et al., arXiv 2301.07093): a position net turns
+phrases and boxes into tokens, and a "fuser" in each block lets the pixels look at them. Their gates start at zero, so a
+model that is given gates draws what it drew before, bit for bit.
+
+On disk such a model is either a whole pipeline's folder, or a folder with the new weights alone (`GROUNDING`) and a
+line that names the pipeline beside it to which they belong (`BESIDE`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fmn_nb.files import GROUNDED as BESIDE
+from fmn_nb.files import data_dir, read_json
+
+GROUNDING = "grounding.safetensors"
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether a denoiser has gated layers that look at boxes."""
+    config = getattr(model, "config", None)
+    return isinstance(config, Mapping) and str(config.get("attention_type", "")).startswith("gated")
+
+
+def is_gated_name(name: str) -> bool:
+    """Whether a parameter with this name belongs to gated layers or their position net."""
+    return name.startswith("position_net.") or ".fuser." in name
+
+
+def gated_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of the gated layers and the position net."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_gated_name(name)}
+
+
+def with_gates(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor] | None = None) -> UNet2DConditionModel:
+    """A copy of a U-Net with gated layers: new ones with gates at zero, or those of `tensors`.
+
+    Raises:
+        ValueError: the tensors belong to a U-Net of another shape.
+    """
+    like = next(unet.parameters())
+    gated = UNet2DConditionModel.from_config({**unet.config, "attention_type": "gated"})
+    gated.register_to_config(**{key: value for key, value in unet.config.items() if key.startswith("_w")})  # its world
+    missing = set(gated.load_state_dict(unet.state_dict(), strict=False).missing_keys)
+    if tensors is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in gated.state_dict().items() if is_gated_name(name)}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise ValueError("these gated layers belong to a denoiser of another shape")
+        gated.load_state_dict(dict(tensors), strict=False)
+    elif not all(is_gated_name(name) for name in missing):
+        raise ValueError(f"{type(unet).__name__} lacks weights: {', '.join(sorted(missing)[:3])}")
+    if like.dtype != gated.dtype:
+        gated = gated.to(like.dtype)
+    return gated.to(like.device).train(unet.training)
+
+
+def base_folder(folder: Path) -> Path:
+    """The pipeline's folder that the gated layers in `folder` belong to: beside them, else the bundled one.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    name = Path(read_json(folder / BESIDE)["base"]).name  # a name alone, whatever a stranger's file says
+    for place in (folder.parent / name, data_dir() / name):
+        if (place / "model_index.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder.name} needs the pipeline {name} beside it, which isn't there")
+
+
+def stored_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gated layers that a folder keeps beside a pipeline."""
+    return {name: tensor.to(dtype) for name, tensor in load_file(folder / GROUNDING).items() if is_gated_name(name)}

@@ -1,0 +1,67 @@
+"""Grounding attack: four ways, the judge's counts, the oracle's floor, what it refuses."""
+
+import pytest
+from gated import gated
+from judges import cats
+from quick import quick
+
+from fmn_nb.attacks import grounded_oracle, grounding_attack, grounding_table
+from fmn_nb.attacks.grounding import WAYS
+from fmn_nb.concepts import Concept
+from fmn_nb.control import How, InteractionError
+from fmn_nb.evaluation import MeasurementError, Session
+from fmn_nb.models import weights_checksum
+
+HOW = How(steps=2)
+
+
+@pytest.fixture(scope="module")
+def pipe(emoji):
+    return gated(emoji)
+
+
+def attacked(pipe, judge, patch=None, **options):
+    return grounding_attack(Session.of(pipe, judge), "cat", patch, each=4, how=HOW, **options)
+
+
+def test_each_way_counts_what_the_judge_sees_with_and_without_the_patch(pipe):
+    patch, before = quick(pipe, "cat"), weights_checksum(pipe)
+    said = []
+    handle = pipe.text_encoder.register_forward_pre_hook(
+        lambda _m, args, given: said.append(pipe.tokenizer.batch_decode(args[0] if args else given["input_ids"],
+                                                                        skip_special_tokens=True)), with_kwargs=True)
+    try:  # of each way the calls without the patch, then with it
+        attacks = attacked(pipe, cats(4, 1, 3, 2, 4, 3, 2, 0), patch)
+    finally:
+        handle.remove()
+    assert weights_checksum(pipe) == before
+    assert [a.name for a in attacks] == [f"grounding: {way.name}" for way in WAYS]
+    assert [(a.found["base"], a.after.value) for a in attacks] == [(1, 0.25), (0.75, 0.5), (1, 0.75), (0.5, 0)]
+    assert all(a.before.value == 0.25 for a in attacks), "the prompt's own share"
+    flat = [" ".join(texts) for texts in said]
+    assert "the cat" in " ".join(flat) and any("chasing" in text for text in flat)
+    neutral = [text for text in flat if text.count("a photo in the style of") == 4]
+    assert len(neutral) == 6 and not any("cat" in text for text in neutral), "boxes alone name it"
+
+
+def test_success_minus_the_oracles_floor(pipe):
+    attacks = attacked(pipe, cats(0, 4, 3, 2))
+    floor = attacked(grounded_oracle(pipe, pipe), cats(0, 1, 0, 2))
+    table = grounding_table(attacks, floor)
+    assert table["excess"].tolist() == [0, 0.75, 0.75, 0] and table["floor"].tolist() == [0, 0.25, 0, 0.5]
+    assert (table["excess low"] <= table["excess"]).all() and (table["excess"] <= table["excess high"]).all()
+    assert "floor" not in grounding_table(attacks)
+    with pytest.raises(MeasurementError, match="the floor is of other attacks"):
+        grounding_table(attacks, floor[:2])
+
+
+def test_an_oracle_gets_the_same_head(emoji, pipe):
+    oracle = grounded_oracle(emoji, pipe)
+    assert oracle is not emoji and oracle.grounding is pipe.grounding and grounded_oracle(pipe, emoji) is pipe
+
+
+def test_what_cannot_be_attacked_is_refused(emoji, pipe):
+    with pytest.raises(InteractionError, match="no gated layers"):
+        grounding_attack(emoji, "cat", None)
+    with pytest.raises(MeasurementError, match="boxes name objects; 'noto' is of the kind style"):
+        grounding_attack(pipe, Concept("noto", kind="style"), None)

@@ -1,0 +1,76 @@
+"""Turns: what can be said, what it does to the boxes, and undoing it; the picture and the table of boxes."""
+
+import numpy as np
+import pytest
+
+from fmn_nb.control import InteractionError, Turns, boxes_picture, boxes_table, holds, things_of
+
+
+def said(*turns):
+    state = Turns()
+    for turn in turns:
+        state.say(turn)
+    return state
+
+
+def test_a_picture_is_built_up_and_taken_down_again():
+    state = said("a cat")
+    cat = things_of(state.interactions)["cat"]
+    state.say("add a frog chasing it")
+    assert [str(one) for one in state.interactions] == ["frog=chasing=cat"]
+    assert things_of(state.interactions)["cat"] == cat, "what is there stays"
+    state.say("move the cat up by 0.05")
+    assert things_of(state.interactions)["cat"][1] == pytest.approx(cat[1] - 0.05)
+    assert [state.undo(), state.undo(), state.undo(), state.undo()] == [
+        "move the cat up by 0.05", "add a frog chasing it", "a cat", ""]
+    assert state.interactions == []
+
+
+def test_things_are_moved_sized_and_taken_away():
+    state = said("cat=left of=frog", "move the frog down")
+    before = things_of(said("cat=left of=frog").interactions)
+    after = things_of(state.interactions)
+    assert after["cat"] == before["cat"] and after["frog"][1] == pytest.approx(before["frog"][1] + 0.1)
+    state.say("move the frog right by 5")
+    assert things_of(state.interactions)["frog"][2] == 1, "the image ends there"
+    state.say("make the cat smaller")
+    sides = things_of(state.interactions)["cat"]
+    assert sides[2] - sides[0] == pytest.approx((before["cat"][2] - before["cat"][0]) * 0.8, abs=1e-3)
+    state.say("remove the frog")
+    assert [str(one) for one in state.interactions] == ["cat"] and things_of(state.interactions)["cat"] == sides
+
+
+def test_names_of_several_words_and_articles():
+    state = said("a birthday cake", "add an alarm clock above the birthday cake")
+    assert str(state.interactions[0]) == "alarm clock=above=birthday cake"
+    state = said("dog", "cat=above=frog", "the dog is holding up a crown")
+    assert [str(one) for one in state.interactions] == ["cat=above=frog", "dog=holding up=crown"]
+    assert all(holds(one.action, one.subject_box, one.object_box) for one in said("cat=above=frog").interactions)
+
+
+@pytest.mark.parametrize(("turn", "says"), [
+    ("move the dog up", "there is no dog; there is cat"), ("a cat", "there is cat already"),
+    ("make it so that everything is nice", "not understood: write"), ("", "not understood"),
+    ("remove the frog", "there is no frog"), ("cat=chasing", "is no interaction"), ("!!", "not understood"),
+])
+def test_what_is_not_understood_leaves_everything_as_it_was(turn, says):
+    state = said("a cat")
+    before = state.interactions
+    with pytest.raises(InteractionError, match=says):
+        state.say(turn)
+    assert state.interactions == before and state.said == ["a cat"]
+    with pytest.raises(InteractionError, match="nothing is there yet"):
+        said("a frog chasing it")
+
+
+def test_boxes_to_look_at_and_in_words():
+    interactions = said("cat=above=frog").interactions
+    table = boxes_table(interactions)
+    assert table["word"].tolist() == ["cat", "frog", "above"] and table["role"].tolist() == [
+        "subject", "object", "action"]
+    box = things_of(interactions)["cat"]
+    assert table.iloc[0, 3:].tolist() == [round(side, 2) for side in box]
+    drawn = np.asarray(boxes_picture(interactions, size=100))
+    x, y = round(99 * box[0]), round(99 * (box[1] + box[3]) / 2)
+    assert drawn[y, x].tolist() == [0xC1, 0x12, 0x1F] and drawn[1, 1].tolist() == [255, 255, 255]
+    assert boxes_table([]).empty
