@@ -319,10 +319,10 @@ def course() -> None:
 @click.option("--out", type=Folder(), required=True, help="The page's folder; new, empty, or an earlier demo's.")
 @click.option("--concept", "concepts", multiple=True, metavar="CONCEPT", help="What a patch is made to forget; "
               "repeatable.  [default: cat and contrast]")
-@click.option("--preset", default="balanced", show_default=True, help="The method of these patches, with its settings.")
+@click.option("--preset", default="balanced", show_default=True, help="The method of these patches.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of these patches.")
-@click.option("--patch", "folders", type=Folder(exists=True), multiple=True, help="A finished patch of the emoji model, "
-              "in place of made ones; repeatable.")
+@click.option("--patch", "folders", type=Folder(exists=True), multiple=True, help="A finished patch of the "
+              "emoji model, in place of made ones; repeatable.")
 @click.option("--runtime", type=Folder(exists=True), help="The npm package onnxruntime-web.  "
               "[default: node_modules/onnxruntime-web]")
 def demo(out: Path, concepts: tuple[str, ...], preset: str, seed: int, folders: tuple[Path, ...],

@@ -40,8 +40,8 @@ class DemoError(ValueError):
 
 
 def find_runtime(folder: Path | None) -> Path:
-    """The `dist` folder of onnxruntime-web in the pinned version: of the package in `folder`, or of the installed one in
-    node_modules/ here.
+    """The `dist` folder of onnxruntime-web in the pinned version: of the package in `folder`, or else of the one that
+    npm installed in node_modules/ here.
 
     Raises:
         DemoError: it isn't there, or in another version.
@@ -161,7 +161,8 @@ def _payload(name: str, content: bytes) -> str:
     return f'FMN.payload("{name}", "{packed}");\n'
 
 
-def _data(pipe: DiffusionPipeline, patches: Sequence[Patch], changed: Iterable[str], tensors: _Tensors) -> dict[str, Any]:
+def _data(pipe: DiffusionPipeline, patches: Sequence[Patch], changed: Iterable[str],
+          tensors: _Tensors) -> dict[str, Any]:
     """What data.js says; tensors go into `tensors`."""
     from fmn_nb.concepts import world_of
     from fmn_nb.models.images import GUIDANCE, STEPS
@@ -211,11 +212,10 @@ def _alphas(pipe: DiffusionPipeline) -> list[float]:
     Raises:
         DemoError: the scheduler isn't the one that the page has.
     """
-    needed = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero",
-              "timestep_spacing": "linspace", "prediction_type": "epsilon", "use_karras_sigmas": False}
-    other = {name: pipe.scheduler.config.get(name) for name, value in needed.items()
-             if pipe.scheduler.config.get(name) != value}
-    if other:
+    needed = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False,
+              "final_sigmas_type": "zero", "timestep_spacing": "linspace", "prediction_type": "epsilon"}
+    config = pipe.scheduler.config
+    if other := {name: config.get(name) for name, value in needed.items() if config.get(name) != value}:
         raise DemoError(f"the page samples with DPM-Solver++ (2M) as the emoji model does, not with {other}")
     return pipe.scheduler.alphas_cumprod.tolist()
 

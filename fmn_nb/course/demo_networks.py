@@ -1,7 +1,7 @@
 """The emoji model's networks as ONNX, as the demo page runs them: text encoder, U-Net, VAE decoder, judge.
 
-Each is traced from a copy of the bundled network with fixed shapes. A weight that half precision holds exactly is stored
-so and cast back to float32 as it is loaded, which loses nothing: the bundled weights are published in half precision.
+Each is traced from a copy of the bundled network with fixed shapes. A weight that half precision holds exactly is
+stored so and cast back to float32 as it is loaded, which loses nothing: the bundled weights come in half precision.
 The U-Net takes the weights that patches change as inputs, so that the page can give it W + scale * D, and gives the
 attention map of every text column beside its prediction.
 """

@@ -31,7 +31,7 @@
     document.querySelector(".colours").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
   }
 
-  /* A prompt that shows what the chosen patch forgets. */
+  /* A prompt that shows what the chosen patch forgets: the thing itself, or something in the style. */
   function suggestPrompt() {
     const { name, kind } = data.patches[at("patch").value];
     const things = data.things.flatMap(([, those]) => those);
@@ -41,6 +41,7 @@
     at("second").value = "";
     at("style").value = kind === "style" && data.styles.includes(name) ? name : "";
     at("background").value = "";
+    at("word").replaceChildren(); // what it forgets is looked at first
     writePrompt();
   }
 
