@@ -32,8 +32,8 @@ LOADED = 180_000  # milliseconds at most
 PROMPT, SEED = "a photo of a cat in the style of noto", 5
 STATUS = "document.getElementById('status').textContent"
 TEXTS = ["", "a photo of a cat", "A PHOTO of  a\tCat", "a birthday cake and an alarm clock in noto style",
-         "Milo the cat", "the cat's 2026 eyes, aren't they?!", "Élan – naïve 猫 🐱 ﬁne", "two <|endoftext|> texts", "<|EndOfText|>'ll",
-         "a cat and " * 20]
+         "Milo the cat", "the cat's 2026 eyes, aren't they?!", "Élan – naïve 猫 🐱 ﬁne", "two <|endoftext|> texts",
+         "<|EndOfText|>'ll", "a cat and " * 20]
 
 pytestmark = pytest.mark.browser
 
