@@ -312,7 +312,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
 @main.group()
 def course() -> None:
-    """Make what a course needs from the kit: pages for readers and teachers."""
+    """Make what a teacher needs: a site, editions, a demo."""
 
 
 @course.command()
@@ -327,10 +327,11 @@ def course() -> None:
               "[default: node_modules/onnxruntime-web]")
 def demo(out: Path, concepts: tuple[str, ...], preset: str, seed: int, folders: tuple[Path, ...],
          runtime: Path | None) -> None:
-    """Write a page in which the emoji model draws, forgets and shows its attention.
+    """Write a page that draws and forgets in a browser.
 
-    It works in a browser from its folder, without a server, and asks no other host. Patches are made as `fmn-nb
-    forget` makes them; one that stands in runs/patches/ already is taken from there.
+    In it the emoji model draws, a slider sets a patch's scale, and a word's attention map is shown. It works from its
+    folder, without a server, and asks no other host. Patches are made as `fmn-nb forget` makes them; one that stands in
+    runs/patches/ already is taken from there.
     """
     with plain_errors():
         from fmn_nb.course.demo import DemoError, check_free, check_tools, demo_patch, find_runtime, write_demo
