@@ -27,7 +27,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
          "--disable-sync"]
 LEVELS = 2  # of 255: the largest difference of a pixel between browser and Python, after 20 steps
 SHARE = 1e-4  # of attention: the largest difference of a map's value
-SECONDS = 15  # at most for an image of 20 steps
+SECONDS = 15  # of processor time at most, for an image of 20 steps
 LOADED = 180_000  # milliseconds at most
 PROMPT, SEED = "a photo of a cat in the style of noto", 5
 STATUS = "document.getElementById('status').textContent"
@@ -126,10 +126,9 @@ def test_the_same_seed_gives_the_picture_and_the_map_of_python(page, demo, emoji
     ends = []
     for scale in (0.0, 1.0):
         found = page.evaluate("""async request => {
-            const started = performance.now(), image = await FMN.draw(request);
+            const image = await FMN.draw(request);
             const map = FMN.map(image.attention, FMN.tokenizer.find(image.read, "cat"));
-            return {pixels: [...image.pixels], map: [...map], words: FMN.describe(map, "cat"), verdict: image.verdict,
-                    seconds: (performance.now() - started) / 1000};
+            return {pixels: [...image.pixels], map: [...map], words: FMN.describe(map, "cat"), verdict: image.verdict};
         }""", {"prompt": PROMPT, "seed": SEED, "steps": 20, "patch": number, "scale": scale})
         with demo.patches[number].applied(emoji, scale=scale), record_attention(emoji, branch="cond") as record:
             image = generate(emoji, [PROMPT], [SEED], steps=20)[0]
@@ -141,11 +140,23 @@ def test_the_same_seed_gives_the_picture_and_the_map_of_python(page, demo, emoji
         label = found["verdict"]["label"] or "nothing"
         assert (label, found["verdict"]["style"]) == (verdict.label, verdict.style)
         assert found["verdict"]["share"] == pytest.approx(verdict.probability, abs=0.01)
-        assert found["seconds"] < SECONDS
         ends.append((pixels, own))
     (knows, own_knows), (forgotten, own_forgotten) = ends
     moved, own_moved = np.abs(knows - forgotten).mean(), np.abs(own_knows - own_forgotten).mean()
     assert own_moved > 5 and moved == pytest.approx(own_moved, rel=0.01)
+
+
+def test_an_image_takes_seconds(page, browser):
+    """Of processor time, which other work on the machine does not change."""
+    session = browser.new_browser_cdp_session()
+
+    def seconds() -> float:
+        return sum(one["cpuTime"] for one in session.send("SystemInfo.getProcessInfo")["processInfo"])
+
+    before = seconds()
+    page.evaluate("async request => { await FMN.draw(request); }",
+                  {"prompt": PROMPT, "seed": SEED, "steps": 20, "patch": 1, "scale": 0.5})
+    assert 0 < seconds() - before < SECONDS
 
 
 def test_the_given_noise_takes_the_place_of_the_seeds(page):
