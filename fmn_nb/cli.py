@@ -315,6 +315,50 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         click.echo(f"results: {table}")
 
 
+@main.group()
+def course() -> None:
+    """Make what a teacher needs: a site, editions, a demo."""
+
+
+@course.command()
+@click.option("--out", type=Folder(), required=True, help="The page's folder; new, empty, or an earlier demo's.")
+@click.option("--concept", "concepts", multiple=True, metavar="CONCEPT", help="What a patch is made to forget; "
+              "repeatable.  [default: cat and contrast]")
+@click.option("--preset", default="balanced", show_default=True, help="The method of these patches.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of these patches.")
+@click.option("--patch", "folders", type=Folder(exists=True), multiple=True, help="A finished patch of the "
+              "emoji model, in place of made ones; repeatable.")
+@click.option("--runtime", type=Folder(exists=True), help="The npm package onnxruntime-web.  "
+              "[default: node_modules/onnxruntime-web]")
+def demo(out: Path, concepts: tuple[str, ...], preset: str, seed: int, folders: tuple[Path, ...],
+         runtime: Path | None) -> None:
+    """Write a page that draws and forgets in a browser.
+
+    In it the emoji model draws, a slider sets a patch's scale, and a word's attention map is shown. It works from its
+    folder, without a server, and asks no other host. Patches are made as `fmn-nb forget` makes them; one that stands in
+    runs/patches/ already is taken from there.
+    """
+    with plain_errors():
+        from fmn_nb.course.demo import DemoError, check_free, check_tools, demo_patch, find_runtime, write_demo
+        from fmn_nb.runs.single import PatchRequest
+
+        if folders and concepts:
+            raise DemoError("give --concept, for patches to make, or --patch, for finished ones, and not both")
+        check_free(out)
+        check_tools()
+        found = find_runtime(runtime)
+        names = () if folders else concepts or ("cat", "contrast")
+        requests = [PatchRequest.checked(concept=name, kind=None, model="emoji", preset=preset, seed=seed)
+                    for name in names]
+        from fmn_nb.patches import Patch
+
+        patches = [Patch.load(folder) for folder in folders]
+        for request in requests:
+            click.echo(f"patch: {request.concept}, {request.preset}, seed {request.seed}: {request.folder}")
+            patches.append(demo_patch(request))
+        click.echo(f"page: {write_demo(out, patches, found, click.echo)}")
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn the errors that tell what to do into one message and exit code 2 (a wrong request) or 1 (a failed run).

@@ -77,6 +77,7 @@ def test_the_wheel_holds_data_notebooks_and_templates(wheel):
         own = {path.relative_to(ROOT).as_posix() for path in _committed(ROOT / folder)}
         assert own and {f"fmn_nb/_bundled/{name}" for name in own} <= names
     assert {"fmn_nb/runs/templates/run.html.j2", "fmn_nb/_bundled/constraints.txt"} <= names
+    assert {f"fmn_nb/course/demo_page/{name}" for name in ("index.html", "demo.css", "page.js", "model.js")} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/")) or "/." in name]
 
 
