@@ -9,8 +9,8 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-_FOLDERS = ["attacks", "attention", "concepts", "emoji", "evaluation", "files", "forgetting", "inversion", "models",
-            "patches", "plots", "runs", "stats", "widgets"]
+_FOLDERS = ["attacks", "attention", "concepts", "course", "emoji", "evaluation", "files", "forgetting", "inversion",
+            "models", "patches", "plots", "runs", "stats", "widgets"]
 __getattr__, _, _reachable = lazy_loader.attach(
     __name__,
     submodules=_FOLDERS,

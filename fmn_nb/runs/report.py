@@ -88,20 +88,23 @@ def _as_page(executed: Path, results: SweepResults) -> str:
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
         config=Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": {NOT_ON_A_PAGE}}}),
     )
-    body, _ = exporter.from_notebook_node(_for_a_page(executed))
+    body, _ = exporter.from_notebook_node(for_a_page(_read(executed)))
     runs = [(results.label(run), f"{quote(run)}/{REPORT_FILE}") for run in results.done.index]
     return _templates().get_template("sweep.html.j2").render(
         name=results.folder.resolve().name, body=body, runs=runs, notebook=quote(executed.name))
 
 
-def _for_a_page(executed: Path) -> NotebookNode:
-    """An executed notebook without what only a kernel can show, and words for each picture.
+def _read(executed: Path) -> NotebookNode:
+    import nbformat
+
+    return nbformat.read(executed, as_version=4)
+
+
+def for_a_page(content: NotebookNode) -> NotebookNode:
+    """Take from an executed notebook what only a kernel can show, and give each picture words; return it.
 
     Not all of nbconvert's templates write an alt text, so the picture becomes HTML that has one.
     """
-    import nbformat
-
-    content = nbformat.read(executed, as_version=4)
     content.metadata.pop("widgets", None)
     for cell in content.cells:
         for output in cell.get("outputs", ()):
@@ -120,7 +123,7 @@ def _write_notebooks(run: RunFolder) -> None:
     exporter = HTMLExporter(raw_template=_PAGE_ALONE)
     executed = [name for name in map(run.executed, run.checked_state()["notebooks"]) if name]
     for name in executed:
-        content = _for_a_page(run.path / name)
+        content = for_a_page(_read(run.path / name))
         content.metadata["title"] = Path(name).stem
         page, _ = exporter.from_notebook_node(content)
         for other in executed:

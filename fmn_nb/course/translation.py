@@ -1,0 +1,203 @@
+"""Other languages: each document's paragraphs in a PO file, `notebooks/locale/LANGUAGE/NAME.po`, and back in its place.
+
+A paragraph without a translation, or whose original has changed since, stands there in English. `update_catalogues`
+writes the PO files anew from the documents: a changed paragraph keeps its old translation, marked fuzzy, until a
+translator has looked at it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmn_nb.course.lessons import CourseError, empty_folder, lessons_of
+from fmn_nb.course.paragraphs import lost, paragraphs, translated
+from fmn_nb.files import notebooks_dir, replacing, write_json, write_text
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+    from polib import POEntry, POFile
+
+README = "README"
+MARK = "translation.json"
+ALIKE = 0.6  # difflib's ratio from which on a paragraph counts as an old one that was changed
+WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """One document's translations into one language."""
+
+    language: str
+    name: str
+    path: Path
+    texts: tuple[str, ...] = field(repr=False)  # the document's Markdown, piece by piece
+
+    @cached_property
+    def entries(self) -> POFile:
+        """What the PO file holds; nothing where there is none."""
+        polib = _polib()
+        try:
+            return polib.pofile(str(self.path), wrapwidth=WIDTH) if self.path.is_file() else polib.POFile()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CourseError(f"{self.path} is no readable PO file: {error}") from None
+
+    @cached_property
+    def wanted(self) -> list[str]:
+        """The document's paragraphs, each once, in order."""
+        return list(dict.fromkeys(one for text in self.texts for one in paragraphs(text)))
+
+    @cached_property
+    def ready(self) -> dict[str, str]:
+        """Paragraph -> translation, of those that nobody has to look at first."""
+        return {entry.msgid: entry.msgstr for entry in self.entries.translated_entries()}
+
+    @property
+    def done(self) -> int:
+        """How many of the document's paragraphs are translated."""
+        return sum(text in self.ready for text in self.wanted)
+
+    @property
+    def stale(self) -> int:
+        """How many translations are of a paragraph that isn't there any more, or are marked fuzzy."""
+        there = set(self.wanted)
+        return sum(entry.fuzzy or entry.msgid not in there for entry in self.entries
+                   if entry.msgstr and not entry.obsolete)
+
+    def told(self) -> str:
+        """One line: the share that is translated, and what is stale."""
+        share = self.done / len(self.wanted) if self.wanted else 1.0
+        stale = f", {self.stale} stale: shown in English" if self.stale else ""
+        return f"{self.name}: {self.done} of {len(self.wanted)} paragraphs ({share:.0%}){stale}"
+
+    def __call__(self, text: str) -> str:
+        """Markdown of the document in the language."""
+        return translated(text, self.ready.get)
+
+    def updated(self) -> POFile:
+        """The entries for the document as it is now."""
+        polib = _polib()
+        known = {entry.msgid: entry for entry in self.entries if not entry.obsolete}
+        left = {text: entry for text, entry in known.items() if text not in self.wanted and entry.msgstr}
+        file = polib.POFile(wrapwidth=WIDTH)
+        file.metadata = {"Project-Id-Version": "forget-me-not-notebooks", "Language": self.language,
+                         "Content-Type": "text/plain; charset=UTF-8", "Content-Transfer-Encoding": "8bit",
+                         "MIME-Version": "1.0"}
+        for text in self.wanted:
+            file.append(known.get(text) or _renewed(text, left))
+        for entry in left.values():
+            entry.obsolete = True
+            file.append(entry)
+        return file
+
+
+def _renewed(text: str, left: dict[str, POEntry]) -> POEntry:
+    """A new paragraph's entry: with the translation of the most similar one that went, marked fuzzy, else empty."""
+    polib = _polib()
+    nearest = max(left, key=lambda old: difflib.SequenceMatcher(None, old, text).ratio(), default=None)
+    if nearest is None or difflib.SequenceMatcher(None, nearest, text).ratio() < ALIKE:
+        return polib.POEntry(msgid=text)
+    return polib.POEntry(msgid=text, msgstr=left.pop(nearest).msgstr, previous_msgid=nearest, flags=["fuzzy"])
+
+
+def locale_dir(language: str) -> Path:
+    """The folder of a language's PO files."""
+    return notebooks_dir() / "locale" / language
+
+
+def languages() -> list[str]:
+    """The languages that there is a folder for."""
+    return sorted(path.name for path in notebooks_dir().glob("locale/*") if path.is_dir())
+
+
+def catalogues(language: str) -> dict[str, Catalogue]:
+    """Document's name -> catalogue: the README, each notebook ("03_forget_me_not"), the site's own words ("site")."""
+    return {name: Catalogue(language, name, locale_dir(language) / f"{name}.po", texts)
+            for name, texts in _documents()}
+
+
+def _documents() -> Iterator[tuple[str, tuple[str, ...]]]:
+    from fmn_nb.course.words import WORDS
+
+    yield README, (readme().read_text(encoding="utf-8"),)
+    for lesson in lessons_of():
+        yield lesson.name, tuple(cell.source for cell in lesson.read().cells if cell.cell_type == "markdown")
+    yield "site", WORDS
+
+
+def readme() -> Path:
+    """The README, beside the notebooks' folder in a checkout and in the installed package."""
+    return notebooks_dir().parent / "README.md"
+
+
+def translate_notebook(notebook: NotebookNode, catalogue: Catalogue) -> NotebookNode:
+    """Put a notebook's prose into the catalogue's language, in place; code and outputs stay as they are."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = catalogue(cell.source)
+    notebook.metadata["language"] = catalogue.language
+    return notebook
+
+
+def translate_course(out: Path, language: str, log: Callable[[str], object] = lambda line: None) -> Path:
+    """Write the README and the notebooks in another language into `out`, and say how much of each is translated.
+
+    A notebook of which nothing is translated isn't written.
+
+    Raises:
+        CourseError: no such language, a PO file that can't be read, a translation that lost a link, code, a formula.
+    """
+    known = _checked(language)
+    out = empty_folder(out, MARK)
+    for catalogue in known.values():
+        log(catalogue.told())
+    for lesson in lessons_of():
+        if known[lesson.name].done:
+            import nbformat
+
+            notebook = translate_notebook(lesson.read(), known[lesson.name])
+            write_text(out / "notebooks" / lesson.path.name, nbformat.writes(notebook) + "\n")
+    write_text(out / readme_name(language), known[README](readme().read_text(encoding="utf-8")))
+    write_json(out / MARK, {"language": language, "paragraphs": {
+        name: {"translated": one.done, "stale": one.stale, "all": len(one.wanted)} for name, one in known.items()}})
+    return out
+
+
+def readme_name(language: str) -> str:
+    """The file's name as readers know it: README.zh-CN.md."""
+    return f"README.{language.replace('_', '-')}.md"
+
+
+def _checked(language: str) -> dict[str, Catalogue]:
+    if language not in languages():
+        raise CourseError(f"no notebooks/locale/{language}; there are {', '.join(languages()) or 'none'}, and "
+                          "--update begins a new one")
+    known = catalogues(language)
+    for catalogue in known.values():
+        for text, said in catalogue.ready.items():
+            if gone := lost(text, said):
+                raise CourseError(f"{catalogue.path.name}: the translation of {text[:60]!r} has other "
+                                  f"{' and '.join(gone)} than the original; keep them as they are")
+    return known
+
+
+def update_catalogues(language: str, log: Callable[[str], object] = lambda line: None) -> None:
+    """Write a language's PO files anew from the documents; what was translated stays, what has changed is fuzzy."""
+    for name, catalogue in catalogues(language).items():
+        file = catalogue.updated()
+        with replacing(catalogue.path) as temporary:
+            file.save(str(temporary))
+        fuzzy, missing = len(file.fuzzy_entries()), len(file.untranslated_entries())
+        log(f"{name}: {fuzzy} to be looked at, {missing} to be translated")
+
+
+def _polib():  # noqa: ANN202  the module
+    try:
+        import polib
+    except ImportError:
+        raise CourseError("translations need polib: pip install -c constraints.txt '.[course]'") from None
+    return polib
