@@ -126,11 +126,13 @@ def _demo(half: Half) -> str:
 def _contents(half: Half) -> str:
     """The navigation, which Sphinx takes from the front page."""
     beside = [path.stem for path in sorted(notebooks_dir().glob("*.md")) if path.name not in (GLOSSARY, ERRORS)]
-    cards = [path.relative_to(data_dir()).with_suffix("").as_posix() for path in _cards()]
+    cards = [f"{half.said(words.DATA)} <data/README>",
+             *(f"{half.said(words.CARD).format(name=path.parent.name.removesuffix('-diffusion'))} "
+               f"<data/{path.parent.name}/README>" for path in _cards()[1:])]
     groups = {words.COURSE: [f"notebooks/{lesson.name}" for lesson in half.lessons],
               words.READING: ["kit", "report", *(f"notebooks/{name}" for name in beside)],
-              words.LOOKUP: ["notebooks/glossary", "notebooks/errors", *(f"data/{name}" for name in cards)]
-              + (["api/index"] if half.language == "en" else [])}
+              words.LOOKUP: ["notebooks/glossary", "notebooks/errors", *cards]
+              + ([f"{half.said(words.API)} <api/index>"] if half.language == "en" else [])}
     return "\n".join(f"\n```{{toctree}}\n:hidden:\n:caption: {half.said(caption)}\n\n" + "\n".join(pages) + "\n```"
                      for caption, pages in groups.items()) + "\n"
 

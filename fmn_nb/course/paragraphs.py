@@ -12,8 +12,9 @@ _PIECE = re.compile(  # fenced code to its end, a comment, blank lines, or a run
     r"(?P<fence>^[ ]*```.*?^[ ]*```[^\n]*$)|(?P<comment>^<!--.*?-->$)|(?P<blank>(?:^[ \t]*\n|\n)+)"
     r"|(?P<text>(?:^(?![ ]*```|<!--)[^\n]*\S[^\n]*(?:\n(?=[^\n]*\S)(?![ ]*```|<!--)|$))+)", re.DOTALL | re.MULTILINE)
 _WORDLESS = re.compile(r"`[^`]*`|\$[^$]*\$|<[^>]*>|https?://\S+|\]\([^)]*\)|&\w+;")
-_CODE = re.compile(r"`([^`\n]+)`|<code>(.*?)</code>", re.DOTALL)
+_CODE = re.compile(r"`([^`]+)`|<code>(.*?)</code>", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$", re.DOTALL)
+_README = re.compile(r"README(\.[\w-]+)?\.md")
 _HEADING = re.compile(r"^#+ ", re.MULTILINE)
 
 
@@ -42,10 +43,14 @@ def translated(text: str, known: Callable[[str], str | None]) -> str:
 
 
 def lost(original: str, translation: str) -> list[str]:
-    """What a translation must keep and doesn't: links, code, formulas, the ranks of headings, a table's rows."""
+    """What a translation must keep and doesn't: links, code, formulas, {blanks}, the ranks of headings, a table's rows.
+
+    One link differs by its nature: that from a README to the README in another language.
+    """
     parts: dict[str, Callable[[str], object]] = {
-        "links": lambda text: Counter(found[2] for found in LINK.findall(text)),
-        "code": lambda text: Counter(one or other for one, other in _CODE.findall(text)),
+        "links": lambda text: Counter(found[2] for found in LINK.findall(text) if not _README.fullmatch(found[2])),
+        "blanks": lambda text: Counter(re.findall(r"\{\w+\}", text)),
+        "code": lambda text: Counter(" ".join((one or other).split()) for one, other in _CODE.findall(text)),
         "formulas": lambda text: Counter(_FORMULA.findall(_CODE.sub("", text))),
         "headings": _HEADING.findall,
         "table rows": lambda text: sum(line.startswith("|") for line in text.split("\n")),

@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from fmn_nb import __version__
+from fmn_nb.course import words
 from fmn_nb.course.lessons import CourseError, empty_folder, lessons_of
 from fmn_nb.course.links import problems_of
 from fmn_nb.course.pages import Half, write_pages
@@ -134,12 +136,21 @@ def _build(half: Half, halves: list[Half], request: SiteRequest, scratch: Path, 
             if any(word in line for word in TELLING)]
     if told or app.statuscode:
         raise CourseError("Sphinx warns, which counts as an error:\n  " + "\n  ".join(told or ["see above"]))
-    shutil.rmtree(place / ".doctrees", ignore_errors=True)
     (place / ".buildinfo").unlink(missing_ok=True)
+    _name_toggles(place, half)
+
+
+def _name_toggles(place: Path, half: Half) -> None:
+    """The theme's toggles in the navigation show an arrow and say nothing; a screen reader needs words."""
+    said = f'<summary aria-label="{escape(half.said(words.TOGGLE))}"><span class="toctree-toggle"'
+    for page in place.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if (named := text.replace('<summary><span class="toctree-toggle"', said)) != text:
+            write_text(page, named)
 
 
 def _without_reference(index: Path) -> None:
-    write_text(index, index.read_text(encoding="utf-8").replace("\napi/index", ""))
+    write_text(index, re.sub(r"\n.*<api/index>", "", index.read_text(encoding="utf-8")))
 
 
 def _settings(half: Half, halves: list[Half], request: SiteRequest, source: Path) -> dict[str, Any]:
@@ -150,7 +161,8 @@ def _settings(half: Half, halves: list[Half], request: SiteRequest, source: Path
     shared = {path.relative_to(source).with_suffix("").as_posix() for path in source.rglob("*")
               if path.suffix in (".md", ".ipynb") and "api" not in path.relative_to(source).parts}
     theme: dict[str, Any] = {
-        "show_navbar_depth": 1, "home_page_in_toc": True, "use_download_button": False, "use_fullscreen_button": True,
+        "show_navbar_depth": 1, "navbar_persistent": [], "navbar_end": [], "home_page_in_toc": True,
+        "use_download_button": False, "use_fullscreen_button": True,
         "article_header_end": ["language.html", "article-header-buttons.html"],
     }
     if request.repository:

@@ -1,7 +1,8 @@
 """Slides: nbconvert's reveal.js page for each notebook, without anything from elsewhere.
 
-A heading begins a slide to the right; each cell below it is a slide further down. What only readers need (parameters,
-the exercises' checks) is left out. A cell that names its own `slideshow.slide_type` is shown as it says.
+A heading begins a slide to the right; the cells below it go on there as long as there is room, then on slides further
+down. What only readers need (parameters, the exercises' checks) is left out. A cell that names its own
+`slideshow.slide_type` is shown as it says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fmn_nb.runs.report import for_a_page
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+ROOM, PICTURE = 27, 14  # lines on a slide, and what a picture takes of them
 _LEFT_OUT = {"parameters", CHECK}
 _REVEAL = ("LICENSE", "dist/reset.css", "dist/reveal.css", "dist/reveal.js", "dist/theme/white.css",
            "dist/theme/fonts/source-sans-pro")
@@ -29,14 +31,15 @@ _PAGE = """{% extends 'reveal/index.html.j2' %}
 {% block html_head_js %}<meta name="viewport" content="width=device-width, initial-scale=1">{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_css %}<style>
-:root { --jp-content-font-size1: 19px; --jp-code-font-size: 15px; }
+:root { --jp-content-font-size1: 19px; --jp-code-font-size: 13px; }
 .reveal .slides { text-align: left; }
 .reveal .slides section > section, .reveal .slides > section:not(.stack) { max-height: 680px; overflow-y: auto; }
-.reveal h1, .reveal h2, .reveal h3 { font-size: 1.5em !important; text-transform: none; }
+.reveal h1, .reveal h2, .reveal h3 { font-size: 1.5em !important; text-transform: none !important; }
 .reveal h1 { font-size: 2em !important; }
-.reveal pre { width: 100%; box-shadow: none; font-size: 15px; }
+.reveal pre { width: 100%; box-shadow: none; font-size: 13px; }
 .reveal img { max-height: 520px; margin: 0; }
 .reveal table { font-size: 15px; }
+.reveal .slide-number, .reveal .slide-number a { color: #222 !important; background: #eee !important; }
 .reveal a { text-decoration: underline; color: #1f5fbf; }
 </style>{% endblock %}
 {% block footer_js %}
@@ -53,8 +56,8 @@ def write_slides(out: Path, chosen: list[Lesson]) -> None:
     from nbconvert import SlidesExporter
 
     copy_reveal(out / "reveal")
-    exporter = SlidesExporter(raw_template=_PAGE, reveal_url_prefix="reveal", exclude_input_prompt=True,
-                              exclude_output_prompt=True)
+    exporter = SlidesExporter(raw_template=_PAGE, reveal_url_prefix="reveal", reveal_theme="white",
+                              exclude_input_prompt=True, exclude_output_prompt=True)
     for lesson in chosen:
         page, _ = exporter.from_notebook_node(deck(lesson))
         write_text(out / f"{lesson.name}.html", page)
@@ -82,13 +85,29 @@ def deck(lesson: Lesson) -> NotebookNode:
     last = max(place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code")
     notebook.cells[last].metadata["tags"] = [*tags_of(notebook.cells[last]), CHECK]  # it says that all is well
     notebook.cells = [part for cell in notebook.cells for part in _parts(cell)]
+    used = 0.0  # lines of the slide that are taken
     for cell in notebook.cells:
-        kind = "skip" if _LEFT_OUT & set(tags_of(cell)) else (
-            "slide" if cell.cell_type == "markdown" and cell.source.startswith("#") else "subslide")
+        kind = "-"
+        if _LEFT_OUT & set(tags_of(cell)):
+            kind = "skip"
+        elif cell.cell_type == "markdown" and cell.source.startswith("#"):
+            kind, used = "slide", _lines(cell)
+        elif (used := used + _lines(cell)) > ROOM:
+            kind, used = "subslide", _lines(cell)
         cell.metadata.setdefault("slideshow", {}).setdefault("slide_type", kind)
         if cell.cell_type == "markdown":
             cell.source = with_mathml(_led(cell.source))
     return notebook
+
+
+def _lines(cell: NotebookNode) -> float:
+    """About how many lines of a slide a cell takes, its outputs included."""
+    lines = [max(1, len(line) / 95) * (1.5 if cell.cell_type == "markdown" else 1) for line in cell.source.split("\n")]
+    shown = [output.get("data", {}) for output in cell.get("outputs", ())]
+    pictures = sum("<img " in data.get("text/html", "") for data in shown)
+    tables = sum(1.5 * data.get("text/html", "").count("<tr") for data in shown)
+    texts = sum(output.get("text", "").count("\n") for output in cell.get("outputs", ()))
+    return sum(lines) + PICTURE * pictures + tables + texts
 
 
 def _parts(cell: NotebookNode) -> list[NotebookNode]:
@@ -99,7 +118,11 @@ def _parts(cell: NotebookNode) -> list[NotebookNode]:
         return [cell]
     text = without_solutions(cell.source) if TASK in tags_of(cell) else cell.source
     texts = [part.strip() for part in re.split(r"^(?=##? )|^(?=\*\*\d+\. )", text, flags=re.MULTILINE)]
-    return [new_markdown_cell(text, metadata=cell.metadata.copy()) for text in texts if text]
+    whole: list[str] = []
+    for part in filter(None, texts):  # a heading alone goes on the slide of what follows
+        alone = whole and whole[-1].startswith("#") and "\n" not in whole[-1]
+        whole[-1:] = [f"{whole[-1]}\n\n{part}"] if alone else [*whole[-1:], part]
+    return [new_markdown_cell(one, metadata=cell.metadata.copy()) for one in whole]
 
 
 def _led(text: str) -> str:

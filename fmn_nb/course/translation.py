@@ -8,7 +8,8 @@ translator has looked at it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
     from polib import POEntry, POFile
 
-README = "README"
+README, SITE = "README", "site"
 MARK = "translation.json"
 ALIKE = 0.6  # difflib's ratio from which on a paragraph counts as an old one that was changed
 WIDTH = 110
@@ -105,7 +106,13 @@ def _renewed(text: str, left: dict[str, POEntry]) -> POEntry:
 
 
 def locale_dir(language: str) -> Path:
-    """The folder of a language's PO files."""
+    """The folder of a language's PO files.
+
+    Raises:
+        CourseError: it is no language's code.
+    """
+    if not re.fullmatch(r"[a-z]{2,3}(_[A-Z]{2})?", language):
+        raise CourseError(f"a language is given by its code, such as zh_CN or de, not as '{language}'")
     return notebooks_dir() / "locale" / language
 
 
@@ -126,7 +133,7 @@ def _documents() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield README, (readme().read_text(encoding="utf-8"),)
     for lesson in lessons_of():
         yield lesson.name, tuple(cell.source for cell in lesson.read().cells if cell.cell_type == "markdown")
-    yield "site", WORDS
+    yield SITE, WORDS
 
 
 def readme() -> Path:
@@ -173,7 +180,7 @@ def readme_name(language: str) -> str:
 
 
 def _checked(language: str) -> dict[str, Catalogue]:
-    if language not in languages():
+    if not locale_dir(language).is_dir():
         raise CourseError(f"no notebooks/locale/{language}; there are {', '.join(languages()) or 'none'}, and "
                           "--update begins a new one")
     known = catalogues(language)
@@ -185,14 +192,22 @@ def _checked(language: str) -> dict[str, Catalogue]:
     return known
 
 
-def update_catalogues(language: str, log: Callable[[str], object] = lambda line: None) -> None:
-    """Write a language's PO files anew from the documents; what was translated stays, what has changed is fuzzy."""
-    for name, catalogue in catalogues(language).items():
-        file = catalogue.updated()
+def update_catalogues(language: str, begin: Sequence[str] = (),
+                      log: Callable[[str], object] = lambda line: None) -> None:
+    """Write a language's PO files anew from the documents; what was translated stays, what has changed is fuzzy.
+
+    The README and the site's words get a file anyway, a notebook one that has one already or is to `begin`.
+
+    Raises:
+        CourseError: a number in `begin` that no notebook has, or a PO file that can't be read; nothing was changed.
+    """
+    chosen = {lesson.name for lesson in lessons_of(list(begin))} | {README, SITE}
+    known = [one for name, one in catalogues(language).items() if name in chosen or one.path.is_file()]
+    for catalogue, file in [(one, one.updated()) for one in known]:
         with replacing(catalogue.path) as temporary:
             file.save(str(temporary))
         fuzzy, missing = len(file.fuzzy_entries()), len(file.untranslated_entries())
-        log(f"{name}: {fuzzy} to be looked at, {missing} to be translated")
+        log(f"{catalogue.name}: {fuzzy} to be looked at, {missing} to be translated")
 
 
 def _polib():  # noqa: ANN202  the module

@@ -14,10 +14,11 @@ RUN = "A run's report"
 RUN_TEXT = ("What `fmn-nb run` leaves is one page for each run. This one shows how a run forgot “{concept}” with the "
             "preset `{preset}`.")
 RUN_ALONE = "Open the report on a page of its own"
-CARDS = "Model cards and data"
+DATA, CARD = "The data", "Card of the model {name}"
+TOGGLE = "Show or hide the pages below"
 API = "Reference"
 PARTLY = "Translated: {done} of {all} paragraphs; the others are in English."
 OTHER_LANGUAGE = "This page in English"
 
 WORDS = (DOWNLOAD, OPEN, WHILE, SYMPTOM, CAUSE, REMEDY, COURSE, READING, LOOKUP, KIT, TOUCH, TOUCH_TEXT, TOUCH_ALONE,
-         RUN, RUN_TEXT, RUN_ALONE, CARDS, API, PARTLY, OTHER_LANGUAGE)
+         RUN, RUN_TEXT, RUN_ALONE, DATA, CARD, TOGGLE, API, PARTLY, OTHER_LANGUAGE)
