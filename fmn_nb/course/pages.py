@@ -85,9 +85,14 @@ class _Copied:
                 copy = self.source / file.relative_to(self.root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-            return f"{found[1]}[{found[2]}]({target}{hash_}{anchor.lower()})"
+            return f"{found[1]}[{found[2]}]({target}{hash_}{_slug(anchor)})"
 
         return LINK.sub(there, text)
+
+
+def _slug(anchor: str) -> str:
+    """An anchor as Sphinx writes it, from one as Jupyter does."""
+    return re.sub(r"[^\w-]", "", anchor.lower())
 
 
 def _front(source: Path, half: Half, copied: _Copied) -> None:
@@ -149,7 +154,7 @@ def _notebook(path: Path, lesson: Lesson, half: Half, copied: _Copied) -> None:
     notebook = for_a_page(lesson.read())
     known = half.known.get(lesson.name)
     if known:
-        translate_notebook(notebook, known)
+        translate_notebook(notebook, lesson.name, half.known)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({"tags": [tag for tag in cell.metadata.get("tags", []) if tag == "check"]})
         if cell.cell_type == "markdown":

@@ -194,7 +194,7 @@ def _beside(half: Half, place: Path) -> None:
     for lesson in half.lessons:
         target = place / "notebooks" / lesson.path.name
         if half.known:
-            notebook = translate_notebook(lesson.read(), half.known[lesson.name])
+            notebook = translate_notebook(lesson.read(), lesson.name, half.known)
             write_text(target, nbformat.writes(notebook) + "\n")
         else:
             shutil.copyfile(lesson.path, target)

@@ -17,7 +17,7 @@ from fmn_nb.course.exercises import CHECK, TASK, tags_of, without_solutions
 from fmn_nb.course.formulas import with_mathml
 from fmn_nb.course.lessons import ELSEWHERE, LINK, CourseError, Lesson, title_of
 from fmn_nb.files import write_text
-from fmn_nb.runs.report import for_a_page
+from fmn_nb.runs.report import READABLE, for_a_page
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -30,7 +30,7 @@ _REVEAL = ("LICENSE", "dist/reset.css", "dist/reveal.css", "dist/reveal.js", "di
 _PAGE = """{% extends 'reveal/index.html.j2' %}
 {% block html_head_js %}<meta name="viewport" content="width=device-width, initial-scale=1">{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_css %}<style>
+{% block html_head_css %}<style>""" + READABLE + """
 :root { --jp-content-font-size1: 19px; --jp-code-font-size: 13px; }
 .reveal .slides { text-align: left; }
 .reveal .slides section > section, .reveal .slides > section:not(.stack) { max-height: 680px; overflow-y: auto; }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +79,14 @@ class Catalogue:
         """Markdown of the document in the language."""
         return translated(text, self.ready.get)
 
+    def anchor(self, anchor: str) -> str:
+        """Where a heading's link leads in the language: Jupyter makes anchors of headings, with dashes for blanks."""
+        for text in self.wanted:
+            rank, _, title = text.partition(" ")
+            if set(rank) == {"#"} and title.replace(" ", "-") == anchor:
+                return self(text).partition(" ")[2].replace(" ", "-")
+        return anchor
+
     def updated(self) -> POFile:
         """The entries for the document as it is now."""
         polib = _polib()
@@ -141,12 +149,17 @@ def readme() -> Path:
     return notebooks_dir().parent / "README.md"
 
 
-def translate_notebook(notebook: NotebookNode, catalogue: Catalogue) -> NotebookNode:
-    """Put a notebook's prose into the catalogue's language, in place; code and outputs stay as they are."""
+def translate_notebook(notebook: NotebookNode, name: str, known: Mapping[str, Catalogue]) -> NotebookNode:
+    """Put the prose of the notebook `name` into the catalogues' language, in place; code and outputs stay as they are.
+
+    A link to a heading of a notebook leads to the heading as it is called in that language.
+    """
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = catalogue(cell.source)
-    notebook.metadata["language"] = catalogue.language
+            cell.source = re.sub(r"(\d\d_\w+)\.ipynb#([^)\s]+)", lambda found: (
+                f"{found[1]}.ipynb#{known[found[1]].anchor(found[2]) if found[1] in known else found[2]}"),
+                known[name](cell.source))
+    notebook.metadata["language"] = known[name].language
     return notebook
 
 
@@ -166,7 +179,7 @@ def translate_course(out: Path, language: str, log: Callable[[str], object] = la
         if known[lesson.name].done:
             import nbformat
 
-            notebook = translate_notebook(lesson.read(), known[lesson.name])
+            notebook = translate_notebook(lesson.read(), lesson.name, known)
             write_text(out / "notebooks" / lesson.path.name, nbformat.writes(notebook) + "\n")
     write_text(out / readme_name(language), known[README](readme().read_text(encoding="utf-8")))
     write_json(out / MARK, {"language": language, "paragraphs": {

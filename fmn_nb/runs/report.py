@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 NOT_ON_A_PAGE = "not-on-a-page"  # tag of notebook 07's cells that need a reader: exercises, the explorer
 WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; beside it stands a sentence that doesn't
 CHANGED, ATTENDED, OTHERS = "Before and after", "Where the concept's attention goes", "More figures"
+#: nbconvert's colours have too little contrast, and its links are told apart from text by colour alone
+READABLE = """
+:root { --jp-mirror-editor-comment-color: #2f6565; --jp-mirror-editor-operator-color: #8a0fd6;
+        --jp-mirror-editor-number-color: #006b00; --jp-cell-prompt-not-active-opacity: 1;
+        --jp-cell-inprompt-font-color: #2a5b86;
+        --jp-cell-outprompt-font-color: #a3402a; }
+.jp-RenderedHTMLCommon a { text-decoration: underline !important; }
+"""
 #: nbconvert's own page without the scripts that it would load from elsewhere; formulas stay as they were typed
 _PAGE_ALONE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>""" + READABLE + "</style>{% endblock %}"
 
 
 class ReportError(ValueError):
