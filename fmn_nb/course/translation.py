@@ -27,6 +27,8 @@ README, SITE = "README", "site"
 MARK = "translation.json"
 ALIKE = 0.6  # difflib's ratio from which on a paragraph counts as an old one that was changed
 WIDTH = 110
+#: a line's end between Chinese characters, which would be shown as a blank where there is none
+_BETWEEN_CHINESE = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n *(?=[\u3000-\u9fff\uff00-\uffef])")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Catalogue:
     @cached_property
     def ready(self) -> dict[str, str]:
         """Paragraph -> translation, of those that nobody has to look at first."""
-        return {entry.msgid: entry.msgstr for entry in self.entries.translated_entries()}
+        return {entry.msgid: _BETWEEN_CHINESE.sub("", entry.msgstr) for entry in self.entries.translated_entries()}
 
     @property
     def done(self) -> int:
