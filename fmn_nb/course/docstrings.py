@@ -6,6 +6,7 @@ indented block code.
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
 from typing import Any
@@ -17,7 +18,7 @@ _ITEM = re.compile(r"^[\w ,.*\"'`()|/-]{1,60}: \S")
 
 def as_rst(docstring: str) -> str:
     """The docstring for Sphinx."""
-    blocks, parts = re.split(r"\n[ \t]*\n", textwrap.dedent(docstring).strip("\n")), []
+    blocks, parts = re.split(r"\n[ \t]*\n", inspect.cleandoc(docstring)), []
     section = False
     for block in blocks:
         first = block.partition("\n")[0]

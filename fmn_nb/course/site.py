@@ -27,6 +27,7 @@ MARK = "site.json"  # names what was built, and says that this command built it
 THEME = Path(__file__).resolve().parent / "theme"
 LABELS = {"en": "English", "zh_CN": "中文"}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_REPOSITORY = re.compile(r"https://[\w.-]*(github|gitlab|bitbucket)[\w.-]*/[\w.-]+/[\w.-]+/?")
 TELLING = ("WARNING", "ERROR", "CRITICAL")
 
 
@@ -51,8 +52,9 @@ class SiteRequest:
     def __post_init__(self) -> None:
         if self.demo is not None and not (self.demo / "index.html").is_file():
             raise CourseError(f"{self.demo} holds no index.html; 'fmn-nb course demo --out {self.demo}' makes it")
-        if self.repository is not None and not self.repository.startswith("https://"):
-            raise CourseError(f"a repository's address begins with https://, not '{self.repository}'")
+        if self.repository is not None and not _REPOSITORY.fullmatch(self.repository):
+            raise CourseError("a repository's address is such as https://github.com/OWNER/NAME (or of GitLab or "
+                              f"Bitbucket), not '{self.repository}'")
 
 
 def build_site(out: Path, request: SiteRequest, log: Callable[[str], object] = lambda line: None) -> Path:
@@ -114,6 +116,7 @@ def _report(run: Path | None, copy: Path) -> Path:
 def _build(half: Half, halves: list[Half], request: SiteRequest, scratch: Path, place: Path) -> None:
     """One language's pages, from sources in `scratch`."""
     from sphinx.application import Sphinx
+    from sphinx.errors import SphinxError
     from sphinx.util.docutils import docutils_namespace, patch_docutils
 
     source, warnings = scratch / "source", io.StringIO()
@@ -130,6 +133,8 @@ def _build(half: Half, halves: list[Half], request: SiteRequest, scratch: Path, 
         with patch_docutils(), docutils_namespace():
             app = Sphinx(source, None, place, scratch / "doctrees", "html", settings, status=None, warning=warnings)
             app.build(force_all=True)
+    except SphinxError as error:
+        raise CourseError(f"Sphinx stops: {error}") from error
     finally:
         sys.setrecursionlimit(kept)
     told = [_COLOUR.sub("", line).replace(f"{source}/", "") for line in warnings.getvalue().splitlines()

@@ -22,5 +22,5 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = tmp_path_factory.mktemp("demo")
     (demo / "index.html").write_text('<!DOCTYPE html><html lang="en"><title>x</title><p>touch me</p>', encoding="utf-8")
     out = tmp_path_factory.mktemp("course") / "site"
-    request = SiteRequest(demo=demo, repository="https://example.org/some/kit", branch="dev", reference=False)
+    request = SiteRequest(demo=demo, repository="https://github.com/someone/kit", branch="dev", reference=False)
     return build_site(out, request).parent
