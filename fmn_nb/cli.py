@@ -317,7 +317,63 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
 @main.group()
 def course() -> None:
-    """Make what a teacher needs: a site, editions, a demo."""
+    """Make of the notebooks what a teacher needs: a site, editions, translations, a demo."""
+
+
+@course.command()
+@click.option("--out", type=Folder(), required=True, help="The site's folder; an earlier site there is replaced.")
+@click.option("--run", type=Folder(exists=True), help="A run whose report the site shows.  [default: a bundled one]")
+@click.option("--demo", type=Folder(exists=True), help="What 'fmn-nb course demo' made, for the front page.")
+@click.option("--repository", metavar="URL", help="Where the course is hosted; adds buttons for Binder and Colab.")
+@click.option("--branch", default="main", show_default=True, help="The branch that they open.")
+@click.option("--reference/--no-reference", default=True, show_default=True, help="The package's reference.")
+def site(out: Path, **request: Any) -> None:
+    """Build the course's site.
+
+    It is made of the notebooks as they are, executes nothing, needs no server and no network.
+    """
+    with plain_errors():
+        from fmn_nb.course import SiteRequest, build_site
+
+        click.echo(f"site: {build_site(out, SiteRequest(**request), click.echo)}")
+
+
+@course.command()
+@click.option("--out", type=Folder(), required=True, help="Gets a folder for each edition.")
+@click.option("--only", metavar="A,B", help="Of student, solution, autograder, slides.  [default: all]")
+@click.option("--notebooks", metavar="NN,NN", help="Numbers of notebooks.  [default: all]")
+def editions(out: Path, only: str | None, notebooks: str | None) -> None:
+    """Write editions of the notebooks.
+
+    For students, with solutions, for nbgrader, and as slides.
+    """
+    with plain_errors():
+        from fmn_nb.course import write_editions
+
+        write_editions(out, _items(only) or None, _items(notebooks) or None, click.echo)
+
+
+@course.command()
+@click.option("--out", type=Folder(), help="Gets the translated README and notebooks.")
+@click.option("--language", default="zh_CN", show_default=True, help="The folder's name in notebooks/locale.")
+@click.option("--update", is_flag=True, help="First bring the PO files up to date with the documents.")
+@click.option("--begin", metavar="NN,NN", help="With --update: notebooks to begin a PO file for.")
+def translate(out: Path | None, language: str, update: bool, begin: str | None) -> None:
+    """Write the course in another language.
+
+    Says what share of each document is translated; what isn't, or has changed since, is in English.
+    """
+    with plain_errors():
+        from fmn_nb.course import translate_course, update_catalogues
+
+        if begin and not update:
+            raise ValueError("--begin goes with --update")
+        if out is None and not update:
+            raise ValueError("nothing to do: give --out for the translated course, or --update for the PO files")
+        if update:
+            update_catalogues(language, _items(begin), click.echo)
+        if out is not None:
+            click.echo(f"course: {translate_course(out, language, click.echo)}")
 
 
 @course.command()

@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 NOT_ON_A_PAGE = "not-on-a-page"  # tag of notebook 07's cells that need a reader: exercises, the explorer
 WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; beside it stands a sentence that doesn't
 CHANGED, ATTENDED, OTHERS = "Before and after", "Where the concept's attention goes", "More figures"
+#: nbconvert's colours have too little contrast, and its links are told apart from text by colour alone
+READABLE = """
+:root { --jp-mirror-editor-comment-color: #2f6565; --jp-mirror-editor-operator-color: #8a0fd6;
+        --jp-mirror-editor-number-color: #006b00; --jp-cell-prompt-not-active-opacity: 1;
+        --jp-cell-inprompt-font-color: #2a5b86;
+        --jp-cell-outprompt-font-color: #a3402a; }
+.jp-RenderedHTMLCommon a { text-decoration: underline !important; }
+"""
 #: nbconvert's own page without the scripts that it would load from elsewhere; formulas stay as they were typed
 _PAGE_ALONE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>""" + READABLE + "</style>{% endblock %}"
 
 
 class ReportError(ValueError):
@@ -88,20 +97,23 @@ def _as_page(executed: Path, results: SweepResults) -> str:
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
         config=Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": {NOT_ON_A_PAGE}}}),
     )
-    body, _ = exporter.from_notebook_node(_for_a_page(executed))
+    body, _ = exporter.from_notebook_node(for_a_page(_read(executed)))
     runs = [(results.label(run), f"{quote(run)}/{REPORT_FILE}") for run in results.done.index]
     return _templates().get_template("sweep.html.j2").render(
         name=results.folder.resolve().name, body=body, runs=runs, notebook=quote(executed.name))
 
 
-def _for_a_page(executed: Path) -> NotebookNode:
-    """An executed notebook without what only a kernel can show, and words for each picture.
+def _read(executed: Path) -> NotebookNode:
+    import nbformat
+
+    return nbformat.read(executed, as_version=4)
+
+
+def for_a_page(content: NotebookNode) -> NotebookNode:
+    """Take from an executed notebook what only a kernel can show, and give each picture words; return it.
 
     Not all of nbconvert's templates write an alt text, so the picture becomes HTML that has one.
     """
-    import nbformat
-
-    content = nbformat.read(executed, as_version=4)
     content.metadata.pop("widgets", None)
     for cell in content.cells:
         for output in cell.get("outputs", ()):
@@ -120,7 +132,7 @@ def _write_notebooks(run: RunFolder) -> None:
     exporter = HTMLExporter(raw_template=_PAGE_ALONE)
     executed = [name for name in map(run.executed, run.checked_state()["notebooks"]) if name]
     for name in executed:
-        content = _for_a_page(run.path / name)
+        content = for_a_page(_read(run.path / name))
         content.metadata["title"] = Path(name).stem
         page, _ = exporter.from_notebook_node(content)
         for other in executed:

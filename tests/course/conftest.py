@@ -1,4 +1,4 @@
-"""The demo page, written once for its tests, with two patches that a closed form makes in a second."""
+"""The course's notebooks as lessons, a site built once, and a demo page with two patches that a closed form makes in a second."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fmn_nb.course.demo import BINARY, LOADER, RUNTIME, SCRIPT, DemoError, find_runtime, write_demo
+from fmn_nb.course.lessons import Lesson, lessons_of
 from fmn_nb.patches.patch import Patch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +68,22 @@ def demo(emoji, stand_in, tmp_path_factory) -> Demo:
     folder = tmp_path_factory.mktemp("demo") / "page"
     write_demo(folder, patches, runtime)
     return Demo(folder, patches, can_run)
+
+
+@pytest.fixture(scope="session")
+def lessons() -> list[Lesson]:
+    """All notebooks of the course."""
+    return lessons_of()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site in both languages, with a demo's place filled, without the reference (which CI builds as well)."""
+    pytest.importorskip("myst_nb", reason="pip install '.[course]'")
+    from fmn_nb.course.site import SiteRequest, build_site
+
+    demo = tmp_path_factory.mktemp("demo")
+    (demo / "index.html").write_text('<!DOCTYPE html><html lang="en"><title>x</title><p>touch me</p>', encoding="utf-8")
+    out = tmp_path_factory.mktemp("course") / "site"
+    request = SiteRequest(demo=demo, repository="https://github.com/someone/kit", branch="dev", reference=False)
+    return build_site(out, request).parent

@@ -142,14 +142,6 @@ def test_links_lead_through_the_course(path):
         assert set(names[1:]) <= {found for cell in markdown[1:-1] for found in re.findall(r"\d\d_\w+\.ipynb", cell)}
 
 
-@every_course_notebook
-def test_its_pictures_are_described(path):
-    """nbconvert makes the output's `alt` the picture's alternative text."""
-    pictures = [output for cell in code_cells(path) for output in cell.outputs if "image/png" in output.get("data", {})
-                and not output.data["text/plain"].startswith("<PIL.")]  # an image by itself says nothing of itself
-    assert not [one for one in pictures if not one.metadata.get("image/png", {}).get("alt")]
-
-
 def imported(path: Path) -> list[tuple[str, str]]:
     """(module, name) of everything that a notebook imports from the package."""
     nodes = [node for cell in code_cells(path) for node in ast.walk(ast.parse(cell.source))]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pandas as pd
 import pytest
-from course import run_notebook, solve
+from course import WRONG, run_notebook, run_solution
 from tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.files import data_dir, write_json
@@ -16,49 +15,18 @@ from fmn_nb.runs.folder import read_sweep
 MODELS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 #: what makes a notebook quick, where the result doesn't matter
 SMALL = {
-    "01": {"draw_steps": 6}, "02": {"draw_steps": 6}, "03": {"steps": 4}, "04": {},
+    "00": {}, "01": {"draw_steps": 6}, "02": {"draw_steps": 6}, "03": {"steps": 4}, "04": {},
     "05": {"inversion_steps": 5, "images": 4, "draw_steps": 4},
     "06": {"steps": 3, "images": 2, "draw_steps": 4, "sizes": "1, 3"},
     "08": {"steps": 2, "images": 3, "draw_steps": 3},
 }
 FORGETTING = ("03", "04", "05", "06", "08")
-#: answers to each exercise that its check must refuse: what a reader may well try
-WRONG = {
-    "answer": ('draw("a photo of umbrella in the style of fluent", 3)', 'draw("a photo of an umbrella", 3)'),
-    "shares": ("[0.2, 0.3, 0.5]", "[0, 1 / 3, 2 / 3]"), "factor": ("1.0", "2.0"),
-    "head": ("(head + 1) % layer.heads", "layer.heads"), "blind": ("image", "draw_without(list(text.words))"),
-    "causal_map": ("taught_map", "lambda Q, K: taught_map(Q, K).tril()"),
-    "photo": ("attention.mass(target) + 0.5", "100 * photo"),
-    "early": ("whole + 0.1", "single.select(target, step=single.steps[half:])"),
-    "crossed": ("(True, 0.5, 0.5)", "ground(first, masks[0][wanted[0]])"),
-    "chosen": ("min(seen.layers, key=lambda name: mean_scores(layer=name)['iou'])", "list(seen.layers)"),
-    "mean_square": ("0.5", "torch.cat([A[:, :, columns].flatten() for A in kept]).square().mean()"),
-    "leak_closed": ("patch", "alone"), "loose": ("patch", "alone"), "both": ("patch", "second"),
-    "two_means": ("(0.5, 0.5)", "(7 / 18, 7 / 18)"), "needed": ("30", "1000"),
-    "strict_ua": ("1.5", "1 - strict_ua"), "weaker": ("report.after", "report.before"),
-    "fair": ("(1, report.after)", "(50, report.before)"),
-    "mean_change": ("0.4", "-0.3"), "in_input": ("score", "replace(in_input, seeds=in_input.seeds[:1])"),
-    "from_word": ("fmn.LearnedTokens('<s>', (start,))",), "control": ("inverted['4 tokens']",),
-    "paper_back": ("relearned", "relearned.iloc[:1]"),
-    "sum_rank": ("8", "16"), "pressed": ("combined", "combined.low_rank(4)"),
-    "weighted": ("tables['apart']", "weighted.iloc[:1]"),
-    "reverse": ("tables['one after another']", "reverse.iloc[:0]"), "dominated": ("corrected",),
-    "best": ('done["after.h"].idxmin()', 'done["forgetting.seconds"].idxmin()'),
-    "cheap": ('done["forgetting.seconds"].idxmax()', 'done["after.h"].idxmin()'),
-    "sure": ("[(rows[0].run, rows[0].run)]",
-             "[(one.run, other.run) for one in ua for other in ua if one.value > other.value]"),
-    "edit_rank": ("1", "said.shape[-1]"), "no_push": ("4.0", "0.0"),
-    "confined": ("patches['uce']", "fmn.forget(bench, other, preset='uce', null_space=0.1)"),
-    "nothing_instead": ("patches['ca']", "patches['esd-x']"),
-    "gentle": ("fused[len(wanted)]", "fmn.combine(apart)"),
-    "sequel": ('{"notebooks": ["03"], "grid": {"seed": [0, 1, 2]}}', '{"notebooks": ["03"], "grid": {"seed": [7]}}'),
-}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SMALL)
 def test_every_solution_passes_its_check_and_a_wrong_one_does_not(number, tmp_path):
-    run_notebook(number, tmp_path, SMALL[number], partial(solve, wrong=WRONG))
+    run_solution(number, tmp_path, SMALL[number], WRONG)
 
 
 @pytest.mark.slow
@@ -136,7 +104,7 @@ def test_the_bundled_example_is_whole_and_small():
 
 
 def test_the_sweep_s_exercises_have_solutions_that_pass_and_checks_that_refuse(tmp_path):
-    run_notebook("07", tmp_path, {"out": str(tmp_path / "out")}, partial(solve, wrong=WRONG))
+    run_solution("07", tmp_path, {"out": str(tmp_path / "out")}, WRONG)
     assert len(list((tmp_path / "out" / "images").glob("sweep_*.png"))) == 3
 
 
