@@ -1,4 +1,4 @@
-"""The course's notebooks as lessons, a site built once, and a demo page with two patches that a closed form makes in a second."""
+"""The course's notebooks as lessons, a site built once, and a demo page with two patches made in a second."""
 
 from __future__ import annotations
 
