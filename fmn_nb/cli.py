@@ -317,7 +317,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
 @main.group()
 def course() -> None:
-    """Make of the notebooks what a teacher needs: a site, editions, translations, a demo."""
+    """Make what a teacher needs: a site, editions, a demo."""
 
 
 @course.command()
