@@ -15,7 +15,7 @@ from fmn_nb.emoji import held_out_scenes
 from fmn_nb.emoji.training import card, joint
 from fmn_nb.emoji.training.recipe import pretrain
 from fmn_nb.emoji.training.request import ORGANISMS, Request
-from fmn_nb.models import UnknownModelError, encode, generate, names
+from fmn_nb.models import UnknownModelError, encode, generate, generate_trajectories, names
 
 MOST_BYTES = 8_000_000
 QUICK = {"steps": 2, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "retain_batch": 2, "batch_size": 2,
@@ -188,3 +188,21 @@ def test_tokens_are_learned_for_both_slots(pipe):
         assert not np.array_equal(draw(pipe, "a photo of <concept>"), before)
     assert len(learned.vectors) == 2 and np.array_equal(draw(pipe), before)
     assert isinstance(pipe.transformer, FluxTransformer2DModel)
+
+
+def test_a_trajectory_holds_each_step_once_though_guidance_asks_twice(pipe):
+    latents, times = generate_trajectories(pipe, ["a photo of a cat"] * 2, seed=0, steps=3, guidance=4.0)
+    assert len(latents) == len(times) == 6 and torch.equal(times[:3], times[3:])
+    assert times[0] == 1 and bool((times[:3].diff() < 0).all()), "the share of noise, as Flux is told it"
+
+
+@pytest.mark.slow
+def test_it_is_evaluated_and_attacked(pipe):
+    session = fmn.evaluation.Session.of(pipe, steps=2)
+    budget = fmn.attacks.InversionBudget(tokens=1, steps=2, batch_size=1, references=2, images=2)
+    tried = fmn.attacks.concept_inversion(session, fmn.Concept("cat"), None, budget=budget)
+    assert tried.count == 2 and not tried.skipped
+    patch = fmn.forget(pipe, "cat", preset="balanced", **QUICK)
+    report = fmn.evaluate(pipe, fmn.Concept("cat"), patch=patch, steps=2)
+    assert report.after.images == report.before.images > 50 and 0 <= report.after.ua <= 1
+    assert all(0 < mass < 1 for mass in report.attention.values())

@@ -22,7 +22,7 @@ from fmn_nb.attention.recorder import record_attention
 from fmn_nb.files import notebooks_dir
 from fmn_nb.forgetting.methods import Seen, esd
 from fmn_nb.forgetting.settings import settings_for
-from fmn_nb.patches.least_squares import Weighing, solved
+from fmn_nb.patches.least_squares import Wanted, Weighing, solved
 from fmn_nb.patches.patch import Patch
 
 CLOSE = 1e-5
@@ -133,7 +133,7 @@ def test_the_taught_edit_is_the_package_s_and_makes_its_own_sum_of_squares_small
     random = torch.Generator().manual_seed(0)
     W, E, G, K = (torch.randn(rows, 12, generator=random).double() for rows in (20, 2, 2, 5))
     edited = taught("08_other_ways_to_forget")["taught_uce"](W, E, G, K, ridge=0.3)
-    kind, tensors = solved({"layer": W}, E, G, K, Weighing(keep=1.0, ridge=0.3))
+    kind, tensors = solved([Wanted({"layer": W}, E, G, K)], Weighing(keep=1.0, ridge=0.3))
     ((_, change),) = Patch(kind, tensors).differences()
     torch.testing.assert_close((edited - W).float(), change, atol=CLOSE, rtol=CLOSE)
 
