@@ -69,8 +69,8 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
         batch: how many images the pipeline draws at once; always exactly so many, for the last bits depend on it.
         progress: called with (images drawn, images in all) of each model.
         oracle: a model that was never taught the concept, or several: adds `Report.oracle`, what attacks achieve on it
-            (the floor) and on the forgetting model, and how far the two are apart. That takes about as long as fifteen
-            evaluations; a `cache` keeps what belongs to the oracle and the unchanged model.
+            (the floor) and on the forgetting model, and how far the two are apart. That takes many times as long as
+            the evaluation itself; a `cache` keeps what belongs to the oracle and the unchanged model.
 
     Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`. Without a
     judge distances to real images, the CLIP score and attention are left: they need no verdicts. What can't be read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quick import OTHERS, quick
-from snapshots import assert_unchanged, noise_images, snapshot
+from snapshots import assert_unchanged, snapshot
 from tiny import tiny_sd, tiny_sdxl
 
 from fmn_nb.concepts import Concept
@@ -103,8 +103,8 @@ def test_the_pairs_that_a_patch_hurts_most_come_twice():
 
 
 def test_it_ends_where_it_would_have_ended_without_a_stop(tmp_path):
-    pipe, steps = tiny_sd(), []
-    whole = quick(pipe, **FEW, steps=3)
+    pipe, steps, short = tiny_sd(), [], {**FEW, "rounds": 1, "steps": 3}
+    whole = quick(pipe, **short)
 
     def stop(progress):
         steps.append(progress.step)
@@ -112,16 +112,10 @@ def test_it_ends_where_it_would_have_ended_without_a_stop(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quick(pipe, **FEW, steps=3, checkpoint=tmp_path, checkpoint_every=1, callback=stop)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1", "last"]
-    again = quick(pipe, **FEW, steps=3, checkpoint=tmp_path, checkpoint_every=1)
+        quick(pipe, **short, checkpoint=tmp_path, checkpoint_every=1, callback=stop)
+    assert {"0", "last"} <= {path.name for path in tmp_path.iterdir()}
+    again = quick(pipe, **short, checkpoint=tmp_path, checkpoint_every=1)
     assert all(torch.equal(whole.tensors[name], again.tensors[name]) for name in whole.tensors)
     (tmp_path / "last" / next(path.name for path in (tmp_path / "last").glob("*.safetensors"))).write_bytes(b"")
     with pytest.raises(CheckpointError):
-        quick(pipe, **FEW, steps=3, checkpoint=tmp_path, checkpoint_every=1)
-
-
-def test_references_of_ones_own_are_what_it_inverts():
-    pipe = tiny_sd()
-    one, other = (quick(pipe, **FEW, references=noise_images(2, seed=seed)) for seed in (0, 1))
-    assert any(not torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+        quick(pipe, **short, checkpoint=tmp_path, checkpoint_every=1)

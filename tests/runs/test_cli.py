@@ -109,6 +109,7 @@ def test_a_wrong_sweep_and_a_folder_without_a_run_are_told(command, tmp_path):
     assert "holds no run.json" in command("report", tmp_path).output
     assert "the emoji world has no 'kat'" in command("pretrain", "--without", "kat").output
     assert "no organism is called 'jont'; there are: emoji, joint" in command("pretrain", "--organism", "jont").output
+    assert "the emoji world has no 'kat'; it" in command("pretrain", "--without", "cat, kat", "--without", "dog").output
 
 
 def test_check_tells_what_to_do(command, monkeypatch):

@@ -84,6 +84,21 @@ def test_a_runs_page_says_what_was_measured_and_what_was_not(run_folder):
     assert "<cat>" not in page and 'alt="the map of &lt;cat&gt;"' in page
 
 
+def test_a_page_tells_floors_and_distances_where_an_oracle_was_given(run_folder):
+    assert "never taught" not in write_report(run_folder).read_text()
+    attack = {"attack": "relearning", "budget": "half", "steps": 10, "success": 0.75, "floor": 0.5, "unchanged": 1.0,
+              "excess": 0.25, "low": -0.011, "high": 0.512, "withstood": True, "images": 24}
+    record(run_folder, {"oracle": {
+        "attacks": [attack, {**attack, "attack": "concept inversion", "residual": 0.625, "withstood": False}],
+        "budgets": "fixed on a day", "distance": {"kernel": {"value": 0.123, "unchanged": 0.5, "scaled": 0.246}},
+        "skipped": {"adversarial prompt": "no whole words"}}})
+    text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", write_report(run_folder).read_text())))
+    for said in ("relearning, half 10 0.750 0.500 1.000 0.250 -0.011 to 0.512 – yes", "0.625 no",
+                 "Budgets fixed on a day", "Distance to it: kernel", "0.123",
+                 "oracle: adversarial prompt : no whole words"):
+        assert said in text, said
+
+
 def test_before_and_after_stand_side_by_side(run_folder):
     alts = re.findall(r'alt="([^"]+)"', write_report(run_folder).read_text())
     assert [alt.split()[0] for alt in alts[:4]] == ["before,", "after,", "before,", "after,"]
