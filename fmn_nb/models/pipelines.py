@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fmn_nb.models.gated import BESIDE, base_folder, stored_tensors, with_gates
+from fmn_nb.models.gated import BESIDE, base_folder, check_base, stored_tensors, with_gates
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
@@ -140,6 +140,7 @@ def _load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 def _load_grounded(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline beside a folder of gated layers, with these layers in its denoiser."""
+    check_base(folder)
     pipe = _load_diffusers(str(base_folder(folder)), dtype)
     pipe.unet = with_gates(pipe.unet, stored_tensors(folder, dtype))
     pipe.register_to_config(_name_or_path=str(folder))
