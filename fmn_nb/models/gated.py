@@ -10,6 +10,7 @@ line that names the pipeline beside it to which they belong (`BESIDE`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from fmn_nb.files import GROUNDED as BESIDE
 from fmn_nb.files import data_dir, read_json
 
-GROUNDING = "grounding.safetensors"
+GROUNDING, WEIGHTS = "grounding.safetensors", "unet/diffusion_pytorch_model.safetensors"
 
 
 def is_gated(model: nn.Module) -> bool:
@@ -73,6 +74,24 @@ def base_folder(folder: Path) -> Path:
         if (place / "model_index.json").is_file():
             return place
     raise FileNotFoundError(f"{folder.name} needs the pipeline {name} beside it, which isn't there")
+
+
+def base_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A sum over the weights that gated layers were trained beside, in half precision, as the folders hold them."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if not is_gated_name(name):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def check_base(folder: Path) -> None:
+    """Raise ValueError where the folder's gated layers were trained beside other weights than those of its base."""
+    said, base = read_json(folder / BESIDE).get("weights"), base_folder(folder)
+    if said is not None and said != base_digest(load_file(base / WEIGHTS)):
+        raise ValueError(f"the gated layers in {folder.name} were trained beside another {base.name} than the one that "
+                         "is there; train them again: fmn-nb pretrain --organism grounded --restart")
 
 
 def stored_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

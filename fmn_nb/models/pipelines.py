@@ -27,7 +27,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fmn_nb.files import REST
-from fmn_nb.models.gated import BESIDE, base_folder, stored_tensors, with_gates
+from fmn_nb.models.gated import BESIDE, base_folder, check_base, stored_tensors, with_gates
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
@@ -226,6 +226,7 @@ def _rest(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str
 
 def _load_grounded(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline beside a folder of gated layers, with these layers in its denoiser."""
+    check_base(folder)
     pipe = _load_diffusers(str(base_folder(folder)), dtype)
     pipe.unet = with_gates(pipe.unet, stored_tensors(folder, dtype))
     pipe.register_to_config(_name_or_path=str(folder))

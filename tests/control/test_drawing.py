@@ -174,6 +174,14 @@ def test_gated_layers_without_their_pipeline_say_what_is_missing(folder, tmp_pat
         fmn.load(alone, device="cpu")
 
 
+def test_gated_layers_beside_other_weights_than_their_own_are_refused(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "emoji-grounded")
+    line = other / "grounding.json"
+    line.write_text(line.read_text().replace('"weights": "', '"weights": "0'))
+    with pytest.raises(ValueError, match="trained beside another emoji-diffusion .* train them again: fmn-nb pretrain"):
+        fmn.load(other, device="cpu")
+
+
 # ---- patches, oracles, recording -------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,7 @@ def test_the_two_organisms_share_no_checkpoints(tmp_path):
     assert requests[1].noted()["organism"] == "joint" and requests[1].chosen == ["joint", "quality"]
     with pytest.raises(ValueError, match="unknown stages: vae; there are: joint, quality"):
         Request(organism="joint", stages=["vae"])
-    with pytest.raises(ValueError, match="no organism is called 'jont'; there are: emoji, joint"):
+    with pytest.raises(ValueError, match="no organism is called 'jont'; there are: emoji, joint, grounded"):
         Request(organism="jont")
 
 

@@ -28,7 +28,7 @@ from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished
 from fmn_nb.emoji.training.request import ORGANISMS
 from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.files import data_dir, read_json, replacing_folder, write_json, write_tensors
-from fmn_nb.models.gated import BESIDE, GROUNDING, gated_tensors, is_gated_name, with_gates
+from fmn_nb.models.gated import BESIDE, GROUNDING, base_digest, gated_tensors, is_gated_name, with_gates
 
 TOKENS = ROOM * 3  # subject, object and action of each interaction
 WORDS = (*OBJECTS, *ACTIONS)
@@ -125,11 +125,12 @@ def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: Gr
 
 
 def save_grounded(model: GroundedDenoiser, folder: Path, base: str) -> Path:
-    """The new weights alone, in half precision, with a line that says to which pipeline beside them they belong."""
+    """The new weights alone, in half precision, with a line that says to which pipeline beside them, with
+    which weights, they belong."""
     tensors = gated_tensors(model.unet) | dict(model.grounding.state_dict())
     with replacing_folder(folder) as temporary:
         write_tensors(temporary / GROUNDING, {n: t.detach().half().contiguous() for n, t in tensors.items()}, {})
-        write_json(temporary / BESIDE, {"base": base})
+        write_json(temporary / BESIDE, {"base": base, "weights": base_digest(model.unet.state_dict())})
     return folder
 
 
