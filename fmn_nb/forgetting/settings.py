@@ -305,7 +305,8 @@ PRESETS: dict[str, Settings] = {
     ),
     # The methods beside it, each with what is published of it in its own file. What was tried here, on one object and
     # one style, stands in data/results/tuning-methods.
-    "uce": Settings(method="uce", guide="without", projections=_KEYS_AND_VALUES, tokens="later", preserve_scale=1.0),
+    "uce": Settings(method="uce", guide="another", projections=_KEYS_AND_VALUES, tokens="later", erase_scale=10.0,
+                    preserve_scale=1.0),
     "esd-x": Settings(**_ESD, learning_rate=1e-3),
     "esd-u": Settings(**_ESD, learning_rate=1e-4, train="except_cross_attention"),
     "ca": Settings(
@@ -313,8 +314,8 @@ PRESETS: dict[str, Settings] = {
         **_NOTHING_ELSE, reference_count=64, reference_steps=10, learning_rate=1e-3, clip=0.0, batch_size=8, steps=100,
     ),
     "mace": Settings(
-        method="mace", guide="without", rank=1, projections=_KEYS_AND_VALUES, **_NOTHING_ELSE, scenes=True,
-        positions=("words", "first_eot"), preserve_scale=1.0, time_density="middle", learning_rate=1e-2, batch_size=1,
+        method="mace", guide="another", rank=1, projections=_KEYS_AND_VALUES, **_NOTHING_ELSE, scenes=True,
+        positions=("words", "first_eot"), preserve_scale=1.0, time_density="middle", learning_rate=3e-3, batch_size=1,
         steps=50,
     ),
 }
