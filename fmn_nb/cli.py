@@ -312,7 +312,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
 @main.group()
 def course() -> None:
-    """Make of the notebooks what a teacher needs: a site, editions, translations."""
+    """Make of the notebooks a site, editions, translations."""
 
 
 @course.command()
