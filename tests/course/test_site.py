@@ -75,7 +75,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
         self.page.goto(path.resolve().as_uri() + query)
-        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_timeout(500)  # "networkidle" never comes to a page full of data: addresses
 
     @property
     def elsewhere(self) -> list[str]:

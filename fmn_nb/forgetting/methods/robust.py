@@ -42,7 +42,7 @@ from fmn_nb.models import (
     predict_noisy,
     seeded,
 )
-from fmn_nb.patches.least_squares import text_weights
+from fmn_nb.patches.least_squares import COLUMNS, text_inputs
 
 if TYPE_CHECKING:
     from fmn_nb.concepts import Concept
@@ -56,7 +56,6 @@ POSITIONS = ("words", "later", "first_eot", "padding")  # of a find: its own col
 LEARNING_RATE, BATCH = 2e-2, 4  # of an inversion
 RIDGE = 0.1  # of the closed form
 HURT = 0.25  # of the retain pairs come twice
-_TEXT = "encoder_hidden_states"
 _AT_ONCE = 32
 
 
@@ -89,7 +88,7 @@ def findings(task: Task, patch: Patch, forget: TrainingSet, number: int) -> list
 def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) -> list[Find]:
     """The embeddings that keys and values answer as before; none where a denoiser has no such weights."""
     try:
-        weights = text_weights(task.pipe)
+        weights = next(one.weights for one in text_inputs(task.pipe) if one.argument == COLUMNS)
     except UnsupportedPipelineError:
         return []
     changes = dict(patch.differences())
@@ -100,10 +99,10 @@ def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) 
     wanted = sum(after[name].T @ before[name] for name in after)
     brought = torch.linalg.solve(gram + ridge, wanted + ridge)  # [in, in]: without a change, nothing moves
     rows = {name: values[prompts.to(values.device)].clone() for name, values in forget.given.rows.items()}
-    own, said = forget.concept[prompts], rows[_TEXT]
+    own, said = forget.concept[prompts], rows[COLUMNS]
     later = own.cumsum(1) > 0  # the concept's columns and all after them
     moved = (said.cpu().double() @ brought.T).to(said)
-    rows[_TEXT] = torch.where(later[..., None].to(said.device), moved, said)
+    rows[COLUMNS] = torch.where(later[..., None].to(said.device), moved, said)
     return [Find(rows, later, prompts)]
 
 
@@ -122,7 +121,7 @@ def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, con
                          initial=None if fresh else concept.phrase, seed=seed)
     with learned.loaded(task.pipe), torch.no_grad():
         given = conditions(task.pipe, texts, size=task.settings.size)
-        columns = given.rows[_TEXT].shape[1]
+        columns = given.rows[COLUMNS].shape[1]
         marked = torch.stack([concept_mask(task.pipe, text, TOKEN, POSITIONS, columns) for text in texts])
     return Find(given.rows, marked, prompts)
 
