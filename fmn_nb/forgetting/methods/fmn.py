@@ -51,7 +51,7 @@ def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
     """
     chosen = _chosen(attention, concept, region)  # of each layer: [batch, heads, pixels, chosen]
     if norm == "published":
-        return torch.sqrt(sum(values.square().sum() for values in chosen))
+        return torch.linalg.vector_norm(torch.cat([values.flatten() for values in chosen]))
     if norm == "mass":
         return torch.stack([values.sum(-1).square().mean() for values in chosen]).mean()
     columns = concept.sum(1)  # [batch]
@@ -65,7 +65,8 @@ def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
 @torch.no_grad()
 def concept_mass(attention: Mapping[str, Tensor], concept: Tensor) -> float:
     """The share of their attention that pixels give to the concept's columns: mean over layers, in [0, 1]."""
-    return float(torch.stack([values.sum(-1).mean() for values in _chosen(attention, concept, None)]).mean())
+    own = concept[:, None, :, None].float()  # [batch, 1, columns, 1]
+    return float(torch.stack([(values.detach().float() @ own).mean() for values in attention.values()]).mean())
 
 
 def _chosen(attention: Mapping[str, Tensor], concept: Tensor, region: Tensor | None) -> list[Tensor]:
