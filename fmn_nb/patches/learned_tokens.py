@@ -137,11 +137,18 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
             ids = extended.convert_tokens_to_ids(list(names))
             if ids != list(range(ids[0], ids[0] + len(names))):
                 raise InversionError(f"the pipeline already knows some of the tokens {', '.join(names)}; rename them")
-            stack.callback(encoder.set_input_embeddings, table)
+            for parent, name, module in _lookups(encoder, table):
+                stack.callback(setattr, parent, name, module)
             stack.callback(setattr, pipe, place, tokenizer)
             encoder.set_input_embeddings(_ExtendedEmbedding(table, ids[0], rows))
             setattr(pipe, place, extended)
         yield
+
+
+def _lookups(encoder: nn.Module, table: nn.Embedding) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, its attribute, module) of each module that looks up the table: T5 has two, which share the weight."""
+    return [(parent, name, module) for parent in encoder.modules() for name, module in parent.named_children()
+            if isinstance(module, nn.Embedding) and module.weight is table.weight]
 
 
 def token_files(folder: str | Path) -> list[Path]:

@@ -13,7 +13,7 @@ from fmn_nb.forgetting import CheckpointError, settings_for
 from fmn_nb.forgetting.data import Task, forget_set, retain_set
 from fmn_nb.forgetting.methods import robust
 from fmn_nb.patches import Patch
-from fmn_nb.patches.least_squares import text_weights
+from fmn_nb.patches.least_squares import text_inputs
 
 FEW = {"preset": "robust", "rounds": 2, "round_steps": 2, "probe_steps": 2}
 CAT, DOG = Concept("cat"), Concept("dog")
@@ -75,7 +75,7 @@ def test_the_closed_form_finds_what_keys_and_values_answer_as_before():
     pipe = tiny_sd()
     task = task_of(pipe)
     forget = forget_set(task)
-    weights = text_weights(pipe)
+    weights = text_inputs(pipe)[0].weights
     width = next(iter(weights.values())).shape[1]
     turned = torch.eye(width) + 0.5 * torch.roll(torch.eye(width), 1, 0)  # every W' = W turned, so e' = turned^-1 e
     patch = Patch("weights", {f"{name}.weight": w @ turned - w for name, w in weights.items()}, {})
