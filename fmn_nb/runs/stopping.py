@@ -22,6 +22,7 @@ _PATIENCE = 5.0  # seconds for the work to end; a signal within them changes not
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 _under_way: dict[Path, threading.Event] = {}
+_struck: list[float] = []  # when the signals that were heeded came
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,10 +31,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def telling(what_is_finished: Callable[[], str]) -> Iterator[None]:
-    """A context whose KeyboardInterrupt becomes Stopped, which says what is finished then."""
+    """A context whose KeyboardInterrupt becomes Stopped, which says what is finished then.
+
+    So does any error after a signal: an interrupt that strikes the import of compiled code comes out as another one.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not _struck:
+            raise
         raise Stopped(what_is_finished()) from None
 
 
@@ -47,12 +53,12 @@ def signals_stop() -> Iterator[None]:
 
     Further ones don't strike the cleaning up. What the process was started to ignore (nohup, a shell's "&") it ignores.
     """
-    struck: list[float] = []
+    _struck.clear()
 
     def strike(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not struck or now > struck[-1] + _PATIENCE:
-            struck.append(now)
+        if not _struck or now > _struck[-1] + _PATIENCE:
+            _struck.append(now)
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -64,6 +70,10 @@ def signals_stop() -> Iterator[None]:
         signal.signal(one, strike)
     try:
         yield
+    except Exception:
+        if not _struck:
+            raise
+        raise KeyboardInterrupt from None  # what it became in compiled code that was being imported
     finally:
         for one, handler in replaced.items():
             signal.signal(one, handler)
