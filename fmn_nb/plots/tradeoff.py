@@ -18,6 +18,7 @@ from fmn_nb.plots.style import InlineFigure, look, new_figure
 
 NAMED = 5  # so many points of each preset are named: those furthest from the corner
 CORNER = 0.12  # a point nearer than this to its ceiling needs no name
+MOST_INSIDE, COLUMNS_BELOW = 12, 4  # entries of a legend inside the axes; columns of one below them
 NAMES = {"ua": "forgotten: UA", "ira": "kept nearby: IRA", "cra": "kept elsewhere: CRA", "h": "harmonic mean: H",
          "kept": "kept: mean of IRA and CRA"}
 
@@ -32,7 +33,7 @@ def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keepi
     names = points["name"].where(points["name"] != points["group"], "")
     _points(axes, points.rename(columns={"ua": "x", "kept": "y"}).assign(name=names))
     axes.set(**_square(), title=title)
-    axes.legend(fontsize=8, loc="lower left")
+    _legend(axes, "lower left")
     return figure
 
 
@@ -62,7 +63,7 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     axes.plot(1, ceiling, marker="*", markersize=16, color="0.35", linestyle="none", label="the aim", zorder=1)
     _points(axes, points)
     axes.set(**_square(), title="Forgetting against keeping")
-    axes.legend(fontsize=8, loc="lower left")
+    _legend(axes, "lower left")
     sentences = [f"{preset}: {len(rows)} concepts, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
                  for preset, rows in points.groupby("group", sort=False)]
     figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
@@ -91,7 +92,7 @@ def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
         _points(axes, points.assign(x=[row.get(cost) for row in rows]))
         axes.set(xscale="log", ylim=(-0.04, 1.06), xlabel=label)
     panels[0].set(ylabel=NAMES["h"])
-    panels[1].legend(fontsize=8, loc="lower right")
+    _legend(panels[1], "lower right")
     figure.suptitle("What it costs, what it gives")
     figure.words = "; ".join(f"{row['preset']}: H {row['h']:.2f}"
                              + "".join(f", {row[cost]:,.0f} {label}" for cost, label in costs.items() if cost in row)
@@ -122,13 +123,25 @@ def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | Non
     for axes, name, table in zip(panels, ("ira", "cra"), kept, strict=True):
         _points(axes, points.join(table), ":" if along else "none")
         axes.set(**_square(NAMES[name], least))
-    panels[0].legend(fontsize=8, loc="lower left", title=by)
+    _legend(panels[0], "lower left", by)
     figure.suptitle("Forgetting against keeping" + (f", numbers: {along}" if along else ""))
     spans = ", ".join(f"{name} from {of.min():.2f} to {of.max():.2f}" for name, of in values.items())
     best = values.min(axis=1).idxmax()
     named = ", ".join(f"{name} {_short(runs.loc[best, name])}" for name in (by, along) if name in runs) or best
     figure.words = f"{len(values)} runs. {spans}. The smallest of the three is largest for {named}."
     return figure
+
+
+def _legend(axes: Axes, place: str = "best", title: str | None = None) -> None:
+    """A legend inside the axes, or below the figure where it would cover the points."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= MOST_INSIDE:
+        axes.legend(fontsize=8, loc=place, title=title)
+        return
+    figure, rows = axes.figure, -(-len(labels) // COLUMNS_BELOW)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * rows)
+    figure.legend(handles, labels, fontsize=7, ncols=COLUMNS_BELOW, loc="outside lower center", title=title)
 
 
 def _square(kept: str = NAMES["kept"], least: float = 0.0) -> dict[str, object]:
@@ -183,7 +196,7 @@ def measure_along(measures: pd.DataFrame, runs: pd.DataFrame, measure: str, alon
             axes.set_ylim(-0.04, 1.06)
     axes.set_xticks(list(places.values()), [_short(value) for value in places])
     axes.set(xlabel=along, ylabel=NAMES.get(measure, measure), title=f"{measure.upper()} along {along}")
-    axes.legend(fontsize=8, title=by)
+    _legend(axes, title=by)
     figure.words = "; ".join(f"{group}: " + ", ".join(f"{point.y:.2f} at {point.at}" for point in rows.itertuples())
                              for group, rows in points.groupby("group", sort=False)) + "."
     return figure
@@ -207,7 +220,7 @@ def cost_and_quality(measures: pd.DataFrame, runs: pd.DataFrame, cost: str = "fo
     axes.set_xlim(left=0)
     names = cost.replace(".", ": "), NAMES.get(measure, measure)
     axes.set(xlabel=names[0], ylabel=names[1], title="What it cost, what it gave")
-    axes.legend(fontsize=8, title=by)
+    _legend(axes, title=by)
     figure.words = f"{len(runs)} runs, each a point: {names[0]} to the right, {names[1]} upwards."
     return figure
 

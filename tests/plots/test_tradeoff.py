@@ -55,3 +55,13 @@ def test_every_preset_has_its_cost_and_its_interval():
     assert figure.words.endswith("paper: H 0.70, 6 seconds of forgetting.")
     with pytest.raises(ValueError, match="no rows"):
         cost_of_presets(summary[1:2])
+
+
+def test_a_long_legend_stands_below_the_points():
+    rows = [{"preset": f"variant-{n}", "kind": "all", "h": 0.5, "seconds": 1 + n, "patch_bytes": 100.0 + n}
+            for n in range(20)]
+    figure = cost_of_presets(rows)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 20 and not figure.axes[1].get_legend()
+    assert legend.get_window_extent().y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)

@@ -41,7 +41,7 @@ def stopped(tmp_path, monkeypatch):
         command = [sys.executable, "-m", "fmn_nb.cli", *map(str, words)]
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    start_new_session=True, preexec_fn=heed_interrupts)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not ready() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
         family = psutil.Process(process.pid).children(recursive=True)
