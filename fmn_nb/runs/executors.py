@@ -157,6 +157,8 @@ def _stop(client: Client, under_way: Mapping[Any, list[Plan]]) -> None:
         client.run(ask_to_stop, folders, on_error="ignore")
         with suppress(TimeoutError):
             wait([future for future in heeding if heeding[future]], timeout=STOP_PATIENCE)
+    if client.cluster is not None and not all(heeding.values()):
+        client.cluster.busy = True
 
 
 def _said(error: BaseException) -> str:
@@ -194,7 +196,8 @@ def _local(options: Mapping[str, Any], workers: int, slots: int, gpu: bool) -> I
                 try:
                     yield cluster
                 except (KeyboardInterrupt, GeneratorExit):
-                    _end_workers(cluster)
+                    if getattr(cluster, "busy", False):  # with what doesn't heed a stop
+                        _end_workers(cluster)
                     raise
 
 
