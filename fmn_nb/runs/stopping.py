@@ -77,6 +77,7 @@ def signals_stop() -> Iterator[None]:
     finally:
         for one, handler in replaced.items():
             signal.signal(one, handler)
+        _struck.clear()  # errors of whatever comes later in this process are its own
 
 
 def leave_signals_to_parent() -> None:
