@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from fmn_nb.attention import short_name
 from fmn_nb.plots.style import BRIGHT, DARK, MATRIX_COLOURS, InlineFigure, look, new_figure
 
-MEASURED = {"losses": "re-steering loss", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
-            "towards": "pull to the reading"}
+MEASURED = {"losses": "", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
+            "towards": "pull to the reading"}  # what the losses are depends on the method
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
@@ -234,33 +234,37 @@ def sequence_figure(tables: Mapping[str, pd.DataFrame]) -> InlineFigure:
 
 # --- the fine-tune ----------------------------------------------------------------------------------------------------
 
-def curves(report: Mapping[str, Any], over: int = 5) -> InlineFigure:
+def curves(report: Mapping[str, Any], over: int = 5, method: str = "fmn") -> InlineFigure:
     """What a fine-tune measured in each step (thin, with dots), and its mean over the last `over` steps (thick).
 
     Args:
         report: a patch's `info["forgetting"]`: lists of numbers under "losses", "masses" and, where the fine-tune had
             these terms, "anchor", "retain" and "towards".
+        over: how many steps the thick line averages.
+        method: the patch's (`info["settings"]["method"]`), which names its loss.
     """
-    shown = _measured(report)
+    shown = _measured(report, method)
     figure, panels = new_figure(3.4 * len(shown), 2.6, len(shown))
     for axes, (name, values) in zip(panels, shown.items(), strict=True):
         steps = np.arange(1, len(values) + 1)
         smooth = [values[max(0, step - over) : step].mean() for step in steps]
         axes.plot(steps, values, color=BRIGHT, linewidth=1, marker=".", markersize=4, label="each step")
         axes.plot(steps, smooth, color=DARK, linewidth=2, label=f"mean of {over}")
-        axes.set(title=MEASURED[name], xlabel="step", ylim=(0, None))
+        axes.set(title=name, xlabel="step", ylim=(0, None))
         axes.legend(fontsize=8)
     figure.words = "From the first fifth of the steps to the last: " + "; ".join(
-        f"{name} {row.iloc[0]} to {row.iloc[1]}" for name, row in beginning_and_end(report).iterrows()) + "."
+        f"{name} {row.iloc[0]} to {row.iloc[1]}" for name, row in beginning_and_end(report, method).iterrows()) + "."
     return figure
 
 
-def beginning_and_end(report: Mapping[str, Any]) -> pd.DataFrame:
+def beginning_and_end(report: Mapping[str, Any], method: str = "fmn") -> pd.DataFrame:
     """The means over the first and the last fifth of the steps, to two digits, a row for each thing measured."""
-    fifths = {MEASURED[name]: (values, max(1, len(values) // 5)) for name, values in _measured(report).items()}
+    fifths = {name: (values, max(1, len(values) // 5)) for name, values in _measured(report, method).items()}
     return pd.DataFrame({"first fifth": {name: f"{values[:n].mean():.2g}" for name, (values, n) in fifths.items()},
                          "last fifth": {name: f"{values[-n:].mean():.2g}" for name, (values, n) in fifths.items()}})
 
 
-def _measured(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(report[name], float) for name in MEASURED if len(report.get(name, ()))}
+def _measured(report: Mapping[str, Any], method: str) -> dict[str, np.ndarray]:
+    """What was measured in each step, by its name in figures."""
+    names = MEASURED | {"losses": "re-steering loss" if method == "fmn" else f"loss of {method}"}
+    return {said: np.asarray(report[name], float) for name, said in names.items() if len(report.get(name, ()))}

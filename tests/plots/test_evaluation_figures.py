@@ -51,6 +51,7 @@ def test_figures_say_in_words_what_they_show():
                            "later_after": [0.5, 0.5]}, index=["mid_block.attn2", "up_blocks.0.attn2"])
     assert "on its words 30.0% before, 10.0% after" in attention_figure(layers).words
     assert "re-steering loss 2 to 1" in curves({"losses": [2.0, 1.0]}).words
+    assert "loss of esd 2 to 1" in curves({"losses": [2.0, 1.0]}, method="esd").words
 
 
 def test_a_skipped_attack_has_a_row_and_no_dots():
