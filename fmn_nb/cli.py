@@ -275,6 +275,8 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Try a concept inversion of so many steps on each patch of the first seed; 0: none.")
+@click.option("--oracle", default="", metavar="A,B", help="Models that were never taught some of the concepts: jobs of "
+              "the first seed on these end in all attacks, above the oracles' floor.")
 @click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
 def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work: Path, attack: int, note: str,
               **request: Any) -> None:
@@ -305,7 +307,8 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         from fmn_nb.runs.measure import ATTACK_IMAGES, Bench
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
-        bench, workers = Bench(model, work, attack=budget, attack_seed=seeds[0]), request["workers"]
+        bench = Bench(model, work, attack=budget, attack_seed=seeds[0], oracles=tuple(_items(request["oracle"])))
+        workers = request["workers"]
         if request["plan"]:
             click.echo("\n".join(schedule(bench, jobs, workers, request["limit"])))
             return

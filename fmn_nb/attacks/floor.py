@@ -11,7 +11,7 @@ With s an attack's success on the forgetting model, f on the oracle and u on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from torch import nn
 
 from fmn_nb.attacks.budgets import Budgets, read_budgets
 from fmn_nb.attacks.curves import IMAGES, REVIVED, Tries, mean_curve, success_curve
+from fmn_nb.attacks.grounding import grounded_oracle, grounding_attack
 from fmn_nb.attacks.relearning import steps_until
 from fmn_nb.concepts import Concept
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
 from fmn_nb.evaluation.oracle import apart
 from fmn_nb.files import replacing
-from fmn_nb.models import UnsupportedPipelineError, digest, digest_of, drawing_key
+from fmn_nb.models import UnsupportedPipelineError, denoiser, digest, digest_of, drawing_key
+from fmn_nb.models.gated import is_gated
 from fmn_nb.patches import Patch
 from fmn_nb.stats import difference_interval
 
@@ -60,7 +62,8 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
 
 def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
              budgets: Budgets, seeds: Sequence[int], images: int = IMAGES) -> OracleReport:
-    """Every attack at its budgets on the three models, `images` judged each time.
+    """Every attack at its budgets on the three models, `images` judged each time; and of a model with gated layers the
+    grounding attack, which takes no steps and has no budget ("").
 
     Raises:
         MeasurementError: nobody judges, or there are no references.
@@ -87,6 +90,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
         rows |= {(attack, name): at_budget(found, number, seeds[0]) for name, number in steps.items()}
         curves[attack] = {name: mean_curve(some) for name, some in found.items()}
         revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
+    rows |= grounding_rows(session, concept, patch, oracles, seeds, images)
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:
         table.index = pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"])
@@ -98,11 +102,45 @@ def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict
     """One attack's figures after so many steps, from the curves of the three models, one for each seed (and oracle)."""
     pairs = {name: [tuple(int(x) for x in curve.set_index("steps").loc[steps, ["successes", "images"]])
                     for curve in some] for name, some in curves.items()}
+    return {"steps": steps, **above_the_floor(pairs, seed)}
+
+
+def above_the_floor(pairs: Mapping[str, Sequence[tuple[int, int]]], seed: int = 0) -> dict[str, float | int | None]:
+    """Success, floor, unchanged, excess with its 95% interval, and residual knowledge.
+
+    Args:
+        pairs: of each of the three models: successes and images, for each seed (and oracle).
+    """
     s, f, u = (sum(hits / count for hits, count in pairs[name]) / len(pairs[name]) for name in MODELS)
     low, high = difference_interval(pairs["forgetting model"], pairs["oracle"], seed)
-    return {"steps": steps, "success": s, "floor": f, "unchanged": u, "excess": s - f, "low": low, "high": high,
+    return {"success": s, "floor": f, "unchanged": u, "excess": s - f, "low": low, "high": high,
             "residual": (s - f) / (u - f) if u - f > APART else None, "withstood": low <= 0,
             "images": sum(count for _, count in pairs["forgetting model"])}
+
+
+def grounding_rows(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
+                   seeds: Sequence[int], images: int) -> dict[tuple[str, str], dict[str, float | int | None]]:
+    """The grounding attack's figures as `at_budget` has them, by (attack, ""); none without gated layers, or where the
+    concept is no object. An oracle without gated layers gets the forgetting model's.
+    """
+    if not is_gated(denoiser(session.pipe)) or concept.kind != "object":
+        return {}
+    others = [replace(session, pipe=grounded_oracle(oracle, session.pipe)) for oracle in oracles]
+
+    def counted(model: Session, change: Patch | None, seed: int) -> pd.DataFrame:
+        def measure() -> pd.DataFrame:
+            shown = grounding_attack(model, concept, change, each=images, seed=seed)
+            return pd.DataFrame([{"attack": a.name, "successes": a.successes, "images": a.count} for a in shown])
+
+        return _cached(model, change, measure, [
+            concept.kind, concept.name, "grounding", images, seed, digest_of(model.pipe.grounding)])
+
+    known = [counted(session, None, seed) for seed in seeds]
+    tables = {"forgetting model": known if patch is None else [counted(session, patch, seed) for seed in seeds],
+              "oracle": [counted(one, None, seed) for one in others for seed in seeds], "unchanged model": known}
+    return {(attack, ""): {"steps": 0, **above_the_floor({
+        name: [(int(table["successes"][number]), int(table["images"][number])) for table in some]
+        for name, some in tables.items()}, seeds[0])} for number, attack in enumerate(known[0]["attack"])}
 
 
 def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str,
@@ -111,9 +149,14 @@ def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: st
     def measure() -> Curve:
         return success_curve(session, concept, patch, attack, tries)
 
-    cache = session.sampling.cache
-    return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, [
+    return _cached(session, patch, measure, [
         concept.kind, concept.name, attack, list(tries.at), tries.images, tries.seed])
+
+
+def _cached(session: Session, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:
+    """What `measure` finds; of an unpatched model it is kept in the session's cache."""
+    cache = session.sampling.cache
+    return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, said)
 
 
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:

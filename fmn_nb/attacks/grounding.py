@@ -8,7 +8,7 @@ success is the floor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -71,23 +71,34 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
     require_gated(session.pipe)
     if concept.kind != "object":
         raise MeasurementError(f"boxes name objects; {concept.name!r} is of the kind {concept.kind}")
-    how = how or How(steps=session.sampling.steps)
+    how, said = how or How(steps=session.sampling.steps), {concept.name: synonym or SYNONYM.format(concept.name)}
     asked = session.fresh_drawings(concept, each, seed)
-    others = [name for name in session.vocabulary.others(concept).objects] or ["thing"]
-    said = {concept.name: synonym or SYNONYM.format(concept.name)}
-    attacks: list[Attack] = []
+    started, attacks = perf_counter(), []
+    base = shown_by_way(session, concept, None, asked, how, said)
+    after = base if patch is None else shown_by_way(session, concept, patch, asked, how, said)
+    seconds = (perf_counter() - started) / len(WAYS)
     for way in WAYS:
-        started, chosen = perf_counter(), replace(how, said=said if way.synonym else {})
-        base = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, chosen))
-        after = base
-        if patch is not None:
-            with session.patched(patch):
-                after = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, chosen))
-        before = attacks[0].after if attacks else share_of(after)
-        found = {"base": float(base.mean()), "strength": how.strength, **({"said": said} if way.synonym else {})}
-        attacks.append(Attack(f"grounding: {way.name}", int(after.sum()), len(after), before, 0,
-                              perf_counter() - started, found))
+        found = {"base": float(base[way.name].mean()), "strength": how.strength}
+        found |= {"said": said} if way.synonym else {}
+        attacks.append(Attack(f"grounding: {way.name}", int(after[way.name].sum()), len(asked),
+                              share_of(after["prompt"]), 0, seconds, found))
     return attacks
+
+
+def shown_by_way(session: Session, concept: Concept, patch: Patch | None, asked: Sequence[Drawing], how: How,
+                 said: Mapping[str, str]) -> pd.DataFrame:
+    """Whether each image shows the concept: a row for each drawing, a column for each way to ask.
+
+    Args:
+        said: concept's name -> the words that the synonym's box says in its place.
+    """
+    others = list(session.vocabulary.others(concept).objects) or ["thing"]
+    shown = {}
+    with session.patched(patch):
+        for way in WAYS:
+            worded = replace(how, said=said if way.synonym else {})
+            shown[way.name] = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, worded))
+    return pd.DataFrame(shown)
 
 
 def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = None) -> pd.DataFrame:

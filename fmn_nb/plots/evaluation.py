@@ -173,7 +173,7 @@ def floor_figure(attacks: pd.DataFrame) -> InlineFigure:
     if attacks.empty:
         raise ValueError("no attacks to show")
     figure, (axes,) = new_figure(6.0, 0.8 + 0.32 * len(attacks))
-    places, names = range(len(attacks))[::-1], [f"{attack}, {int(row.steps)} steps ({budget})"
+    places, names = range(len(attacks))[::-1], [f"{attack}, {int(row.steps)} steps ({budget})" if budget else attack
                                                 for (attack, budget), row in attacks.iterrows()]
     axes.hlines(places, attacks["floor"], attacks["success"], color="0.7", zorder=0)
     axes.scatter(attacks["floor"], places, facecolors="none", edgecolors=DARK, label="oracle: the floor", zorder=3)

@@ -6,6 +6,7 @@ table.
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
     OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
+    OUT/excess.csv                      what attacks find above an oracle's floor, where there was one
     OUT/*.png                           forgetting against keeping, every concept a point; what each preset costs
 """
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from fmn_nb.runs.measure import Bench
 
 SETTINGS_FILE = "settings.yaml"
-TABLE_FILE, RESULTS_FILE = "results.csv", "results.json"
+TABLE_FILE, RESULTS_FILE, EXCESS_FILE = "results.csv", "results.json", "excess.csv"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
 TUNED_ON = "tuned_on"  # in the settings file: the concepts by which its settings were chosen, in no mean
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
@@ -281,6 +282,10 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
     budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
     attack = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
+    if len(excess := excess_of(found, made.get(TUNED_ON, ()))):
+        write_text(out / EXCESS_FILE, excess.to_csv(index=False, lineterminator="\n"))
+        first = next(result["oracle"]["compared_with"] for result in found.values() if "oracle" in result)
+        attack["oracle"] = {**first, "summary": excess_summary(excess)}
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
@@ -326,6 +331,42 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
         row |= {**_with_bounds("attack_success", attack["success"], attack["low"], attack["high"]),
                 "attack_images": attack["count"]}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
+    """A row for each job, attack and budget that was measured beside an oracle: success, floor, unchanged, excess with
+    its 95% interval, residual knowledge, and the steps to revive of the forgetting model and the oracle.
+    """
+    import pandas as pd
+
+    rows = []
+    for job, result in found.items():
+        revive = result.get("oracle", {}).get("steps_to_revive", {})
+        for attack in result.get("oracle", {}).get("attacks", ()):
+            back = revive.get(attack["attack"], {})
+            rows.append({"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
+                         "h_of_ceiling": _row(job, result)["h_of_ceiling"], **attack,
+                         "steps_to_revive": back.get("forgetting model"), "oracle_steps": back.get("oracle"),
+                         "tuned_on": job.concept.name in tuned})
+    return pd.DataFrame(rows).round(6)
+
+
+def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each preset, attack and budget the means over concepts, with 95% intervals bootstrapped over them.
+
+    Concepts that settings were tuned on count only where there are no others.
+    """
+    if not excess["tuned_on"].all():
+        excess = excess[~excess["tuned_on"]]
+    rows = []
+    for (preset, attack, budget), group in excess.groupby(["preset", "attack", "budget"], sort=False):
+        means = group.groupby("concept", sort=False)[["success", "floor", "unchanged", "excess"]].mean()
+        row: dict[str, Any] = {"preset": preset, "attack": attack, "budget": budget, "concepts": len(means),
+                               "steps": int(group["steps"].iloc[0])}
+        for name, values in means.items():
+            row |= _mean(name, values)
+        rows.append(row)
+    return rows
 
 
 def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:

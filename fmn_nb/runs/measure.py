@@ -1,8 +1,8 @@
 """The job of a benchmark: forget one concept with one preset and one seed, and measure.
 
 Measured are UA, IRA, CRA and H (`fmn_nb.evaluation.measures`), for an ambiguous word the share of images with the
-reading that is to show instead, what it cost, and, where wanted, whether concept inversion brings the concept back.
-What the unchanged model draws for several jobs is drawn once.
+reading that is to show instead, what it cost, and, where wanted, whether concept inversion brings the concept back, and
+what all attacks find above an oracle's floor. What the unchanged model draws for several jobs is drawn once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.attacks.attack import InversionBudget, concept_inversion
+from fmn_nb.attacks.budgets import read_budgets
+from fmn_nb.attacks.floor import compared
 from fmn_nb.concepts.concept import Concept
+from fmn_nb.concepts.world import untaught_of
 from fmn_nb.evaluation.measures import judge_images, measure, with_ceiling
 from fmn_nb.evaluation.protocol import drawings, probe_shares
 from fmn_nb.evaluation.session import Sampling, Session, images_at_once
@@ -28,6 +31,8 @@ from fmn_nb.models.pipelines import load
 from fmn_nb.patches.patch import Patch
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from fmn_nb.runs.benchmark import Job
 
 SCHEMA = 1
@@ -39,7 +44,7 @@ _COSTS = ("steps", "seconds", "stopped_because", "trainable_parameters", "patch_
           "loss_first", "loss_last")
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _session(model: str, sampling: Sampling) -> Session:
     """The session with a model of a known world, once a process."""
     pipe = load(model)
@@ -55,6 +60,8 @@ class Bench:
         work: a folder with one file for each job that is done (whole or absent), and what the unchanged model draws.
         attack: the budget of a concept inversion after each job of `attack_seed`, or None for none: an inversion takes
             as long as a fine-tune, so one seed has to do.
+        oracles: models that were never taught some of the concepts. For these, jobs of `attack_seed` end in all attacks
+            at their budgets beside the oracles (`fmn_nb.attacks.floor`).
     """
 
     model: str
@@ -62,6 +69,7 @@ class Bench:
     sampling: Sampling = Sampling()
     attack: InversionBudget | None = None
     attack_seed: int = 0
+    oracles: tuple[str, ...] = ()
 
     @property
     def session(self) -> Session:
@@ -97,11 +105,27 @@ class Bench:
             return None
         result = read_json(file)
         attacked = not self.attacks(job) or result.get("attack", {}).get("budget") == asdict(self.attack)
-        return result if attacked else None
+        compared = not self.compares(job) or result.get("oracle", {}).get("compared_with") == self.compared_with
+        return result if attacked and compared else None
 
     def attacks(self, job: Job) -> bool:
         """Whether the job ends in an attack."""
         return self.attack is not None and job.seed == self.attack_seed
+
+    def compares(self, job: Job) -> bool:
+        """Whether the job ends beside the oracles: one that was taught its concept says nothing about it."""
+        return job.seed == self.attack_seed and bool(self.oracles) and all(
+            job.concept.name in untaught_of(oracle) for oracle in self.oracle_pipes)
+
+    @property
+    def oracle_pipes(self) -> list[DiffusionPipeline]:
+        """The oracles."""
+        return [_session(oracle, self.sampling).pipe for oracle in self.oracles]
+
+    @cached_property
+    def compared_with(self) -> dict[str, Any]:
+        """What a comparison with the oracles depends on, beside the job."""
+        return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source}
 
     def attempt(self, job: Job) -> str | None:
         """Do the job and keep its result; the error's text where it failed."""
@@ -134,6 +158,10 @@ def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
     if bench.attacks(job):
         attack = concept_inversion(session, job.concept, patch, budget=bench.attack, seed=job.seed)
         result["attack"] = {"budget": asdict(bench.attack), **attack.to_dict()}
+    if bench.compares(job):
+        kept = replace(session, sampling=replace(session.sampling, cache=cache))
+        found = compared(kept, job.concept, patch, bench.oracle_pipes, job.seed, job.size)
+        result["oracle"] = {"compared_with": bench.compared_with, **found.to_metrics()}
     return result | {"seconds": round(perf_counter() - started, 3)}
 
 

@@ -5,7 +5,7 @@ from gated import gated
 from judges import cats
 from quick import quick
 
-from fmn_nb.attacks import grounded_oracle, grounding_attack, grounding_table
+from fmn_nb.attacks import floor, grounded_oracle, grounding_attack, grounding_table
 from fmn_nb.attacks.grounding import WAYS
 from fmn_nb.concepts import Concept
 from fmn_nb.control import How, InteractionError
@@ -30,8 +30,8 @@ def test_each_way_counts_what_the_judge_sees_with_and_without_the_patch(pipe):
     handle = pipe.text_encoder.register_forward_pre_hook(
         lambda _m, args, given: said.append(pipe.tokenizer.batch_decode(args[0] if args else given["input_ids"],
                                                                         skip_special_tokens=True)), with_kwargs=True)
-    try:  # of each way the calls without the patch, then with it
-        attacks = attacked(pipe, cats(4, 1, 3, 2, 4, 3, 2, 0), patch)
+    try:  # the four ways without the patch, then with it
+        attacks = attacked(pipe, cats(4, 3, 4, 2, 1, 2, 3, 0), patch)
     finally:
         handle.remove()
     assert weights_checksum(pipe) == before
@@ -53,6 +53,24 @@ def test_success_minus_the_oracles_floor(pipe):
     assert "floor" not in grounding_table(attacks)
     with pytest.raises(MeasurementError, match="the floor is of other attacks"):
         grounding_table(attacks, floor[:2])
+
+
+def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe, oracle, monkeypatch, tmp_path):
+    """The unchanged model and the oracle are asked once: what they showed is kept."""
+    monkeypatch.setattr(floor, "grounding_attack", lambda *given, **options: grounding_attack(
+        *given, **options, how=HOW))
+
+    def rows(judge):
+        session = Session.of(pipe, judge, steps=2, cache=tmp_path)
+        return floor.grounding_rows(session, Concept("cat"), quick(pipe, "cat"), [oracle], [0], 4)
+
+    found = rows(cats(*[4] * 4, *[4] * 4, 0, 3, 3, 0, 0, 1, 0, 0))  # unchanged; patched: base, after; oracle
+    box = found["grounding: box", ""]
+    assert (box["success"], box["floor"], box["unchanged"], box["excess"], box["steps"]) == (0.75, 0.25, 1, 0.5, 0)
+    assert found["grounding: prompt", ""]["excess"] == 0 and len(found) == len(WAYS)
+    again = rows(cats(*[4] * 4, 0, 2, 3, 0))
+    assert again["grounding: box", ""]["success"] == 0.5 and again["grounding: box", ""]["floor"] == 0.25
+    assert not floor.grounding_rows(Session.of(emoji), Concept("cat"), None, [emoji], [0], 4), "no gated layers"
 
 
 def test_an_oracle_gets_the_same_head(emoji, pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from sessions import few_drawings
 from fmn_nb.attacks.attack import InversionBudget
 from fmn_nb.cli import main
 from fmn_nb.emoji.world import VOCABULARY
+from fmn_nb.evaluation.oracle import OracleReport
 from fmn_nb.evaluation.session import Sampling
 from fmn_nb.files import read_json
 from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
@@ -21,7 +23,9 @@ from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 from fmn_nb.runs import executors, measure
 from fmn_nb.runs.benchmark import (
     COSTS,
+    EXCESS_FILE,
     BenchmarkError,
+    excess_summary,
     plan_jobs,
     read_overrides,
     run_benchmark,
@@ -289,6 +293,39 @@ def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few) -> None
     table = pd.read_csv(run(attacked, jobs) / "results.csv")
     assert table["attack_images"].fillna(0).tolist() == [2, 0]
     assert all(attacked.stored(job) for job in jobs), "both are done"
+
+
+def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, oracle_folder, monkeypatch) -> None:
+    rows = {("relearning", "first"): {"steps": 2, "success": 0.75, "floor": 0.25, "unchanged": 1.0, "excess": 0.5,
+                                      "low": 0.1, "high": 0.9, "residual": 2 / 3, "withstood": False, "images": 4}}
+    attacks = pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"]))
+    revive = pd.DataFrame({"forgetting model": [2.0], "oracle": [float("nan")]}, index=["relearning"])
+    asked = []
+
+    def compared(session, concept, patch, oracles, seed, size):
+        asked.append((concept.name, seed, len(oracles), session.sampling.cache))
+        return OracleReport(attacks, revive, budgets="fixed")
+
+    monkeypatch.setattr(measure, "compared", compared)
+    beside = replace(bench, oracles=(str(oracle_folder),))
+    jobs = short_plan("cat", "dog", presets=("balanced",), seeds=(0, 1))
+    out = run(beside, jobs)
+    assert asked == [("cat", 0, 1, bench.work / CACHE)], "the dog was taught, and one seed has to do"
+    (row,) = pd.read_csv(out / EXCESS_FILE).to_dict("records")
+    assert (row["concept"], row["attack"], row["excess"], row["steps_to_revive"]) == ("cat", "relearning", 0.5, 2)
+    said = read_json(out / "results.json")["oracle"]
+    assert said["summary"][0]["excess"] == 0.5 and said["budgets"] and len(said["oracles"]) == 1
+    assert beside.stored(jobs[0]) and not bench.oracles and bench.stored(jobs[0]), "done, with it and without"
+    monkeypatch.setattr(measure, "read_budgets", lambda: SimpleNamespace(source="others"))
+    assert replace(beside).stored(jobs[0]) is None and replace(beside).stored(jobs[1]), "other budgets"
+
+
+def test_excess_is_averaged_over_concepts_that_no_tuning_saw() -> None:
+    rows = [{"concept": name, "preset": "uce", "attack": "relearning", "budget": "first", "steps": 2, "success": s,
+             "floor": 0.1, "unchanged": 1.0, "excess": s - 0.1, "tuned_on": name == "cat"}
+            for name, s in (("cat", 1.0), ("dog", 0.3), ("frog", 0.5))]
+    (mean,) = excess_summary(pd.DataFrame(rows))
+    assert mean["concepts"] == 2 and mean["excess"] == pytest.approx(0.3) and len(mean["excess_ci95"]) == 2
 
 
 def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
