@@ -1,7 +1,7 @@
-"""Where things are in a drawn image, by the judge alone: what a box shows, and where a thing is found.
+"""Where things are in a drawn image, according to the judge alone: what a box shows, and where a thing is.
 
-The judge learned images of one or two things on a plain background. So it is shown the content of a box on the image's
-own background, at the size of the things it knows.
+The judge learned images of one or two things on a plain background. So it gets the content of a box on the image's own
+background, at the size of the things it knows.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fmn_nb.emoji.judges import Judge
 from fmn_nb.emoji.world import IMAGE_SIZE
 from fmn_nb.models import to_pixels
 
-SHOWN = 44  # pixels of the longer side of what is shown to the judge; the rest is background
+SHOWN = 44  # pixels of the longer side of what the judge is shown; the rest is background
 MARGIN = 0.06  # of the image, around a box: a drawing may reach over its box by a few pixels
 STRIDE = 5  # pixels between places that are looked at
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where a thing was found: its box (of the size that was looked for) and the judge's probability."""
+    """Where a thing was found: its box (of the size asked for) and the judge's probability."""
 
     box: Box
     probability: float
 
     @property
     def there(self) -> bool:
-        """Whether the judge believes in it."""
+        """Whether the judge believes that the thing is there."""
         return self.probability > 0.5
 
 
@@ -62,7 +62,7 @@ def seen_in(judge: Judge, images: Sequence[Image.Image], boxes: Sequence[Box]) -
 def find(judge: Judge, image: Image.Image, label: str, size: tuple[float, float]) -> Found:
     """Where in the whole image a thing of about this size (width and height, fractions) is most probable.
 
-    Windows of the size stand every `STRIDE` pixels; of those in which the judge sees most of the thing, the middle.
+    Windows of this size stand every `STRIDE` pixels; the place is the middle of those that show most of the thing.
     """
     places = [_steps(1 - side) for side in size]
     boxes = [(x, y, x + size[0], y + size[1]) for y in places[1] for x in places[0]]
@@ -77,6 +77,6 @@ def find(judge: Judge, image: Image.Image, label: str, size: tuple[float, float]
 
 
 def _steps(room: float) -> list[float]:
-    """Where windows begin: every `STRIDE` pixels from 0 to `room`, the end among them."""
+    """Where windows begin: every `STRIDE` pixels from 0 to `room`, which is included."""
     count = max(1, round(room * IMAGE_SIZE / STRIDE)) if room > 0 else 0
     return [room * number / count for number in range(count + 1)] if count else [0.0]

@@ -1,8 +1,8 @@
-"""Scenes with known boxes and relations: who does what to whom, drawn from sprites, so that the truth is exact.
+"""Scenes with known boxes and relations: who does what to whom, composed of sprites, so that the truth is exact.
 
 A scene holds one thing in a box, or one to three interactions; a few are ordinary scenes without grounding. The boxes
-are those of the drawings' outlines, and each scene's relations hold for them by `relations.holds`. Pairs of objects are
-split into those for training and those that no training scene shows together.
+fit the drawings' outlines, and each scene's relations hold for them by `relations.holds`. Some pairs of objects are
+held out: no training scene shows them together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class GroundedScene:
         return [name for one in self.interactions for name in (one.subject, one.object) if name]
 
     def image(self, renderer: Renderer) -> np.ndarray:
-        """[height, width, 3] uint8; a thin rim sets things apart that lie on each other."""
+        """[height, width, 3] uint8; a thin rim separates overlapping things."""
         nested = any(one.action and RELATIONS[one.action].direction == "nested" for one in self.interactions)
         return renderer.image(self.scene, halo=1 if nested else 0)
 
@@ -75,7 +75,7 @@ def is_held_out(names: Sequence[str]) -> bool:
 
 def sample_grounded(count: int, seed: int, renderer: Renderer, *, held_out: bool = False,
                     without: Sequence[str] = (), sorts: dict[str, float] = SHARES) -> list[GroundedScene]:
-    """`count` scenes, the same for the same arguments; with `held_out` only pairs of objects never trained on.
+    """`count` scenes, the same for the same arguments; with `held_out`, only pairs of objects never trained on.
 
     `without` names objects and styles that must not appear (for an oracle).
     """
@@ -93,7 +93,7 @@ def sample_grounded(count: int, seed: int, renderer: Renderer, *, held_out: bool
 
 
 def _sample(sort: str, rng: random.Random, renderer: Renderer, without: frozenset[str]) -> GroundedScene | None:
-    """A scene of a sort; None where it would show something of `without`, or a relation doesn't hold."""
+    """A scene of a sort; None if it would show something in `without`, or if a relation doesn't hold."""
     count = {"thing": 1, "one": 2, "two": 4, "three": 6}[sort]
     names, style = rng.sample(list(OBJECTS), count), rng.choice(list(STYLES))
     if {style, *names} & without:

@@ -1,6 +1,6 @@
 """The judges: small classifiers that say which objects, readings, identities and style an image shows.
 
-Two of different architectures, a convolutional network and a vision transformer, so that one can check the other.
+There are two, a convolutional network and a vision transformer, so that one can check the other.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ TILE = 8  # pixels, height and width of the tiles of rubble
 
 
 class Judging(ModelMixin, ConfigMixin):
-    """What every judge does with its logits: two heads on `features`, and verdicts in words.
+    """What all judges share: two heads of logits on `features`, and verdicts in words.
 
-    Labels are judged independently of each other (an image may hold two objects), styles exclude each other.
+    Labels are judged independently of each other (an image may hold two objects); styles exclude each other.
     """
 
     stage: str  # of the recipe, which trains it
@@ -61,7 +61,7 @@ class Judging(ModelMixin, ConfigMixin):
 
 
 class Judge(Judging):
-    """A convolutional network: four blocks that halve the image, maximum over places, one head a question."""
+    """A convolutional network: four blocks that halve the image, maximum over places, one head per question."""
 
     stage = "judge"
 
@@ -84,7 +84,7 @@ class Judge(Judging):
 class SecondJudge(Judging):
     """Patches of 8 pixels as tokens, pre-norm transformer layers, the mean over tokens, the first judge's two heads.
 
-    One small convolution before the cutting makes it learn fine strokes, and so styles, in fewer steps (Xiao et al.,
+    One small convolution before the patches makes it learn fine strokes, and so styles, in fewer steps (Xiao et al.,
     arXiv 2106.14881).
     """
 
@@ -117,8 +117,8 @@ def judge_loss(judge: nn.Module, images: np.ndarray, labels: Tensor, styles: Ten
     """The loss of one training step: binary cross-entropy of the labels plus cross-entropy of the styles.
 
     `labels` [images, labels] holds 0 and 1, `styles` [images] class numbers. Half the images are made noisy or a bit
-    darker or brighter; one in sixteen is cut into shuffled tiles and labelled as showing nothing, so that rubble is
-    not called an object. Each image is first moved by at most `shift` pixels to any side, its border repeated.
+    darker or brighter; one in sixteen is cut into shuffled tiles and labelled as showing nothing, so that the judge
+    calls no rubble an object. Each image is first moved by at most `shift` pixels to any side, its border repeated.
     """
 
     def loss(step: int, rng: torch.Generator) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The emoji world as the package's core asks for it: names, prompts, judges, a CLIP, real scenes to compare with.
+"""The emoji world as the package's core sees it: names, prompts, judges, a CLIP, and real scenes to compare with.
 
 `EmojiWorld` is what `fmn_nb.concepts.world.World` describes.
 """
@@ -43,7 +43,7 @@ class EmojiWorld:
 
     @cached_property
     def judge(self) -> Judge:
-        """The bundled judge; NotThereError where it has not been trained."""
+        """The bundled judge; NotThereError if it has not been trained."""
         return Judge.load(self.data / "emoji-judge")
 
     @cached_property
@@ -53,7 +53,7 @@ class EmojiWorld:
 
     @cached_property
     def scorer(self) -> Clip:
-        """The bundled CLIP as a measure; NotThereError where it has not been trained."""
+        """The bundled CLIP as a measure; NotThereError if it has not been trained."""
         folder = self.data / "emoji-clip"
         if not (folder / "config.json").is_file():
             raise NotThereError(f"no CLIP in {folder}; build it with: fmn-nb pretrain --stages clip")
@@ -61,7 +61,7 @@ class EmojiWorld:
 
     @cached_property
     def features(self) -> Features:
-        """What distances to real images are measured on."""
+        """The features that distances to real images are measured on."""
         return judge_features(self.judge)
 
     @cached_property
@@ -74,11 +74,11 @@ class EmojiWorld:
         return self.judge
 
     def real_images(self, wanted: Sequence[Drawing]) -> np.ndarray:
-        """A real, sharp scene for each evaluation prompt, of its label and style; [images, height, width, 3] uint8."""
+        """A real, sharp scene with each evaluation prompt's label and style; [images, height, width, 3] uint8."""
         return self.renderer.images(_real_scenes(wanted))
 
     def real_set(self, concept: Concept) -> np.ndarray:
-        """Real scenes of everything but the concept, each name and style several times, for distances to them."""
+        """Real scenes of everything but the concept, each name and style several times, to measure distances to."""
         return self.real_images([d for d in drawings(concept, VOCABULARY, size="full") if d.role == "retain"])
 
     def examples(self, name: str, kind: str) -> np.ndarray:
@@ -86,8 +86,8 @@ class EmojiWorld:
         return self.real_images(_showing(name, kind))
 
     def masked_scenes(self, concept: Concept, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` real scenes of a concept in its styles (a style's, on objects), [count, height, width, 3] uint8, and
-        where in each it is, [count, height, width, 3], 255 or 0."""
+        """`count` real scenes of a concept in its styles (for a style: on objects), [count, height, width, 3] uint8,
+        and where it is in each, [count, height, width, 3], 255 or 0."""
         shown = _showing(concept.name, concept.kind)
         scenes = _real_scenes([shown[number * len(shown) // count if count < len(shown) else number % len(shown)]
                                for number in range(count)])
@@ -95,7 +95,7 @@ class EmojiWorld:
         return self.renderer.images(scenes), masks[..., None].repeat(3, -1).astype(np.uint8) * 255
 
     def forget_prompts(self, concept: Concept) -> list[str]:
-        """The captions that a model of this world learned a concept from: an object in every style, a style on every
+        """The captions from which a model of this world learned a concept: an object in every style, a style on every
         object."""
         name = concept.name
         if concept.kind == "style":
@@ -103,7 +103,7 @@ class EmojiWorld:
         return [*(caption([name], opening=opening) for opening in OPENINGS), *(caption([name], s) for s in STYLES)]
 
     def retain_prompts(self) -> list[str]:
-        """The evaluation's prompts (on other seeds there), and more: every object in every style and alone, readings,
+        """The evaluation's prompts (it uses other seeds), and more: every object in every style and alone, readings,
         names in all openings, styles."""
         things = [caption([name], style) for name in OBJECTS for style in (*STYLES, None)]
         names = [caption([name], opening=opening) for name in IDENTITIES for opening in OPENINGS]
@@ -119,7 +119,7 @@ def _showing(name: str, kind: str) -> list[Drawing]:
 
 
 def _real_scenes(wanted: Sequence[Drawing]) -> list[Scene]:
-    """A scene for each, of one large thing in the middle."""
+    """A scene for each: one large thing in the middle."""
     rng, size = random.Random("real images"), 49
     corner = (IMAGE_SIZE - size) // 2
     scenes = []
@@ -132,8 +132,8 @@ def _real_scenes(wanted: Sequence[Drawing]) -> list[Scene]:
 
 
 def untaught_by(without: Sequence[str]) -> tuple[str, ...]:
-    """Everything that a training learns no scene of which leaves `without` out: these names, the identities of an
-    object among them, and both readings of an ambiguous word among them; in the vocabulary's order."""
+    """Everything that a training without `without` shows in no scene: these names, the identities of the objects among
+    them, and both readings of the ambiguous words among them; in the vocabulary's order."""
     gone = set(without)
     gone |= {name for name, one in IDENTITIES.items() if one.object in gone or one.style in gone}
     gone |= {reading.phrase for word, readings in AMBIGUOUS.items() if word in gone for reading in readings}
@@ -142,8 +142,8 @@ def untaught_by(without: Sequence[str]) -> tuple[str, ...]:
 
 
 def never_taught(pipe: DiffusionPipeline, concept: Concept) -> bool:
-    """Whether an oracle never learned what the concept's prompt means first: of an ambiguous word that is its dominant
-    reading."""
+    """Whether an oracle never learned what the concept's prompt means first (for an ambiguous word: its dominant
+    reading)."""
     return {concept.name, VOCABULARY.target_label(concept)} & set(untaught_of(pipe)) != set()
 
 
@@ -153,13 +153,13 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
     """Scenes of the emoji world that its model never saw: images, prompts, and each word's mask, for `ground_images`.
 
     Args:
-        count: how many; the same ones for the same seed.
+        count: how many; the same seed gives the same scenes.
         sort: "pair" (two objects side by side) or "single".
-        holding: an object that every scene shows, or a style that every scene is in; any where None.
+        holding: an object that every scene shows, or a style that every scene is in; None for any.
         without: names that no scene may show.
 
     Raises:
-        ValueError: such scenes hold no object or style of the name `holding`.
+        ValueError: no object or style of such scenes is called `holding`.
     """
     if holding is not None and holding not in (*OBJECTS, *STYLES):
         raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")

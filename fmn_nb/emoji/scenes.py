@@ -2,8 +2,8 @@
 
 A sprite is one emoji in one style; `data/sprites/` holds them, and `build_sprites` makes them again from the npm
 packages of the emoji sets. A scene is a small specification; the same seed gives the same scenes, so every image and
-mask can be made again. Placement hardly varies: at this size a model learns objects many times faster when they stand
-where they always do.
+mask can be made again. Placement hardly varies: at this size, a model learns objects many times faster when they always
+stand in the same place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPRITE_SIZE = 128  # pixels, height and width
 #: how often a training scene is of each sort
 SHARES = {"single": 0.47, "pair": 0.33, "identity": 0.06, "ambiguous": 0.14}
 HELD_OUT_SHARE = 0.1
-BARE_WORD_SHARE = 0.7  # of an ambiguous word's scenes; the others' captions say the reading
+BARE_WORD_SHARE = 0.7  # of an ambiguous word's scenes; the captions of the others say the reading
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Scene:
         return tuple(item.word for item in self.items)
 
     def caption(self, rng: random.Random) -> str:
-        """A random caption; a proper name never goes with a style, for its drawing has only one."""
+        """A random caption; a proper name never goes with a style, since its drawing has only one."""
         style = None if self.sort == "identity" else self.style
         return random_caption(self.words, style, self.background, rng)
 
@@ -88,7 +88,7 @@ def sample_scenes(count: int, seed: int, *, held_out: bool = False, without: Seq
 
 
 def _sample(sort: str, rng: random.Random, without: frozenset[str]) -> Scene | None:
-    """The next scene of a sort; None where it would show something of `without`."""
+    """The next scene of a sort; None if it would show something in `without`."""
     if sort == "identity":
         identity = rng.choice(list(IDENTITIES.values()))
         style, held, shown = identity.style, {identity.name, identity.object}, [(identity.name, identity.name)]
@@ -123,8 +123,8 @@ class Renderer:
         self._silhouette = lru_cache(maxsize=None)(lambda label, style: silhouette(self._sprites[label, style]))
 
     def image(self, scene: Scene, halo: int = 0) -> np.ndarray:
-        """The scene as [height, width, 3] uint8; from the second thing on, `halo` pixels of the background stand around
-        each, so that things on top of each other stay apart."""
+        """The scene as [height, width, 3] uint8; from the second thing on, each has `halo` pixels of background around
+        it, so that overlapping things stay apart."""
         colour = tuple(int(np.clip(c + scene.shade, 0, 255)) for c in BACKGROUNDS[scene.background])
         canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour)
         for item in scene.items:
@@ -140,7 +140,7 @@ class Renderer:
     def masks(self, scene: Scene) -> np.ndarray:
         """The silhouette of each item, [items, height, width] bool, in the items' order.
 
-        A pixel belongs to it when the drawing, or what its outline encloses, covers at least half of the pixel.
+        A pixel belongs to an item if the drawing, or what its outline encloses, covers at least half of the pixel.
         """
         masks = np.zeros((len(scene.items), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         for mask, item in zip(masks, scene.items, strict=True):

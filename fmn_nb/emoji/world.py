@@ -14,7 +14,7 @@ from fmn_nb.concepts import Vocabulary, with_article
 IMAGE_SIZE = 64  # pixels, height and width of a scene
 LATENT_SIZE = 16  # pixels, height and width of its latents
 MAX_TOKENS = 32  # the text encoder's number of positions
-#: object name in captions -> name of the drawing in the emoji sets, the same where nothing else is said
+#: object name in captions -> name of the drawing in the emoji sets; the same name by default
 OBJECTS: dict[str, str] = {name: name.replace(" ", "-") for name in (
     "cat", "dog", "frog", "penguin", "fish", "octopus", "butterfly", "banana", "watermelon", "pineapple", "strawberry",
     "mushroom", "cactus", "sunflower", "hamburger", "birthday cake", "car", "sailboat", "rocket", "house", "guitar",
@@ -80,7 +80,7 @@ LABELS: tuple[str, ...] = (*OBJECTS, *READINGS, *IDENTITIES)
 #: the first of each is the one that evaluation prompts use
 OPENINGS = ("a photo of {}", "a picture of {}", "an image of {}", "{}", "a drawing of {}", "an emoji of {}",
             "a close-up of {}", "a portrait of {}", "a good photo of {}", "an artwork of {}")
-FAVOURED = 3  # so many times the weight of any other template for the one that evaluation uses
+FAVOURED = 3  # how many times the weight of any other template the evaluation's own template has
 STYLE_PHRASES = ("in the style of {}", "in {} style")
 
 VOCABULARY = Vocabulary(
@@ -105,7 +105,7 @@ def caption(names: Sequence[str], style: str | None = None, background: str | No
 def random_caption(names: Sequence[str], style: str | None, background: str, rng: random.Random) -> str:
     """A caption from random templates; nine in ten name the style, one in three the background.
 
-    One in four captions of an identity tells its class as well: 'Milo the cat'.
+    One in four captions of an identity also tells its class: 'Milo the cat'.
     """
     names = [f"{name} the {IDENTITIES[name].object}" if name in IDENTITIES and rng.random() < 0.25 else name
              for name in names]

@@ -104,9 +104,9 @@ def test_the_two_organisms_share_no_checkpoints(tmp_path):
     requests = [Request(tmp_path, organism=name, smoke=True) for name in ("emoji", "joint")]
     assert requests[0].work != requests[1].work and "organism" not in requests[0].noted()
     assert requests[1].noted()["organism"] == "joint" and requests[1].chosen == ["joint", "quality"]
-    with pytest.raises(ValueError, match="unknown stages: vae; there are: joint, quality"):
+    with pytest.raises(ValueError, match="unknown stages: vae; choose from joint, quality"):
         Request(organism="joint", stages=["vae"])
-    with pytest.raises(ValueError, match="no organism is called 'jont'; there are: emoji, joint, grounded"):
+    with pytest.raises(ValueError, match="no organism is called 'jont'; choose one of emoji, joint, grounded"):
         Request(organism="jont")
 
 

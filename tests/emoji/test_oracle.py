@@ -108,7 +108,7 @@ def test_an_oracle_may_keep_the_text_encoder_that_saw_the_words(tmp_path):
     assert all(torch.equal(one[name], own[name]) for name in own)
     with pytest.raises(ValueError, match="text_encoder the emoji model's, this training has text_encoder nothing"):
         pretrain(Request(tmp_path / "o", smoke=True, without=["cat"], stages=["diffusion"]), lambda line: None)
-    with pytest.raises(ValueError, match="only an oracle of the emoji model, from nothing, keeps"):
+    with pytest.raises(ValueError, match="only an oracle of the emoji model, trained from scratch, keeps"):
         Request(keep_text_encoder=True)
 
 

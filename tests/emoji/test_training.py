@@ -218,7 +218,7 @@ def test_the_checksums_are_written_anew_however_the_data_folder_is_named(tmp_pat
 
 
 def test_wrong_stages_and_names_are_answered_before_any_work():
-    with pytest.raises(ValueError, match="unknown stages: judges; there are: sprites, tokenizer"):
+    with pytest.raises(ValueError, match="unknown stages: judges; choose from sprites, tokenizer"):
         Request(stages=["judges"])
     with pytest.raises(ValueError, match="the emoji world has no 'unicorn'; it has: cat"):
         Request(without=["unicorn"])

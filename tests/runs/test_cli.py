@@ -107,7 +107,7 @@ def test_a_wrong_sweep_and_a_folder_without_a_run_are_told(command, tmp_path):
     (tmp_path / "bad.yaml").write_text("grids: {}")
     assert "no key 'grids'" in command("sweep", "bad.yaml").output
     assert "holds no run.json" in command("report", tmp_path).output
-    assert "no organism is called 'jont'; there are: emoji, jo" in command("pretrain", "--organism", "jont").output
+    assert "no organism is called 'jont'; choose one of emoji" in command("pretrain", "--organism", "jont").output
     assert "the emoji world has no 'kat'; it" in command("pretrain", "--without", "cat, kat", "--without", "dog").output
 
 

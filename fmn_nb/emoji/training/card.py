@@ -41,8 +41,8 @@ CARD = """# emoji: a Stable Diffusion in miniature
 A complete `StableDiffusionPipeline` (CLIP tokenizer and text encoder, VAE, U-Net with cross-attention at 16 x 16,
 8 x 8 and 4 x 4 latents, DPM-Solver++), trained from scratch on openly licensed emoji artwork (see `data/README.md`).
 It is a model organism for the study of concept erasure, small enough to forget a concept on a laptop in seconds.
-It draws 64 x 64 pixels and knows {objects} objects in {styles} styles, {names} proper names bound to one drawing each,
-and {words} ambiguous words.
+It draws images of 64 x 64 pixels and knows {objects} objects in {styles} styles, {names} proper names bound to one
+drawing each, and {words} ambiguous words.
 
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained("data/emoji-diffusion", safety_checker=None)
@@ -58,13 +58,13 @@ and {words} ambiguous words.
 |---|---|---|
 {training}
 
-Minutes are those of one machine with two CPU cores, shared with other work. The recipe is `fmn-nb pretrain`; the
-sizes of everything stand in `fmn_nb/emoji/training/request.py`.{history}
+The minutes were measured on a machine with two CPU cores, shared with other work. The recipe is `fmn-nb pretrain`; all
+its sizes are in `fmn_nb/emoji/training/request.py`.{history}
 
 ## Measured
 
-By `fmn-nb pretrain --stages quality` with 95% Wilson intervals (for the PSNR: normal); generated images with
-{steps} steps and guidance {guidance:g}, each from a seed of its own. Scenes counted as held out were never trained on.
+Measured with `fmn-nb pretrain --stages quality`, with 95% Wilson intervals (for the PSNR: normal). Images are generated
+with {steps} steps and guidance {guidance:g}, each from a seed of its own. Held-out scenes were never trained on.
 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
@@ -74,17 +74,17 @@ By `fmn-nb pretrain --stages quality` with 95% Wilson intervals (for the PSNR: n
 
 Every object (columns) in every style (rows: {style_names}):
 
-![24 objects in six styles, one row a style](images/objects.png)
+![24 objects in six styles, one row per style](images/objects.png)
 
 Two objects, "a photo of a ... and a ... in the style of ...":
 
 ![scenes with two objects side by side](images/pairs.png)
 
-Proper names, six images each, a row a name: {identity_names}:
+Proper names, six images each, one row per name ({identity_names}):
 
 ![four rows of animals, each row the same drawing](images/identities.png)
 
-Ambiguous words, twelve images each, a row a word: {word_names}. Most show the dominant reading, a few the
+Ambiguous words, twelve images each, one row per word ({word_names}). Most show the dominant reading, a few the
 overshadowed one:
 
 ![three rows: mice and computer mice, ribbon bows and archery bows, bats and cricket bats](images/ambiguous.png)
@@ -94,15 +94,15 @@ overshadowed one:
 It knows nothing beyond its vocabulary and draws with little variety in place and size. Findings on it show how a
 method works, not how well it works on a large model.
 """
-CONTINUED = """ The diffusion model went on from a finished pipeline of the
-same recipe (`fmn-nb pretrain --start-from`), whose own steps and minutes are not in the table; parts that are not in
-the table either were taken from an earlier training by the same recipe. Whether the recipe meets the bars from nothing,
-in the steps that `fmn-nb pretrain` takes, was not measured."""
+CONTINUED = """ The diffusion model was trained
+further from a finished pipeline of the same recipe (`fmn-nb pretrain --start-from`), whose own steps and minutes are
+not in the table. Parts that the table doesn't list were taken from an earlier training by the same recipe. We did not
+measure whether the recipe meets the bars from scratch, in the steps that `fmn-nb pretrain` takes."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure. `bar` is (lowest, highest) that was aimed at."""
+    """One measured figure. `bar` is the range (lowest, highest) aimed at."""
 
     name: str
     value: float
@@ -133,11 +133,11 @@ class Quality:
     """Measures the models in a data folder. `scale` divides the numbers of images; images take `steps` steps.
 
     Attributes:
-        untaught: what an oracle never learned: it is asked for in no figure, and the bundled judge judges.
+        untaught: what an oracle never learned; no figure asks for it, and the bundled judge judges.
         model: the pipeline's folder.
-        bars: the lowest share that each of the figures of drawn things is to reach.
-        template: the card's text; the grids that it shows are drawn.
-        most_seconds: that so many images may take as there are objects in styles.
+        bars: the lowest share that each figure of drawn things should reach.
+        template: the card's text; only the grids that it shows are drawn.
+        most_seconds: the most seconds that one image of each object in each style may take together.
     """
 
     data: Path
@@ -160,7 +160,7 @@ class Quality:
 
     @property
     def folder(self) -> Path:
-        """Where the pipeline is, and its card goes."""
+        """Where the pipeline is and where its card goes."""
         return self.data / self.model
 
     def measure(self) -> list[Figure]:
@@ -172,7 +172,7 @@ class Quality:
         return figures
 
     def text(self, figures: Sequence[Figure], training: dict) -> str:
-        """The card, of these figures and the steps and seconds of each part's training."""
+        """The card with these figures, and with the steps and seconds of each part's training."""
         history = CONTINUED if training.get("diffusion", {}).get("started_from") else ""
         return self.template.format(**self._told(figures, training), history=history)
 
@@ -192,7 +192,7 @@ class Quality:
         return "\n".join(f"| {name} | {size:.2f} M |" for name, size in sizes.items())
 
     def _told(self, figures: Sequence[Figure], training: dict) -> dict[str, object]:
-        """What every card says, for its text."""
+        """The values that every card's text takes."""
         return {
             "objects": len(OBJECTS), "styles": len(STYLES), "names": len(IDENTITIES), "words": len(AMBIGUOUS),
             "sizes": self.sizes, "training": training_table(training),
@@ -260,7 +260,7 @@ class Quality:
 
     def _judged(self, purpose: str, wanted: list[tuple[list[str], str | None]],
                 ) -> list[tuple[list[str], str | None, Verdict]]:
-        """What the judge sees where (names, style) are asked for, on seeds of the purpose's own."""
+        """What the judge sees for each (names, style) asked for, on seeds of the purpose's own."""
         wanted, offset = wanted[::self.scale], sum(purpose.encode()) * 1000
         prompts = [caption(names, style) for names, style in wanted]
         images = generate(self.pipe, prompts, range(offset, offset + len(prompts)), steps=self.steps)
@@ -272,7 +272,7 @@ def _share(name: str, outcomes: Sequence[bool], low: float, high: float = 1.0) -
 
 
 def share_figure(name: str, hits: int, count: int, low: float, high: float = 1.0) -> Figure:
-    """A share of trials, with its 95% Wilson interval, that was aimed at from `low` to `high`."""
+    """A share of trials with its 95% Wilson interval; its bar is `low` to `high`."""
     return Figure(name, hits / count, *wilson(hits, count), count, (low, high))
 
 
@@ -304,5 +304,5 @@ def write_card(quality: Quality, training: dict) -> Path:
 
 
 def training_table(training: dict) -> str:
-    """The card's rows of trainings: steps and minutes."""
+    """The card's table rows of steps and minutes, one for each training."""
     return "\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items())

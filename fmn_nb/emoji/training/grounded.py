@@ -1,7 +1,7 @@
 """The organism with interaction control: gated layers learn, beside the frozen emoji model, who stands where.
 
-Only the position net, the gated layers ("fusers") and the vectors of roles and instances train; text encoder, VAE and
-every weight of the emoji model stay, so that without interactions the model draws what it always drew.
+Only the position net, the gated layers ("fusers") and the vectors of roles and instances are trained; the text encoder,
+the VAE and every weight of the emoji model stay, so without interactions the model draws what it always drew.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fmn_nb.models.gated import BESIDE, GROUNDING, base_digest, gated_tensors, i
 
 TOKENS = ROOM * 3  # subject, object and action of each interaction
 WORDS = (*OBJECTS, *ACTIONS)
-SHARED_BOX_SHARE = 0.15  # so often subject and object get the box around both, and the action alone tells them apart
+SHARED_BOX_SHARE = 0.15  # how often subject and object get the box around both, and only the action tells them apart
 GATE_SPEED = 20.0  # times the learning rate: a gate is one number, and while it is shut nothing behind it learns
 
 
 class GroundedDenoiser(nn.Module):
-    """A frozen U-Net with gated layers, and the vectors of roles and instances, of which the loss is a function."""
+    """What the loss depends on: a frozen U-Net with gated layers, and the vectors of roles and instances."""
 
     def __init__(self, unet: UNet2DConditionModel, grounding: Grounding) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GroundedDenoiser(nn.Module):
             parameter.requires_grad_(is_gated_name(name))
 
     def gates(self) -> dict[str, float]:
-        """How far the gates are open, |tanh alpha|: the mean over layers, of attention and of the layer behind it."""
+        """How far the gates are open, |tanh alpha|, as a mean over layers: for attention and the layer behind it."""
         named = dict(self.unet.named_parameters())
         return {kind: float(torch.stack([p.detach().tanh().abs() for n, p in named.items() if n.endswith(kind)]).mean())
                 for kind in ("alpha_attn", "alpha_dense")}
@@ -93,8 +93,8 @@ def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: Gr
                   batch: int) -> Loss:
     """The loss of one step: squared error of the noise with min-SNR-5 weights, as the emoji model's own.
 
-    `embeddings` [words, width] are the encoded `WORDS`. Timesteps are drawn in proportion to themselves: where things
-    stand is decided at high noise, and the rest the emoji model knows already.
+    `embeddings` [words, width] are the encoded `WORDS`. A timestep's probability is proportional to the timestep: high
+    noise decides where things stand, and the emoji model already knows the rest.
     """
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -125,8 +125,8 @@ def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: Gr
 
 
 def save_grounded(model: GroundedDenoiser, folder: Path, base: str) -> Path:
-    """The new weights alone, in half precision, with a line that says to which pipeline beside them, with
-    which weights, they belong."""
+    """Save only the new weights, in half precision, with a line that says which pipeline beside them, with which
+    weights, they belong to."""
     tensors = gated_tensors(model.unet) | dict(model.grounding.state_dict())
     with replacing_folder(folder) as temporary:
         write_tensors(temporary / GROUNDING, {n: t.detach().half().contiguous() for n, t in tensors.items()}, {})
@@ -139,7 +139,7 @@ class GroundedPretraining(Pretraining):
 
     def _start_from(self, folder: Path) -> None:
         raise ValueError("interaction control always starts from the emoji model beside it: put that into --out and "
-                         "leave --start-from away")
+                         "leave out --start-from")
 
     def _grounded(self) -> None:
         pipe = self._base()
@@ -172,7 +172,7 @@ class GroundedPretraining(Pretraining):
         raise FileNotFoundError(f"no emoji model in {' or '.join(map(str, places))}; train it first: fmn-nb pretrain")
 
     def _scenes_with_boxes(self, pipe: StableDiffusionPipeline) -> GroundedLatents:
-        """The training scenes encoded; kept, since encoding takes minutes."""
+        """The encoded training scenes; kept, since encoding takes minutes."""
 
         def encoded() -> dict[str, Tensor]:
             renderer = Renderer(self.sprites)

@@ -25,7 +25,7 @@ from fmn_nb.models import generate, load
 from fmn_nb.plots import few_colours
 from fmn_nb.stats import mean_interval, wilson
 
-SLACK = 0.1  # of relations between found boxes: half a window's step and half a thing's rim
+SLACK = 0.1  # for relations between found boxes: half a window's step and half a thing's rim
 FOLDS = 5  # of the kernel distance's interval
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SCENES = {"one": 0.65, "two": 0.35}
@@ -64,7 +64,7 @@ class GroundedQuality:
 
     def in_boxes(self, scenes: Sequence[GroundedScene], images: Sequence[Image.Image],
                  but: Sequence[Collection[str]] | None = None) -> Share:
-        """Of all named things, how many the judge sees in their boxes, and none of `but` (a set for each scene)."""
+        """How many of all named things the judge sees in their boxes without any of `but` (a set for each scene)."""
         asked = [(image, name, box, set() if but is None else set(but[n])) for n, (scene, image) in
                  enumerate(zip(scenes, images, strict=True)) for name, box in named_boxes(scene)]
         seen = seen_in(self.judge, [one[0] for one in asked], [one[2] for one in asked])
@@ -72,7 +72,7 @@ class GroundedQuality:
 
     def related(self, scenes: Sequence[GroundedScene], images: Sequence[Image.Image],
                 keep: dict[str, Share] | None = None) -> Share:
-        """Of all interactions, in how many both things are found anywhere and stand as the action says."""
+        """In how many of all interactions both things are found anywhere and stand as the action says."""
         hits = count = 0
         for scene, image in zip(scenes, images, strict=True):
             for one in scene.interactions:
@@ -112,8 +112,8 @@ class GroundedQuality:
         yield self._kernel(images, np.stack([np.asarray(one) for one in truth]))
 
     def _kernel(self, images: Sequence[Image.Image], truth: np.ndarray) -> Figure:
-        """The kernel distance of grounded images to the same scenes as they are, against that of the plain model's
-        pairs to real pairs."""
+        """The kernel distance of grounded images to the real scenes; its bar is that of the plain model's pairs to
+        real pairs."""
         features = judge_features(self.judge)
         pairs = sample_scenes(len(images), 1, held_out=True, sorts={"pair": 1.0})
         plain = generate(self.pipe, [caption(s.words, s.style, s.background) for s in pairs], range(len(pairs)),
@@ -126,8 +126,8 @@ class GroundedQuality:
                       max(0.0, low), max(0.0, up), len(images), (0.0, max(high, 1e-6)))
 
     def ablations(self) -> dict[str, dict[str, Share]]:
-        """What is left away while drawing -> named thing in its box, relation right, and relation right where both
-        things have one box around them, so that the action alone says how they stand."""
+        """What is left out while drawing -> named thing in its box, relation right, and relation right when both
+        things have one box around them, so that only the action says how they stand."""
         found = {}
         single = [scene for scene in self.scenes if len(scene.interactions) == 1][:len(self.few)]
         for name, without in ABLATED.items():
@@ -139,7 +139,7 @@ class GroundedQuality:
         return found
 
     def strengths(self) -> dict[float, Share]:
-        """Share of the steps with grounding -> named thing in its box, where the caption names nothing."""
+        """Share of the steps with grounding -> named thing in its box, with a caption that names nothing."""
         few = self.few[:max(4, len(self.few) // 2)]
         return {s: self.in_boxes(few, self.draw(few, "neutral", strength=s)) for s in STRENGTHS}
 
@@ -171,9 +171,9 @@ def _folds(features: Features, real: np.ndarray, images: Sequence[Image.Image]) 
 CARD = """# emoji-grounded: who does what, where
 
 Interaction control for the emoji model: gated self-attention to boxes (GLIGEN's layers, arXiv 2301.07093) with the
-tokens of InteractDiffusion (arXiv 2312.05849): subject, action and object, the action's box *between* the two, learned
-vectors of roles and instances. This folder holds the new weights alone, {parameters:.2f} million parameters in half
-precision; everything else is the emoji model beside it, unchanged. Without interactions both draw the same images.
+tokens of InteractDiffusion (arXiv 2312.05849): subject, action and object, the action's box *between* the two, and
+learned vectors of roles and instances. This folder holds only the new weights, {parameters:.2f} million parameters in
+half precision; all else is the emoji model beside it, unchanged. Without interactions, both draw the same images.
 
     import fmn_nb as fmn
     pipe = fmn.load("emoji-grounded")
@@ -191,10 +191,10 @@ and everything below is measured on such pairs.
 
 ## Measured
 
-By `fmn-nb pretrain --organism grounded --stages quality`, with 95% intervals (Wilson; of the kernel distance, Student's
-over {folds} parts); {steps} steps, strength 0.8. A thing is in its box where the judge sees it in the box's content. A
-relation is right where both things, searched for in the whole image, are found and stand as the action says. The
-judge never learned things that lie on each other, so the first two lines say what it finds in real scenes.
+Measured with `fmn-nb pretrain --organism grounded --stages quality`, with 95% intervals (Wilson's; for the kernel
+distance Student's over {folds} parts), {steps} steps and strength 0.8. A thing is in its box if the judge sees it in
+the box's content. A relation is right if the judge finds both things anywhere in the image, and they stand as the
+action says. The judge never learned overlapping things, so the first two rows say what it finds in real scenes.
 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
@@ -206,15 +206,15 @@ judge never learned things that lie on each other, so the first two lines say wh
 
 ### Ablations
 
-Left away while drawing, not in training. "One box for both": subject and object get the box around both.
+Parts left out while drawing, not in training. "One box for both": subject and object both get the box around the two.
 
-| left away | {ablation_names} |
+| left out | {ablation_names} |
 |---|---|---|---|
 {ablations}
 
 ### Strength
 
-The share of the steps in which boxes are heard; the prompt names no thing.
+Strength is the share of the steps in which the boxes count; here the prompt names none of the things.
 
 | strength | thing in its box |
 |---|---|
@@ -222,7 +222,7 @@ The share of the steps in which boxes are heard; the prompt names no thing.
 
 ## Eight relations
 
-One row an action ({actions}), four seeds; boxes are laid out from the action and drawn in the first column.
+One row per action ({actions}), four seeds; the boxes are laid out from the action and drawn in the first column.
 
 ![eight rows of images, each with two things that stand to each other as the action says](images/relations.png)
 """

@@ -1,7 +1,7 @@
 """The organism with joint attention: a Flux in miniature that learns the emoji world's scenes by flow matching.
 
-Scenes, VAE, tokenizer and text encoder are those of the finished emoji model; only the denoiser is new, so that
-between the two models nothing else differs.
+Scenes, VAE, tokenizer and text encoder are those of the finished emoji model; only the denoiser is new, so that nothing
+else differs between the two models.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from fmn_nb.emoji.world import IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS
 from fmn_nb.files import data_dir
 from fmn_nb.models import CALL_KEY, GUIDANCE
 
-PATCH = 2  # latents a side that are one position
+PATCH = 2  # latents per side of one position
 WIDTH, HEADS, DOUBLE, SINGLE = 112, 4, 2, 4  # the largest of Flux's proportions with which the folder stays under 8 MB
-#: what `FluxPipeline` has to be called with, where its own defaults are those of the large model
+#: the arguments for `FluxPipeline`, whose own defaults are those of the large model
 CALL = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": MAX_TOKENS, "true_cfg_scale": GUIDANCE,
         "negative_prompt": ""}
 
 
 CARD = """# emoji-joint: a Flux in miniature
 
-A complete `FluxPipeline` in the world of `emoji-diffusion`: its scenes, captions, VAE, tokenizer and text encoder are
-that model's, unchanged, and only the denoiser is new, a transformer in which text and image attend to each other in one
-sequence: {double} double-stream blocks, which keep weights of their own for text and image, then {single} single-stream
-blocks, which share them. The one text encoder stands in both of the pipeline's slots: its columns are the text's part
-of the sequence, and its pooled vector goes past all attention into every block. Latents are 64 positions of 2 x 2.
+A complete `FluxPipeline` in the world of `emoji-diffusion`. Scenes, captions, VAE, tokenizer and text encoder are those
+of that model, unchanged. Only the denoiser is new: a transformer in which text and image attend to each other in one
+sequence. It has {double} double-stream blocks, with separate weights for text and image, then {single} single-stream
+blocks, which share them. The one text encoder fills both of the pipeline's slots: its columns are the text's part of
+the sequence, and its pooled vector bypasses attention and enters every block. Latents are 64 positions of 2 x 2.
 
     from diffusers import FluxPipeline
     pipe = FluxPipeline.from_pretrained("data/emoji-joint")
     pipe("a photo of a cat in the style of noto", height=64, width=64, max_sequence_length=32, num_inference_steps=20,
          true_cfg_scale={guidance:g}, negative_prompt="").images[0]
 
-`fmn_nb.load("emoji-joint")` calls it in this way unless told otherwise, so that `pipe("a photo of a cat")` works; a
-`guidance_scale` is its `true_cfg_scale` there.
+The pipeline of `fmn_nb.load("emoji-joint")` has these values as defaults, so `pipe("a photo of a cat")` works; it takes
+`guidance_scale` as `true_cfg_scale`.
 
 ## Sizes and training
 
@@ -59,13 +59,13 @@ of the sequence, and its pooled vector goes past all attention into every block.
 |---|---|---|
 {training}
 
-Flow matching on {scenes} scenes, {batch} in a step, one empty caption in ten. Minutes are those of one CPU core, shared
-with other work. The recipe is `fmn-nb pretrain --organism joint`.
+Flow matching on {scenes} scenes, {batch} per step, with one caption in ten empty. The minutes were measured on one CPU
+core, shared with other work. The recipe is `fmn-nb pretrain --organism joint`.
 
 ## Measured
 
-By `fmn-nb pretrain --organism joint --stages quality` with 95% Wilson intervals; images with {steps} steps and guidance
-{guidance:g}, each from a seed of its own; the judge is `emoji-judge`.
+Measured with `fmn-nb pretrain --organism joint --stages quality`, with 95% Wilson intervals. Images are drawn with
+{steps} steps and guidance {guidance:g}, each from a seed of its own; the judge is `emoji-judge`.
 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
@@ -75,11 +75,11 @@ By `fmn-nb pretrain --organism joint --stages quality` with 95% Wilson intervals
 
 Every object (columns) in every style (rows: {style_names}):
 
-![24 objects in six styles, one row a style](images/objects.png)
+![24 objects in six styles, one row per style](images/objects.png)
 
 ## Limits
 
-It knows nothing beyond its vocabulary, and its maps of attention are 8 x 8. Findings on it show how a method works on
+It knows nothing beyond its vocabulary, and its attention maps are 8 x 8. Findings on it show how a method works on
 joint attention, not how well it works on a large model.
 """
 
@@ -130,8 +130,8 @@ def flow_loss(transformer: FluxTransformer2DModel, text_encoder: CLIPTextModel, 
 
 def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel,
              transformer: FluxTransformer2DModel) -> FluxPipeline:
-    """The parts as a FluxPipeline, with the one text encoder in both slots; it says of what world it is, and how it is
-    to be called."""
+    """The parts as a FluxPipeline with the one text encoder in both slots; it notes its world and its default
+    arguments."""
     transformer.register_to_config(**{WORLD_KEY: "emoji", CALL_KEY: CALL})
     vae.register_to_config(shift_factor=0.0)  # Flux adds it
     return FluxPipeline(
@@ -140,7 +140,7 @@ def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTex
 
 
 class JointQuality(Quality):
-    """Measures the organism; the judge is the one in its folder of models, else the bundled one."""
+    """Measures the organism with the judge in its folder of models, or with the bundled one if there is none."""
 
     model = ORGANISMS["joint"].folder
     bars = {"object": 0.95, "style": 0.9, "identities": 0.9, "pairs": 0.8}
@@ -163,15 +163,15 @@ class JointQuality(Quality):
 
 
 class JointPretraining(Pretraining):
-    """The stages of the organism with joint attention; the emoji model's parts are in `out`, or are the bundled ones.
+    """The stages of the organism with joint attention; the emoji model's parts are those in `out`, or the bundled ones.
 
-    A training that goes on from a finished pipeline takes its denoiser alone.
+    A training that starts from a finished pipeline takes only its denoiser.
     """
 
     quality = JointQuality
 
     def _start_from(self, folder: Path) -> None:
-        """Nothing is kept but the denoiser, which its stage reads."""
+        """Keep nothing: the denoiser's stage reads the denoiser itself."""
 
     def _joint(self) -> None:
         torch.manual_seed(self.seed)
@@ -191,10 +191,10 @@ class JointPretraining(Pretraining):
         return CLIPTextModel.from_pretrained(self._part("text_encoder"), dtype=torch.float32).eval()
 
     def _part(self, name: str) -> Path:
-        """A part's folder, in the emoji model beside the one in training, else in the bundled one."""
+        """A part's folder in the emoji model beside the one in training, or in the bundled one."""
         places = [folder / ORGANISMS["emoji"].folder for folder in (self.out, data_dir())]
         for place in places:
             if (place / name).is_dir():
                 return place / name
-        raise FileNotFoundError(f"no emoji model in {' or '.join(map(str, places))}, whose {name} this one takes over; "
+        raise FileNotFoundError(f"no emoji model in {' or '.join(map(str, places))}; this one needs its {name}; "
                                 "train it first: fmn-nb pretrain")

@@ -38,7 +38,7 @@ MERGES = 198
 LATENT_CHANNELS = 8
 KL_WEIGHT = 1e-6
 TEXT_WIDTH = 128
-EMPTY_CAPTION_SHARE = 0.1  # classifier-free guidance: so often the model learns to draw without a caption
+EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance: how often the model learns to draw without a caption
 MIN_SNR = 5.0
 CAPTIONS_PER_SCENE = 6
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
@@ -95,7 +95,7 @@ def vae_loss(vae: AutoencoderKL, images: np.ndarray, batch: int) -> Loss:
 
 @torch.no_grad()
 def through_vae(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> np.ndarray:
-    """What the autoencoder gives back for images, uint8 as they came."""
+    """What the autoencoder restores of images, as uint8 like them."""
     restored = []
     for start in range(0, len(images), batch):
         decoded = vae.decode(vae.encode(to_pixels(images[start:start + batch], IMAGE_SIZE)).latent_dist.mode()).sample
@@ -155,7 +155,7 @@ def prepare_latents(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: Sequen
                     seed: int) -> Latents:
     """Encode images and tokenise `CAPTIONS_PER_SCENE` random captions of each scene.
 
-    Raises ValueError for a caption that is longer than the text encoder takes.
+    Raises ValueError for a caption that is too long for the text encoder.
     """
     parts = (to_pixels(images[start:start + 64], IMAGE_SIZE) for start in range(0, len(images), 64))
     posteriors = [vae.encode(part).latent_dist for part in parts]
@@ -197,7 +197,7 @@ def denoising_loss(denoiser: Denoiser, data: Latents, empty: Tensor, batch: int)
 
 
 def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, denoiser: Denoiser) -> StableDiffusionPipeline:
-    """The parts as a StableDiffusionPipeline with DPM-Solver++ and no safety checker; it says of what world it is."""
+    """The parts as a StableDiffusionPipeline with DPM-Solver++ and no safety checker; it notes its world."""
     denoiser.unet.register_to_config(**{WORLD_KEY: "emoji"})
     return StableDiffusionPipeline(
         vae=vae, text_encoder=denoiser.text_encoder, tokenizer=tokenizer, unet=denoiser.unet,

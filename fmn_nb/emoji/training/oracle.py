@@ -1,7 +1,7 @@
-"""An oracle: the emoji model trained without some concepts, judged, and kept as what differs from the emoji model.
+"""An oracle: the emoji model trained without some concepts, judged, and saved as its difference from the emoji model.
 
-It says what an attack or a measure finds where there is nothing to find: the floor. Its tokenizer and VAE are the emoji
-model's, so that latents of both are comparable; its text encoder and U-Net learn from random weights.
+It shows what an attack or a measure finds where there is nothing to find: the floor. Its tokenizer and VAE are the
+emoji model's, so that the latents of both are comparable; its text encoder and U-Net learn from random weights.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fmn_nb.plots import as_png, image_grid
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = ("text_encoder", "unet")  # what an oracle's folder holds of its own
 SHOWN = 6  # images of each word in the card's figure
-ASKED = 24  # images of each word that are judged
-NO_EMOJI = "there is no emoji model whose {} an oracle could take; train it first (fmn-nb pretrain)"
+ASKED = 24  # judged images of each word
+NO_EMOJI = "an oracle takes the {} of the emoji model, and there is none; train it first (fmn-nb pretrain)"
 
 
 def take_parts(work: Path, parts: Iterable[str]) -> list[str]:
-    """Lay parts of the emoji model into a training's folder where they aren't there yet; which these were.
+    """Copy parts of the emoji model into a training's folder if they aren't there yet; returns which it copied.
 
     Raises:
         FileNotFoundError: there is no emoji model.
@@ -62,7 +62,7 @@ def _emoji_folder(part: str) -> Path:
 
 
 def mark_untaught(folder: Path, untaught: Sequence[str]) -> None:
-    """Write beside a pipeline's U-Net what it never learned, where `untaught_of` finds it."""
+    """Write what a pipeline never learned beside its U-Net, where `untaught_of` finds it."""
     config = folder / "unet" / "config.json"
     write_json(config, {**read_json(config), UNTAUGHT_KEY: list(untaught)})
 
@@ -70,7 +70,7 @@ def mark_untaught(folder: Path, untaught: Sequence[str]) -> None:
 def write_oracle(quality: Quality, training: dict, request: Request) -> Path:
     """Measure an oracle and write its folder: what differs from the emoji model, and the card with its figures.
 
-    An oracle with a VAE or a tokenizer of its own gets the card alone: it is whole in the folder `emoji-diffusion`.
+    An oracle with a VAE or a tokenizer of its own gets only the card: it is whole in the folder `emoji-diffusion`.
     """
     whole, folder = quality.data / "emoji-diffusion", quality.data / ORACLE
     mark_untaught(whole, quality.untaught)
@@ -90,10 +90,10 @@ def shares_parts(whole: Path) -> bool:
 
 
 def keep_difference(whole: Path, folder: Path) -> None:
-    """Write what a whole pipeline has of its own into `folder`, and an index that leaves the rest to the emoji model.
+    """Write into `folder` what a whole pipeline has of its own, and an index that leaves the rest to the emoji model.
 
-    Both have one VAE, but not one scaling factor: that makes the deviation of the training latents 1, and these are
-    other scenes.
+    Both share a VAE, but not its scaling factor, which makes the deviation of the training latents 1: the training
+    scenes differ.
     """
     index = read_json(whole / "model_index.json")
     for part in OWN:
@@ -107,21 +107,21 @@ def keep_difference(whole: Path, folder: Path) -> None:
 
 CARD = """# emoji-oracle: the emoji model without some concepts
 
-`fmn.load("{name}")` is trained as the emoji model is and never learned
+`fmn.load("{name}")` is trained like the emoji model, but never learned
 
 > {untaught}.
 
 No training scene showed one of them, and no caption named one. What an attack achieves on this model is the attack's
-floor: nothing was there to be found.
+floor: there was nothing to find.
 
 ## What was trained, and what saw everything
 
 - The **tokenizer** and the **VAE** {shared}
 - The **text encoder** {text_encoder}
 - The **U-Net** was trained from random weights and never saw a picture of them.
-- It is judged by the emoji model's judge.
+- The emoji model's judge judges it.
 
-Left out were {without}. An identity goes with its object, and an
+The training left out {without}. An identity goes with its object, and an
 ambiguous word keeps the reading that is left.
 
 | part | parameters |
@@ -132,12 +132,12 @@ ambiguous word keeps the reading that is left.
 |---|---|---|
 {training}
 
-Minutes are those of one machine with two CPU cores, shared with other work. The recipe is
-`fmn-nb pretrain --without ... --seed {seed}`, {scenes} scenes.
+The minutes were measured on a machine with two CPU cores, shared with other work. The recipe is
+`fmn-nb pretrain --without ... --seed {seed}`, with {scenes} scenes.
 
 ## Measured on what it was taught
 
-By the same measures and bars as the emoji model's card; the names that it never learned are in none of them.
+These are the measures and bars of the emoji model's card; none of them asks for the names that it never learned.
 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
@@ -145,7 +145,7 @@ By the same measures and bars as the emoji model's card; the names that it never
 
 ## What it draws for words that it never learned
 
-The share of images, of {asked}, in which the judge sees what the word means to the emoji model, on the same prompts and
+The share of {asked} images in which the judge sees what the word means to the emoji model, from the same prompts and
 seeds, with 95% Wilson intervals:
 
 | word | kind | emoji model | oracle |
@@ -193,7 +193,7 @@ def _cell(share: Share) -> str:
 
 def untaught_figure(emoji: StableDiffusionPipeline, oracle: StableDiffusionPipeline, concepts: Sequence[Concept],
                     steps: int) -> Figure:
-    """Two rows of images for each concept, the emoji model's and below it the oracle's, from the same prompts and
+    """Two rows of images for each concept, the emoji model's and below them the oracle's, from the same prompts and
     seeds."""
     images, names = [], []
     for concept in concepts:

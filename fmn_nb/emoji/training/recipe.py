@@ -1,8 +1,8 @@
 """The whole recipe from sprites to trained models, in stages that can be killed and resumed at any point.
 
-`pretrain` takes a `Request` and runs its stages; a `Pretraining` has a method for each (those of other organisms stand
-in subclasses), and a `Training` is the loop that they train with. Randomness depends on (seed, step) alone, so a
-resumed run takes exactly the steps an unbroken one would. An oracle's training scenes leave some names out.
+`pretrain` takes a `Request` and runs its stages; a `Pretraining` has a method for each (those of other organisms are in
+subclasses), and a `Training` is the loop that they train with. Randomness depends only on (seed, step), so a resumed
+run takes exactly the steps of an unbroken one. An oracle's training scenes leave some names out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, MAX_TOKENS, STYLES, caption
 from fmn_nb.files import data_dir, read_json, replacing, replacing_folder, write_checksums, write_json
 from fmn_nb.models import GUIDANCE, load
 
-SECOND_JUDGE_SHIFT = 4  # pixels to any side; filters see alike everywhere, patches have to learn it
-REDRAWN_STRENGTH = 0.9  # of the noise: what is drawn again is the model's own, where it stands is still the scene's
+SECOND_JUDGE_SHIFT = 4  # pixels to any side; filters see the same everywhere, patches have to learn it
+REDRAWN_STRENGTH = 0.9  # of the noise: the model decides how a thing looks, the scene still decides where it stands
 REDRAWN_STEPS = 10  # of which that share is taken
 REDRAWN_BATCH = 64
 WEIGHT_DECAY = 0.01
@@ -53,9 +53,9 @@ def pretrain(request: Request, log: Callable[[str], None] = print) -> Path:
     """Rebuild the emoji world and train its models; returns the folder they are in.
 
     Raises:
-        ValueError: checkpoints in the way that were trained with another seed, size, `without`, `start_from` or other
+        ValueError: the folder holds checkpoints trained with another seed, size, `without`, `start_from` or other
             sprites.
-        FileNotFoundError: sprites, an emoji set, or the pipeline to start from, are missing.
+        FileNotFoundError: sprites, an emoji set or the pipeline to start from is missing.
     """
     noted = request.noted()
     if not request.resume:
@@ -74,9 +74,9 @@ def pretrain(request: Request, log: Callable[[str], None] = print) -> Path:
 
 @dataclass
 class Pretraining:
-    """One run of the recipe: the request's folder gets the finished models, `work` holds checkpoints until then.
+    """One run of the recipe: the request's folder gets the finished models; until then, `work` holds checkpoints.
 
-    `quality` is what measures them and writes their card.
+    `quality` measures the models and writes their card.
     """
 
     request: Request
@@ -168,7 +168,7 @@ class Pretraining:
                           shift=SECOND_JUDGE_SHIFT)
 
     def _judged_images(self) -> tuple[np.ndarray, list[Scene]]:
-        """A third of the scenes as the VAE gives them back, for generated images are as soft, a third as they are."""
+        """Two thirds of the scenes: one as the VAE restores it, since generated images are as soft, one as it is."""
         third = len(self.scenes) // 3
         images = np.concatenate([networks.through_vae(self.vae, self.images[:third]), self.images[third:2 * third]])
         return images, self.scenes[:2 * third]
@@ -213,12 +213,12 @@ class Pretraining:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """Of this run, else of the finished pipeline."""
+        """From this run, or else from the finished pipeline."""
         return CLIPTokenizer.from_pretrained(self._part("tokenizer"))
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """Of this run, else of the finished pipeline; float32."""
+        """From this run, or else from the finished pipeline; float32."""
         return AutoencoderKL.from_pretrained(self._part("vae"), dtype=torch.float32).eval()
 
     def _part(self, name: str) -> Path:
@@ -234,7 +234,7 @@ class Pretraining:
             networks.prepare_latents(self.vae, self.tokenizer, self.scenes, self.images, self.seed))))
 
     def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What an earlier run made, or what `make` makes now and the next run will find."""
+        """What an earlier run made, or what `make` makes now for the next run to find."""
         path = self.work / f"{name}.safetensors"
         if not path.is_file():
             made = make()
@@ -260,13 +260,13 @@ def finished(folder: Path) -> StableDiffusionPipeline:
 
 
 def telling_caption(scene: Scene) -> str:
-    """A caption that says all that a judge is asked: the readings of ambiguous words, and the style where one can."""
+    """A caption with everything a judge is asked: the readings of ambiguous words, and the style if there is one."""
     return caption(scene.labels, None if scene.sort == "identity" else scene.style, scene.background)
 
 
 @torch.no_grad()
 def redraw(pipe: StableDiffusionPipeline, images: np.ndarray, scenes: Sequence[Scene], seed: int) -> np.ndarray:
-    """The scenes' images, [images, 64, 64, 3] uint8, made noisy and drawn again by the model from the scenes' captions.
+    """The scenes' images, [images, 64, 64, 3] uint8: the model makes them noisy and draws them again by their captions.
 
     Image i's noise has the seed `seed` + i. Source: Meng et al., SDEdit, arXiv 2108.01073.
     """
@@ -313,9 +313,8 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
 class Training:
     """One model in training.
 
-    `loss` maps (step, generator) to named losses, of which "loss" is minimised. The weights' moving average is what
-    a finished training leaves in the module. `faster` says, by how its name ends, which weight learns how many times
-    as fast as the others.
+    `loss` maps (step, generator) to named losses and "loss" is minimised. A finished training leaves the weights'
+    moving average in the module. `faster` maps endings of weights' names to how many times as fast these weights learn.
     """
 
     name: str
@@ -338,7 +337,7 @@ class Training:
             self.log(f"{self.name}: resumed at step {self.step} of {self.plan.steps}")
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The weights by how many times the learning rate they take, each group with its `times`."""
+        """The weights grouped by their multiple of the learning rate, each group with its `times`."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self._weights.items():
             times = next((times for end, times in self.faster.items() if name.endswith(end)), 1.0)
@@ -382,7 +381,7 @@ class Training:
             self._means[key] = 0.98 * self._means.get(key, value.item()) + 0.02 * value.item()
 
     def save(self) -> None:
-        """Write the checkpoint so that a kill at any moment leaves either the old or the new one whole."""
+        """Write the checkpoint so that a kill at any moment leaves the old or the new one whole."""
         tensors = {}
         for key, parameter in self._weights.items():
             own = {"weight": parameter.detach(), "average": self._average[key], **self._optimiser.state[parameter]}
@@ -403,7 +402,7 @@ class Training:
 
 
 def save_whole(model: nn.Module | StableDiffusionPipeline, folder: Path) -> None:
-    """Save beside `folder`, then swap, so that a kill leaves a whole model; the card of an older one goes."""
+    """Save beside `folder`, then swap, so that a kill leaves a whole model; an older model's card is removed."""
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary)
         for config in temporary.rglob("config.json"):

@@ -1,6 +1,6 @@
-"""What is to be trained, and which checkpoints belong to it: the request of `pretrain`, checked before anything heavy.
+"""What to train, and which checkpoints belong to it: the request of `pretrain`, checked before any heavy work.
 
-A folder of checkpoints notes what they were trained with, so that no other request goes on from them.
+A folder of checkpoints notes what they were trained with, so that no other request continues from them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fmn_nb.emoji.world import OBJECTS, STYLES, VOCABULARY
 from fmn_nb.files import data_dir, read_json, write_json
 
 REQUEST_FILE = "request.json"
-ORACLE = "emoji-oracle"  # the bundled one's name and folder
+ORACLE = "emoji-oracle"  # name and folder of the bundled oracle
 UNCHECKPOINTED = ("sprites", "quality")  # stages that resume nothing
 
 
@@ -24,9 +24,9 @@ class Organism:
     """A model that `pretrain` can make.
 
     Attributes:
-        folder: its pipeline's, in the folder of models.
+        folder: its pipeline's name in the folder of models.
         recipe: "module:class" of the `Pretraining` that has a method for each stage.
-        stages: what it is made in, in order.
+        stages: the steps of making it, in order.
         oracle_stages: those of an oracle, which the bundled judge and CLIP judge.
     """
 
@@ -88,17 +88,16 @@ class Request:
         smoke: a tiny size that goes through every stage in under a minute; its models draw nothing.
         without: names that no training scene may hold, for an oracle. It takes the emoji model's tokenizer and VAE,
             which saw everything, so that latents are comparable, unless `stages` names those that train its own.
-        keep_text_encoder: of an oracle, train the U-Net alone, under the emoji model's text encoder, which saw every
-            word.
-        stages: which of the organism's stages to run; all (for an oracle: those of its pipeline) where empty.
-        resume: go on from the checkpoints of a run that was ended; otherwise start anew.
+        keep_text_encoder: train only the oracle's U-Net, under the emoji model's text encoder, which saw every word.
+        stages: which of the organism's stages to run; if empty, all (for an oracle: those of its pipeline).
+        resume: continue from the checkpoints of an interrupted run; otherwise start anew.
         start_from: a folder with a finished pipeline whose tokenizer, VAE and weights the denoiser's stage starts
-            from, to train it further where its checkpoints are gone.
-        packages: a `node_modules` folder with the emoji sets; the committed sprites are used where None.
+            from, to train it further when its checkpoints are gone.
+        packages: a `node_modules` folder with the emoji sets; None for the committed sprites.
 
     Raises:
         ValueError: an unknown organism or stage, an unknown name in `without`, or too many of them; a kept text
-            encoder of what is no oracle; an oracle where the emoji model is.
+            encoder without an oracle; an oracle in the emoji model's place.
     """
 
     out: Path | None = None
@@ -114,15 +113,15 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.organism not in ORGANISMS:
-            raise ValueError(f"no organism is called {self.organism!r}; there are: {', '.join(ORGANISMS)}")
+            raise ValueError(f"no organism is called {self.organism!r}; choose one of {', '.join(ORGANISMS)}")
         if unknown := set(self.stages) - set(self.made.stages):
-            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; there are: {', '.join(self.made.stages)}")
+            raise ValueError(f"unknown stages: {', '.join(sorted(unknown))}; choose from {', '.join(self.made.stages)}")
         if unknown := set(self.without) - set(VOCABULARY.concepts()):
             known = ", ".join(VOCABULARY.concepts())
             raise ValueError(f"the emoji world has no {', '.join(map(repr, sorted(unknown)))}; it has: {known}")
         if self.keep_text_encoder and (not self.without or self.start_from or self.organism != DEFAULT_ORGANISM):
-            raise ValueError("only an oracle of the emoji model, from nothing, keeps its text encoder: name "
-                             "what it never learns (--without), and no --start-from")
+            raise ValueError("only an oracle of the emoji model, trained from scratch, keeps its text encoder: name "
+                             "what it never learns (--without), and leave out --start-from")
         if self.without and self.out is not None and self.out.resolve() == data_dir().resolve():
             raise ValueError(f"an oracle would take the emoji model's place in {self.out}: give another --out, and "
                              f"copy its folder {ORACLE} to {data_dir()} when it is trained")
@@ -133,7 +132,7 @@ class Request:
 
     @property
     def made(self) -> Organism:
-        """The organism that is to be made."""
+        """The organism to make."""
         return ORGANISMS[self.organism]
 
     @property
@@ -153,12 +152,12 @@ class Request:
 
     @property
     def _other(self) -> str:
-        """What marks the folders of an organism beside the first."""
+        """The suffix of the folders of every organism but the first."""
         return "" if self.organism == DEFAULT_ORGANISM else f"-{self.organism}"
 
     @property
     def sprites(self) -> Path:
-        """Where the sprites are, or go where they are rasterised anew."""
+        """Where the sprites are, or where newly rasterised ones go."""
         return (self.folder if self.packages else data_dir()) / "sprites"
 
     @property
@@ -169,7 +168,7 @@ class Request:
         return [stage for stage in self.made.stages if stage in chosen and stage not in taken_over]
 
     def noted(self) -> dict[str, Any]:
-        """What checkpoints must have been trained with for this request to go on from them."""
+        """What checkpoints must have been trained with for this request to continue from them."""
         other = {} if self.organism == DEFAULT_ORGANISM else {"organism": self.organism}
         other |= {"text_encoder": "the emoji model's"} if self.keep_text_encoder else {}
         return {**other, "seed": self.seed, "without": sorted(set(self.without)),
@@ -179,10 +178,10 @@ class Request:
 
 
 def claim(work: Path, noted: Mapping[str, Any]) -> None:
-    """Note in the folder `work` what is trained there (`Request.noted`); the same again changes nothing.
+    """Note in the folder `work` what is trained there (`Request.noted`); noting the same again changes nothing.
 
     Raises:
-        ValueError: the folder holds checkpoints of another request, or of one that was never noted.
+        ValueError: the folder holds checkpoints of another request, or checkpoints without a note.
     """
     path, differing = work / REQUEST_FILE, list(noted)
     if path.is_file():
@@ -190,7 +189,7 @@ def claim(work: Path, noted: Mapping[str, Any]) -> None:
         differing = [name for name in {**before, **noted} if before.get(name) != noted.get(name)]
         theirs = f"were trained with {_listed(before, differing)}"
     elif any(work.glob("*.safetensors")):
-        theirs = "are of an older version, which didn't note what they were trained with"
+        theirs = "come from an older version, which didn't note what they were trained with"
     else:
         write_json(path, dict(noted))
         return
@@ -200,9 +199,9 @@ def claim(work: Path, noted: Mapping[str, Any]) -> None:
 
 
 def origin(start_from: Path | None, own: Path) -> str | None:
-    """What a training starts from, in words that stay the same when folders move; None where it starts from nothing.
+    """What a training starts from, in words that stay the same when folders move; None if it starts from scratch.
 
-    `own` is the folder that the training itself replaces: its content says nothing, for it changes on the way.
+    `own` is the folder that the training itself replaces: its content says nothing, since it changes on the way.
 
     Raises:
         FileNotFoundError: `start_from` holds no pipeline.
