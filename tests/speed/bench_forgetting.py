@@ -30,37 +30,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from full_size import sd15
 from published import published_forget_me_not
 from snapshots import noise_images
-from tiny import clip_tokenizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import fmn_nb as fmn
 from fmn_nb.models.denoising import Stream, seeded
 
 SIZE, REFERENCES, SEED = 256, 10, 0
 STEPS = int(sys.argv[2]) if len(sys.argv) > 2 else 6
-
-
-def sd15() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's parts in their full size, with random weights and a small vocabulary of words."""
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer(77)
-    text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                          num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet.eval(),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def kit(pipe: StableDiffusionPipeline, images: list, steps: int = STEPS, **settings: object) -> list[float]:
