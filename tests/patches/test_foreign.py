@@ -130,7 +130,7 @@ def write(folder, **tensors):
     (lambda folder: folder.joinpath("x.safetensors").write_bytes(b"no"), PatchFileError, "can't be read as"),
     (lambda folder: (write(folder, a=torch.ones(1)), (folder / "y.safetensors").touch()), PatchFileError,
      "several files .x.safetensors, y.safetensors.; name one"),
-    (lambda folder: write(folder, a__weight=torch.ones(1)), PatchFileError, "a.weight, which is no weight of this"),
+    (lambda folder: write(folder, a__weight=torch.ones(1)), PatchFileError, "a.weight, which isn't a weight of this"),
     (lambda folder: write(folder, conv_in__weight=torch.ones(1)), PatchMismatchError, "doesn't fit.*--model"),
     (lambda folder: write(folder, conv_in__bias=torch.full((4,), torch.nan)), ValueError, "doesn't fit|NaN"),
     (lambda folder: write(folder, lora_unet_x__hada_w1_a=torch.ones(2, 2)), PatchFileError, "no plain LoRA"),

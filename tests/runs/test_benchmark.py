@@ -311,7 +311,7 @@ def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
 
 def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> None:
     for options, text in ((["--concepts", "unicorn"], "no 'unicorn'"), (["--presets", "best"], "no preset 'best'"),
-                          (["--model", "no/world"], "is of no world that is known here"),
+                          (["--model", "no/world"], "belongs to no known world"),
                           (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal")):
         result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *options])
         assert result.exit_code == 2 and text in result.output, result.output
