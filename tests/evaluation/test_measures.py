@@ -170,7 +170,7 @@ def test_what_could_not_be_computed_is_absent_with_its_reason():
 
 
 @pytest.mark.parametrize(("image", "why"), [
-    (None, "is no image but NoneType"), (np.zeros(3), "is no image but ndarray"),
+    (None, "is not an image but NoneType"), (np.zeros(3), "is not an image but ndarray"),
     (np.full((4, 4, 3), np.nan), "holds NaN"), (Image.new("RGB", (4, 4)), "is one colour throughout"),
     (np.full((4, 4, 3), 200, np.uint8), "is one colour throughout"),
     (Image.new("L", (4, 4), 255), "is one colour throughout")])

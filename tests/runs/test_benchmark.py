@@ -120,7 +120,7 @@ def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
         plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides={"paper": {"seeds": 1}})
     for name in ("../words", "all", "balanced"):
         file.write_text(f"{name}: {{preset: paper}}")
-        with pytest.raises(SettingsError, match="no name for a variant"):
+        with pytest.raises(SettingsError, match="name a variant"):
             read_overrides(file)
 
 
@@ -208,7 +208,7 @@ def test_a_stopped_benchmark_says_how_many_jobs_are_done(bench: Bench, few, monk
         return attempt(self, job)
 
     monkeypatch.setattr(Bench, "attempt", struck)
-    with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command goes on$"):
+    with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command continues$"):
         run(bench, jobs)
 
 

@@ -237,11 +237,11 @@ def test_a_single_file_whose_configuration_is_out_of_reach_is_refused_before_a_k
                                                                                       monkeypatch):
     """Tests are offline, and nothing is cached for it."""
     save_file({"x": np.zeros(1)}, tmp_path / "sd15.safetensors")
-    with pytest.raises(RequestError, match=r"holds weights alone.*--config \(weights aren't needed\)"):
+    with pytest.raises(RequestError, match=r"holds only weights.*--config \(weights aren't needed\)"):
         plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
     path = write_notebook("05_model.ipynb", 'model: str = ""  # name\nconfig: str = ""  # folder of a single file')
     request = {"notebooks": [str(path)], "model": str(tmp_path / "sd15.safetensors")}
-    with pytest.raises(RequestError, match=r"config is no folder with a model_index.json: '.*none'"):
+    with pytest.raises(RequestError, match=r"config is not a folder with a model_index.json: '.*none'"):
         plan_run(**request, parameters={"config": str(tmp_path / "none")})
     (tmp_path / "model_index.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
