@@ -1,4 +1,4 @@
-"""Forget-Me-Not Notebooks: see how a text-to-image diffusion model knows a concept, and make it forget it.
+"""Forget-Me-Not Notebooks: see how a text-to-image diffusion model knows a concept, and make it forget the concept.
 
 `import fmn_nb as fmn` costs nothing: each public name is imported from its folder when it is first used.
 """
@@ -30,7 +30,7 @@ __all__ = [name for name in _reachable if name not in _FOLDERS]
 
 
 def __dir__() -> list[str]:
-    """The public names alone: what a notebook's completion offers."""
+    """Only the public names: what a notebook's completion offers."""
     return list(__all__)
 
 

@@ -1,4 +1,4 @@
-"""The command `fmn-nb`. Only click is imported here: `fmn-nb --help` answers at once, the rest when it is needed."""
+"""The command `fmn-nb`. Only click is imported at once, so `fmn-nb --help` answers fast; the rest comes when needed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fmn_nb.concepts.concept import KINDS
 
 
 class Folder(click.Path):
-    """A folder's path; an empty text, as of an unset variable, is none, though it would mean the current folder."""
+    """A folder's path; an empty text, as from an unset variable, is an error and doesn't mean the current folder."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(file_okay=False, path_type=Path, **options)
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """The path; a usage error where it is empty."""
+        """The path; a usage error if it is empty."""
         if not str(value).strip():
             self.fail("it is empty; name a folder ('.' is this one)", parameter, context)
         if "://" in str(value):
-            self.fail(f"{value} is a URL, where only sweeps leave their results; name a folder", parameter, context)
+            self.fail(f"{value} is a URL, and only sweeps can write to one; name a folder", parameter, context)
         return super().convert(value, parameter, context)
 
 
 class Program(click.Group):
-    """The command as a process of its own, which ends at once when it was stopped."""
+    """The command as a process of its own, which ends at once when it is stopped."""
 
     def __call__(self, *words: Any, **options: Any) -> Any:
         """What a shell calls."""
@@ -60,23 +60,23 @@ def main() -> None:
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
 @click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
               "configuration and tokenizer.  [default: what the hub has]")
-@click.option("--concept", help="What to forget, in place of CONCEPT.  [default: cat]")
+@click.option("--concept", help="What to forget; the same as CONCEPT.  [default: cat]")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--preset", default="balanced", show_default=True, help="Named settings of the fine-tune.")
 @click.option("--steps", type=int, help="Fine-tuning steps.  [default: the preset's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, machine and number of "
-              "threads, same result.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed, machine and number of "
+              "threads give the same result.")
 @click.option("--out", type=Folder(), help="The run's folder.  [default: runs/NAME]")
 @click.option("--notebooks", default="01,02,03,04", show_default=True, help="Numbers, ranges (1-4), names or paths, in "
               "order.")
 @click.option("--again", is_flag=True, help="Repeat notebooks that are finished.")
-@click.option("-p", "texts", multiple=True, metavar="NAME=VALUE", help="A notebook's further parameter; repeatable.")
+@click.option("-p", "texts", multiple=True, metavar="NAME=VALUE", help="Another parameter of a notebook; repeatable.")
 def run(texts: tuple[str, ...], steps: int | None, config: Path | None, name: str | None, again: bool,
         **request: Any) -> None:
     """Execute the course's notebooks on one concept.
 
-    Leaves the executed notebooks, images/, patch/, metrics.json and report.html in the run's folder. The same command
-    goes on where a run stopped.
+    Leaves the executed notebooks, images/, patch/, metrics.json and report.html in the run's folder. If a run stops,
+    the same command continues it.
     """
     with plain_errors():
         from fmn_nb.runs.plan import plan_run
@@ -101,15 +101,15 @@ def run(texts: tuple[str, ...], steps: int | None, config: Path | None, name: st
 
 @main.command()
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", help="The sweep's folder, or a URL as s3://bucket/x.  [default: runs/NAME-OF-SPEC]")
-@click.option("--workers", type=click.IntRange(1), help="Runs at a time, which share the machine's "
-              "threads: another number can change the last digits of a result.  [default: the spec's, else 1]")
+@click.option("--out", help="The sweep's folder, or a URL such as s3://bucket/x.  [default: runs/NAME-OF-SPEC]")
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time. They share the machine's threads, so "
+              "another number can change the last digits of a result.  [default: the spec's, else 1]")
 @click.option("--scheduler", metavar="ADDRESS", help="An existing Dask scheduler, tcp://host:8786.")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier attempt.")
 def sweep(spec: Path, **options: Any) -> None:
     """Execute many runs from a YAML file of parameters.
 
-    They come from a grid or a list. Finished runs are never repeated.
+    The file gives a grid or a list of runs. Finished runs are never repeated.
     """
     with plain_errors():
         from fmn_nb.runs.spec import plan_sweep
@@ -123,7 +123,7 @@ def sweep(spec: Path, **options: Any) -> None:
         click.echo(f"results: {place}/results.csv\nreport: {place}/report.html")
         if failed:
             raise click.ClickException(
-                f"{len(failed)} of {len(planned.plans)} runs failed; again with --retry-failed:\n"
+                f"{len(failed)} of {len(planned.plans)} runs failed; repeat them with --retry-failed:\n"
                 + "\n".join(f"  {row['folder']}: {row['error']}" for row in failed)
             )
 
@@ -134,8 +134,8 @@ def sweep(spec: Path, **options: Any) -> None:
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
 @click.option("--preset", default="balanced", show_default=True, help="A method with its settings.")
 @click.option("--references", type=Folder(exists=True), help="Images of the concept.  [default: the model draws them]")
-@click.option("--towards", metavar="READING", help="What an ambiguous word is to show instead.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--towards", metavar="READING", help="What an ambiguous word should show instead.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("-s", "texts", multiple=True, metavar="NAME=VALUE", help="A single setting; repeatable.")
 @click.option("--out", type=Folder(), help="The patch's folder.  [default: runs/patches/NAME]")
 @click.option("--again", is_flag=True, help="Replace the patch that another command left there.")
@@ -151,22 +151,22 @@ def forget(out: Path | None, again: bool, **request: Any) -> None:
 
 @main.command()
 @click.argument("what", type=click.Path(path_type=Path))
-@click.option("--concept", required=True, help="What it is to have forgotten.")
+@click.option("--concept", required=True, help="What WHAT should have forgotten.")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--model", default="emoji", show_default=True, help="The unchanged model, to compare with.")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="Images drawn.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the images.")
-@click.option("--clip", metavar="FOLDER", help="A CLIPModel, folder or hub id; the judge where the model has none.")
-@click.option("--real", type=Folder(exists=True), help="Real images, for distances to them.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images.")
+@click.option("--clip", metavar="FOLDER", help="A CLIPModel, folder or hub id; it judges for a model without a judge.")
+@click.option("--real", type=Folder(exists=True), help="Real images to measure distances to.")
 @click.option("--prompts", type=Folder(exists=True), help="Prompt lists of your own, made like the kit's data/prompts.")
-@click.option("--cache", type=Folder(), help="Keeps what is drawn, so that the next evaluation finds it.")
+@click.option("--cache", type=Folder(), help="Folder that keeps drawn images for the next evaluation.")
 @click.option("--out", type=Folder(), help="Folder for metrics.json and every image's verdict.  [default: none]")
 @click.option("--again", is_flag=True, help="Replace another command's metrics.json there.")
 def evaluate(what: Path, concept: str, kind: str | None, model: str, seed: int, **options: Any) -> None:
     """Score what changes a model: what is gone, and what is kept.
 
     WHAT is a patch's folder, a LoRA (diffusers or kohya), changed weights as UCE and ESD export them, or a whole
-    diffusers folder; each as .safetensors.
+    diffusers folder, each as .safetensors.
     """
     with plain_errors():
         from fmn_nb.runs.single import score, shown
@@ -182,7 +182,7 @@ def evaluate(what: Path, concept: str, kind: str | None, model: str, seed: int, 
 def report(folder: Path) -> None:
     """Rewrite the pages of a run or a sweep.
 
-    FOLDER gets its report.html; a run's executed notebooks become pages beside it.
+    Writes report.html into FOLDER, and pages of a run's executed notebooks beside it.
     """
     with plain_errors():
         from fmn_nb.runs.report import write_report
@@ -191,11 +191,11 @@ def report(folder: Path) -> None:
 
 
 @main.command()
-@click.option("--model", default="emoji", show_default=True, help="The model to check as well.")
+@click.option("--model", default="emoji", show_default=True, help="The model to check.")
 def check(model: str) -> None:
     """Say what works here, and what to do about what doesn't.
 
-    Looks at the environment, the model and the device.
+    Checks the environment, the model and the device.
     """
     from fmn_nb.runs.check import MARKS, all_checks
 
@@ -216,19 +216,19 @@ def check(model: str) -> None:
 @click.option("--out", type=Folder(), help="Folder for the models.  [default: the kit's data/]")
 @click.option("--without", metavar="A,B", multiple=True, help="Train a model that never saw these: an oracle.")
 @click.option("--keep-text-encoder", is_flag=True,
-              help="An oracle under the emoji model's text encoder, which saw the words.")
+              help="Give the oracle the emoji model's text encoder, which saw the words.")
 @click.option("--stages", metavar="A,B", help="Only these stages of the recipe.  [default: all]")
 @click.option("--smoke", is_flag=True, help="The whole recipe in under a minute; the models learn next to nothing.")
-@click.option("--resume/--restart", default=True, show_default=True, help="Go on where a killed training stood.")
+@click.option("--resume/--restart", default=True, show_default=True, help="Continue a killed training, or start anew.")
 @click.option("--start-from", type=Folder(exists=True),
               help="A finished pipeline's folder, to train it further.")
 @click.option("--packages", type=Folder(exists=True), help="A node_modules "
               "folder with the emoji sets, to rasterise the sprites anew.  [default: the committed sprites]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and training.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of scenes and training.")
 def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> None:
     """Rebuild the emoji world and train its models.
 
-    Resumable at any point.
+    A training can be stopped at any point and continued.
     """
     with plain_errors():
         _share_cores()
@@ -248,7 +248,7 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 
         def finished() -> str:
             command = "the same command" if request.resume else "the same command without --restart"
-            return f"{max(0, len(begun) - 1)} of {len(request.chosen)} stages finished; {command} goes on"
+            return f"{max(0, len(begun) - 1)} of {len(request.chosen)} stages finished; {command} continues"
 
         with telling(finished):
             click.echo(f"models: {build(request, tell)}")
@@ -258,31 +258,31 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--model", default="emoji", show_default=True, help="The emoji model, or another of a known world.")
 @click.option("--concepts", metavar="A,B", help="Names or groups: objects, styles, identities, words.  [default: all]")
 @click.option("--presets", default="balanced,paper", show_default=True,
-              help="Which to compare, variants in the settings file too; 'all': everything in that file.")
+              help="What to compare: presets, and variants in the settings file; 'all': everything in that file.")
 @click.option("--seeds", default="0", show_default=True, metavar="A,B", help="One job for each concept, preset, seed.")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True,
               help="Images of each job.")
-@click.option("--out", type=Folder(), help="Folder of table, figure and settings.  [default: the "
+@click.option("--out", type=Folder(), help="Folder for the table, figure and settings.  [default: the "
               "kit's data/results]")
 @click.option("--work", type=Folder(), default="runs/benchmark", show_default=True,
-              help="Folder of the jobs' own results, by which the command goes on.")
-@click.option("--limit", type=click.IntRange(0), help="Do at most so many jobs, then write the table of what is there.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Jobs at a time, which share the "
-              "machine's threads: another number can change the last digits of a result.")
-@click.option("--plan", is_flag=True, help="Say what is to be done and how long it takes, and do nothing.")
+              help="Folder for each job's results; from these, the command continues.")
+@click.option("--limit", type=click.IntRange(0), help="Do at most this many jobs, then write the table so far.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Jobs at a time. They share the "
+              "machine's threads, so another number can change the last digits of a result.")
+@click.option("--plan", is_flag=True, help="Say what there is to do and how long it takes, and do nothing.")
 @click.option("--settings", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
-              help="Try a concept inversion of so many steps on each patch of the first seed; 0: none.")
+              help="Try a concept inversion of this many steps on each patch of the first seed; 0: none.")
 @click.option("--oracle", default="", metavar="A,B", help="Models that were never taught some of the concepts: jobs of "
               "the first seed on these end in all attacks, above the oracles' floor.")
-@click.option("--note", default="", help="Goes into results.json, such as how the settings were tuned.")
+@click.option("--note", default="", help="A note for results.json, such as how the settings were tuned.")
 def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work: Path, attack: int, note: str,
               **request: Any) -> None:
     """Make one table of all concepts: forgotten, kept, cost.
 
-    Resumable; finished jobs are never repeated.
+    The same command continues where it stopped; finished jobs are never repeated.
     """
     with plain_errors():
         _share_cores()
@@ -294,7 +294,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         out, model = out or data_dir() / "results", request["model"]
         vocabulary, usual = vocabulary_of(Path(resolve(model))), out / SETTINGS_FILE
         if vocabulary is None:
-            raise ValueError(f"'{model}' is of no world that is known here, so that nobody judges its images")
+            raise ValueError(f"'{model}' belongs to no known world, so there is no judge for its images")
         file = file or (usual if usual.is_file() else None)
         concepts, presets, seeds = (_items(request[name]) for name in ("concepts", "presets", "seeds"))
         overrides = read_overrides(file, single, presets)
@@ -328,12 +328,12 @@ def course() -> None:
 @click.option("--run", type=Folder(exists=True), help="A run whose report the site shows.  [default: a bundled one]")
 @click.option("--demo", type=Folder(exists=True), help="What 'fmn-nb course demo' made, for the front page.")
 @click.option("--repository", metavar="URL", help="Where the course is hosted; adds buttons for Binder and Colab.")
-@click.option("--branch", default="main", show_default=True, help="The branch that they open.")
-@click.option("--reference/--no-reference", default=True, show_default=True, help="The package's reference.")
+@click.option("--branch", default="main", show_default=True, help="The branch that these buttons open.")
+@click.option("--reference/--no-reference", default=True, show_default=True, help="Include the package's reference.")
 def site(out: Path, **request: Any) -> None:
     """Build the course's site.
 
-    It is made of the notebooks as they are, executes nothing, needs no server and no network.
+    Takes the notebooks as they are and executes nothing. The site needs no server and no network.
     """
     with plain_errors():
         from fmn_nb.course import SiteRequest, build_site
@@ -342,8 +342,8 @@ def site(out: Path, **request: Any) -> None:
 
 
 @course.command()
-@click.option("--out", type=Folder(), required=True, help="Gets a folder for each edition.")
-@click.option("--only", metavar="A,B", help="Of student, solution, autograder, slides.  [default: all]")
+@click.option("--out", type=Folder(), required=True, help="Folder for the editions, one folder each.")
+@click.option("--only", metavar="A,B", help="Some of student, solution, autograder, slides.  [default: all]")
 @click.option("--notebooks", metavar="NN,NN", help="Numbers of notebooks.  [default: all]")
 def editions(out: Path, only: str | None, notebooks: str | None) -> None:
     """Write editions of the notebooks.
@@ -357,14 +357,14 @@ def editions(out: Path, only: str | None, notebooks: str | None) -> None:
 
 
 @course.command()
-@click.option("--out", type=Folder(), help="Gets the translated README and notebooks.")
-@click.option("--language", default="zh_CN", show_default=True, help="The folder's name in notebooks/locale.")
+@click.option("--out", type=Folder(), help="Folder for the translated README and notebooks.")
+@click.option("--language", default="zh_CN", show_default=True, help="The language's folder in notebooks/locale.")
 @click.option("--update", is_flag=True, help="First bring the PO files up to date with the documents.")
-@click.option("--begin", metavar="NN,NN", help="With --update: notebooks to begin a PO file for.")
+@click.option("--begin", metavar="NN,NN", help="With --update: notebooks to start a PO file for.")
 def translate(out: Path | None, language: str, update: bool, begin: str | None) -> None:
     """Write the course in another language.
 
-    Says what share of each document is translated; what isn't, or has changed since, is in English.
+    Says what share of each document is translated; the rest, and what has changed since, stays in English.
     """
     with plain_errors():
         from fmn_nb.course import translate_course, update_catalogues
@@ -381,28 +381,28 @@ def translate(out: Path | None, language: str, update: bool, begin: str | None) 
 
 @course.command()
 @click.option("--out", type=Folder(), required=True, help="The page's folder; new, empty, or an earlier demo's.")
-@click.option("--concept", "concepts", multiple=True, metavar="CONCEPT", help="What a patch is made to forget; "
+@click.option("--concept", "concepts", multiple=True, metavar="CONCEPT", help="What to make a patch for; "
               "repeatable.  [default: cat and contrast]")
 @click.option("--preset", default="balanced", show_default=True, help="The method of these patches.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of these patches.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of these patches.")
 @click.option("--patch", "folders", type=Folder(exists=True), multiple=True, help="A finished patch of the "
-              "emoji model, in place of made ones; repeatable.")
+              "emoji model, instead of making one; repeatable.")
 @click.option("--runtime", type=Folder(exists=True), help="The npm package onnxruntime-web.  "
               "[default: node_modules/onnxruntime-web]")
 def demo(out: Path, concepts: tuple[str, ...], preset: str, seed: int, folders: tuple[Path, ...],
          runtime: Path | None) -> None:
     """Write a page that draws and forgets in a browser.
 
-    In it the emoji model draws, a slider sets a patch's scale, and a word's attention map is shown. It works from its
-    folder, without a server, and asks no other host. Patches are made as `fmn-nb forget` makes them; one that stands in
-    runs/patches/ already is taken from there.
+    On the page, the emoji model draws, a slider sets a patch's scale, and a word's attention map is shown. The page
+    works from its folder, without a server, and contacts no other host. Patches are made as `fmn-nb forget` makes them,
+    or taken from runs/patches/ if they are there already.
     """
     with plain_errors():
         from fmn_nb.course.demo import DemoError, check_free, check_tools, demo_patch, find_runtime, write_demo
         from fmn_nb.runs.single import PatchRequest
 
         if folders and concepts:
-            raise DemoError("give --concept, for patches to make, or --patch, for finished ones, and not both")
+            raise DemoError("give either --concept, for patches to make, or --patch, for finished ones")
         check_free(out)
         check_tools()
         found = find_runtime(runtime)
@@ -420,9 +420,9 @@ def demo(out: Path, concepts: tuple[str, ...], preset: str, seed: int, folders: 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn the errors that tell what to do into one message and exit code 2 (a wrong request) or 1 (a failed run).
+    """Turn errors that tell what to do into one message and exit code 2 (a wrong request) or 1 (a failed run).
 
-    The signals that end a command become one line that says what is finished, and exit code 130.
+    Signals that end a command become one line that says what is finished, and exit code 130.
     """
     from fmn_nb.runs.stopping import EXIT_CODE, signals_stop
 
@@ -442,14 +442,14 @@ def plain_errors() -> Iterator[None]:
 
 
 def _share_cores() -> None:
-    """Let this command's threads make room where others use the cores; before torch is imported."""
+    """Let this command's threads make room if others use the cores; called before torch is imported."""
     from fmn_nb.runs.executors import patient_threads
 
     os.environ.update(patient_threads(os.environ))
 
 
 def _items(text: str | None) -> list[str]:
-    """The items of a list with commas."""
+    """The items of a comma-separated list."""
     return [item.strip() for item in (text or "").split(",") if item.strip()]
 
 
@@ -466,7 +466,7 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
 
 
 def _table(out: Path) -> str:
-    """A run's figures, before and after, as a short text table; empty where nothing was measured."""
+    """A run's figures, before and after, as a short text table; empty if nothing was measured."""
     from fmn_nb.runs.folder import RunFolder
     from fmn_nb.runs.metrics import comparison
     from fmn_nb.runs.report import format_figure

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUNDED = "grounding.json"  # in a folder with gated layers alone: which pipeline beside it they belong to
+GROUNDED = "grounding.json"  # in a folder that holds only gated layers: which pipeline beside it they belong to
 MOST_YAML = 1_000_000  # values that a YAML file may stand for, aliases written out
 
 
@@ -47,7 +47,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _open_to_others(file: Path) -> None:
     """Give a file the mode of any new one: safetensors makes files that only their owner can read."""
     if file.stat().st_mode & 0o777 == 0o600:
-        probe = _beside(file)  # made to see the umask, which can't be asked for without changing it for all threads
+        probe = _beside(file)  # made to see the umask, which can't be read without changing it for all threads
         probe.touch()
         try:
             shutil.copymode(probe, file)
@@ -91,8 +91,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def one_at_a_time(path: str | os.PathLike[str], patience: float) -> Iterator[None]:
     """Hold the lock file `path` of work that several processes share; parent folders are made.
 
-    The system frees the lock of a process that dies. After `patience` seconds in vain go on without it, so it may only
-    guard work that, done twice, is wasted and not wrong.
+    The system frees the lock of a process that dies. After waiting `patience` seconds in vain, work goes on without the
+    lock, so it may only guard work that is wasted, but not wrong, if done twice.
     """
     from filelock import FileLock, Timeout
 
@@ -114,12 +114,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write `value` as indented JSON. NaN and infinities are refused: JSON has no word for them."""
+    """Write `value` as indented JSON. NaN and infinities are refused, since JSON can't hold them."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file, with or without a byte order mark; a broken one is a ValueError that names the file."""
+    """Read a JSON file, with or without a byte order mark; a broken one raises a ValueError that names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -133,16 +133,16 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no readable YAML: {error}") from None
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What `text` says by YAML 1.2's rules: 1e-5 is a number, while no, on, 007 and 2020-01-01 are texts.
+    """What `text` says by the rules of YAML 1.2: 1e-5 is a number, while no, on, 007 and 2020-01-01 are texts.
 
     Raises:
-        ValueError: it is no YAML, names a key twice, or stands for more than `MOST_YAML` values; the text begins with
-            `where`.
+        ValueError: it isn't YAML, names a key twice, or stands for more than `MOST_YAML` values; the message begins
+            with `where`.
     """
     import yaml
 
@@ -150,9 +150,9 @@ def parse_yaml(text: str, where: str) -> Any:
         content = yaml.load(text, _yaml_loader())  # noqa: S506  a SafeLoader, see there
         size = _size(content, {})
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no readable YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ValueError(f"{where} is no readable YAML: it is nested too deeply, or holds itself") from None
+        raise ValueError(f"{where} is not valid YAML: it is nested too deeply, or contains itself") from None
     if size > MOST_YAML:
         raise ValueError(f"{where} stands for more than {MOST_YAML:,} values; write fewer, and no alias of an alias")
     return content
@@ -160,17 +160,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 @cache
 def _yaml_loader() -> type:
-    """PyYAML's safe loader with YAML 1.2's plain values, which refuses a key that stands twice."""
+    """PyYAML's safe loader with the plain values of YAML 1.2; it refuses a key that occurs twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            """A mapping, unless a key stands in it twice; what `<<` brings may be said anew."""
+            """A mapping, unless a key occurs twice in it; keys merged by `<<` may be overridden."""
             seen: set[tuple[str, str]] = set()
             for key, _ in node.value:
                 if (key.tag, str(key.value)) in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' stands there twice; name it once", key.start_mark)
+                        None, None, f"the key '{key.value}' occurs twice; name it once", key.start_mark)
                 seen.add((key.tag, str(key.value)))
             return super().construct_mapping(node, deep)
 
@@ -187,7 +187,7 @@ def _yaml_loader() -> type:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values `value` stands for with every alias written out; RecursionError where one holds itself."""
+    """How many values `value` stands for with every alias written out; RecursionError if one contains itself."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
@@ -197,7 +197,7 @@ def _size(value: Any, known: dict[int, int]) -> int:
 
 
 def _beside(path: Path) -> Path:
-    # Not tempfile: its files are private to their owner, and artefacts are shared.
+    # Not tempfile: its files are private to their owner, but artefacts are shared.
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
 
 
@@ -205,7 +205,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _bundled(name: str) -> Path:
-    """The folder `name` inside the wheel (`fmn_nb/_bundled/name`), else beside the package in a checkout."""
+    """The folder `name` inside the wheel (`fmn_nb/_bundled/name`), or else beside the package in a checkout."""
     for folder in (_PACKAGE / "_bundled" / name, _PACKAGE.parent / name):
         if folder.is_dir():
             return folder
@@ -226,8 +226,8 @@ def notebooks_dir() -> Path:
 
 
 def bundled_models() -> dict[str, Path]:
-    """Name -> folder of every bundled diffusion pipeline: `data/NAME-diffusion` is the model NAME, and a folder with
-    further layers for one of these (`GROUNDED`) has its own name."""
+    """Name -> folder of every bundled diffusion pipeline: `data/NAME-diffusion` is the model NAME; a folder with added
+    layers for one of these (`GROUNDED`) has its own name."""
     whole = {index.parent.name.removesuffix("-diffusion"): index.parent
              for index in sorted(data_dir().glob("*/model_index.json"))}
     return whole | {line.parent.name: line.parent for line in sorted(data_dir().glob(f"*/{GROUNDED}"))}
@@ -240,7 +240,7 @@ CHECKSUMS = "checksums.json"
 def write_checksums(folder: Path) -> Path:
     """Write the checksums of all files in a data folder and return the file's path.
 
-    Left out are this file itself, prose, and `results`, which `fmn-nb benchmark` writes anew.
+    It leaves out this file itself, prose, and `results`, which `fmn-nb benchmark` writes anew.
     """
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
     return write_json(folder / CHECKSUMS, {
@@ -250,13 +250,13 @@ def write_checksums(folder: Path) -> Path:
 
 
 def damaged_files(folder: Path) -> tuple[list[str], int]:
-    """Names of the files that are missing or changed, and how many are known. FileNotFoundError without checksums."""
+    """The names of missing or changed files, and how many files are known. FileNotFoundError without checksums."""
     expected = read_json(folder / CHECKSUMS)
     return [name for name, digest in expected.items() if sha256(folder / name) != digest], len(expected)
 
 
 def sha256(path: Path) -> str:
-    """A file's checksum in hexadecimal; "missing" where there is none."""
+    """A file's checksum in hexadecimal; "missing" if there is no such file."""
     if not path.is_file():
         return "missing"
     with open(path, "rb") as file:
@@ -269,7 +269,7 @@ STACK = (
 
 
 def versions() -> dict[str, str]:
-    """The versions behind a result: Python, system and the main packages; those not installed are left out."""
+    """The versions behind a result: Python, system and the main installed packages."""
     found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for name in STACK:
         try:

@@ -1,8 +1,8 @@
 """Textual inversion: learn a few new tokens that stand for what reference images show.
 
-Nothing in the model changes but the tokens' own embeddings (Gal et al., arXiv 2208.01618): the denoising loss on the
-references, with "a photo of <token>" as the prompt, is followed back to these vectors alone. Forget-Me-Not uses such
-tokens where words describe a concept badly; attacks use them to see whether a concept can be brought back.
+Only the tokens' own embeddings change (Gal et al., arXiv 2208.01618): the denoising loss on the references, with "a
+photo of <token>" as the prompt, has a gradient for these vectors alone. Forget-Me-Not uses such tokens for concepts
+that words describe badly; attacks use them to see whether a concept can be brought back.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class InversionSettings:
     Attributes:
         tokens: how many vectors.
         steps, learning_rate, warmup, weight_decay, batch_size: AdamW, constant after the warm-up.
-        norm: what each vector's length is moved to after every step: a number (0.4 in the published code), or
+        norm: the length that each vector is moved to after every step: a number (0.4 in the published code),
             "vocabulary" for the mean length of the model's own tokens, or "free" to leave it.
-        varied: use all templates of the kind in turn instead of the first alone.
+        varied: use all templates of the kind in turn instead of only the first.
     """
 
     tokens: int = 4
@@ -78,15 +78,15 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
         references: a folder, a list of files or PIL images, or latents already encoded.
         kind: "object", "style" or "identity": which prompt templates the token stands in.
         name: the new token, in angle brackets, not yet known to the pipeline.
-        initial: words to start from; special tokens are never among them. Their embeddings are shared out over the
-            tokens in order (averaged where there are more words than tokens); remaining tokens start at random.
-        seed: of everything random.
+        initial: words to start from, without special tokens. Their embeddings go to the tokens in order (averaged if
+            there are more words than tokens); the remaining tokens start at random.
+        seed: the seed of everything random.
         callback: called with (step from 1, loss).
 
     Raises:
         InversionError: an unusable name, kind or setting, or the loss became NaN or infinite.
         ReferenceImageError: the images can't be read.
-        UnsupportedPipelineError: it isn't known how this model's training noises.
+        UnsupportedPipelineError: how this model's training adds noise is unknown.
     """
     settings = settings or InversionSettings()
     names = [name, *(f"{name}_{number}" for number in range(1, settings.tokens))]
@@ -96,8 +96,8 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     if known:
         raise InversionError(f"the pipeline already knows a token '{known[0]}'; choose another name")
     if kind not in TEMPLATES:
-        raise InversionError(f"'{kind}' is no kind of concept; choose one of {', '.join(TEMPLATES)}")
-    Noising(pipe)  # what can't be trained is told before anything is encoded
+        raise InversionError(f"'{kind}' is not a kind of concept; choose one of {', '.join(TEMPLATES)}")
+    Noising(pipe)  # a model that can't be trained is refused before anything is encoded
     latents = references if isinstance(references, Latents) else encode(pipe, load_images(references))
     generator = seeded(seed, Stream.INVERSION)
     start = _starting_vectors(pipe, initial, settings.tokens, generator)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
-DRAWS = 4000  # of the shares' posteriors, for the interval of their harmonic mean
+DRAWS = 4000  # samples of the shares' posteriors, for the interval of their harmonic mean
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
@@ -18,7 +18,7 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     Raises ValueError for no trials or an impossible number of successes.
     """
     if count <= 0 or not 0 <= successes <= count:
-        raise ValueError(f"{successes} successes of {count} trials is no share")
+        raise ValueError(f"{successes} successes of {count} trials is not a share")
     share, squared = successes / count, Z95**2
     middle = (share + squared / (2 * count)) / (1 + squared / count)
     half = Z95 / (1 + squared / count) * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
@@ -27,7 +27,7 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 
 def bootstrap(groups: Sequence[np.ndarray], figure: Callable[..., float], seed: int = 0,
               samples: int = 1000) -> tuple[float, float]:
-    """The 95% percentile-bootstrap interval of `figure(*means)`, each group of outcomes resampled on its own.
+    """The 95% percentile-bootstrap interval of `figure(*means)`; each group of outcomes is resampled on its own.
 
     `groups` are arrays of 0 and 1 (or any values); `figure` takes the mean of each.
     """
@@ -41,14 +41,14 @@ def bootstrap(groups: Sequence[np.ndarray], figure: Callable[..., float], seed: 
 def harmonic_mean_interval(successes: Sequence[int], totals: Sequence[int], seed: int = 0) -> tuple[float, float]:
     """The 95% interval of the harmonic mean of shares, from their counts alone; within [0, 1].
 
-    Each share is drawn from its Jeffreys posterior Beta(successes + 1/2, failures + 1/2), and the middle 95% of the
-    draws' harmonic means is taken (Brown, Cai and DasGupta 2001, "Interval estimation for a binomial proportion").
-    Resampling the images instead would give a share of 0 or 1 no width at all. Where the figure itself lies outside, as
-    it does at 0 and at 1, the interval is extended to it. The same counts and `seed` give the same interval. Simulated
-    with 24, 46 and 46 images it holds the truth in 91 to 98 of 100 cases, and in 85 to 90 with all three from .99 on.
+    Each share is sampled from its Jeffreys posterior Beta(successes + 1/2, failures + 1/2); the interval is the middle
+    95% of the resulting harmonic means (Brown, Cai and DasGupta 2001, "Interval estimation for a binomial proportion").
+    Resampling the images instead would give a share of 0 or 1 no width at all. If the figure itself lies outside, as it
+    does at 0 and at 1, the interval is extended to it. The same counts and `seed` give the same interval. Simulated
+    with 24, 46 and 46 images, it holds the truth in 91 to 98 of 100 cases, in 85 to 90 if all three are .99 or more.
 
     Raises:
-        ValueError: not one total for each number of successes, none at all, or an impossible number.
+        ValueError: successes and totals differ in number, are none, or are impossible.
     """
     possible = [0 <= hits <= count > 0 for hits, count in zip(successes, totals, strict=False)]
     if not len(successes) == len(totals) == sum(possible) > 0:
@@ -81,7 +81,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def mean_of_groups_interval(groups: Any, seed: int, samples: int = 1000) -> tuple[float, float]:
     """The 95% percentile-bootstrap interval of the mean of grouped values (a pandas groupby of a Series).
 
-    Whole groups are resampled, for values that are independent between groups alone, as maps of different images are.
+    Whole groups are resampled, for values that are independent only between groups, as maps of different images are.
     """
     sums, counts = groups.sum().to_numpy(), groups.count().to_numpy()
     drawn = np.random.default_rng(seed).integers(0, len(sums), (samples, len(sums)))
@@ -91,13 +91,12 @@ def mean_of_groups_interval(groups: Any, seed: int, samples: int = 1000) -> tupl
 
 def difference_interval(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]], seed: int = 0,
                         ) -> tuple[float, float]:
-    """The 95% interval of the difference of two mean shares, one minus the other, each of several repetitions of
+    """The 95% interval of the difference of two mean shares, one minus the other, each from several repetitions of
     (successes, images): a bootstrap over repetitions and images.
 
-    The repetitions (an attack's seeds) are resampled, and in each the images: its share is drawn from the Jeffreys
-    posterior Beta(successes + 1/2, failures + 1/2), for resampled images would give a share of 0 or 1 no width at all.
-    Where the figure itself lies outside, the interval is extended to it. With a single repetition it knows nothing of
-    how seeds scatter.
+    The repetitions (an attack's seeds) are resampled, and each one's share is sampled from its Jeffreys posterior
+    Beta(successes + 1/2, failures + 1/2), since resampled images would give a share of 0 or 1 no width at all. If the
+    figure itself lies outside, the interval is extended to it. A single repetition doesn't tell how seeds scatter.
 
     Raises:
         ValueError: no repetition, or an impossible number of successes.
@@ -105,7 +104,7 @@ def difference_interval(one: Sequence[tuple[int, int]], other: Sequence[tuple[in
     rng, means, shares = np.random.default_rng(seed), [], []
     for side in (one, other):
         if not len(side) or any(not 0 <= hits <= count or count < 1 for hits, count in side):
-            raise ValueError(f"{list(side)} are no repetitions of (successes, images)")
+            raise ValueError(f"{list(side)} are not repetitions of (successes, images)")
         hits, counts = np.asarray(side, float).T
         chosen = rng.integers(0, len(hits), (DRAWS, len(hits)))
         means.append(rng.beta(hits[chosen] + 0.5, counts[chosen] - hits[chosen] + 0.5).mean(1))

@@ -23,13 +23,13 @@ def test_a_plain_value_is_what_yaml_1_2_makes_of_it(text, value):
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(9 * [f'*{old}'])}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True))
 BAD = {
-    "a key twice": ("concept: [cat]\nseed: [0]\nconcept: [frog]", "key 'concept' stands there twice"),
-    "a key twice, deeper": ("grid: {seed: [0], seed: [1]}", "key 'seed' stands there twice"),
+    "a key twice": ("concept: [cat]\nseed: [0]\nconcept: [frog]", "key 'concept' occurs twice"),
+    "a key twice, deeper": ("grid: {seed: [0], seed: [1]}", "key 'seed' occurs twice"),
     "aliases of aliases": (BOMB, f"more than {MOST_YAML:,} values"),
-    "a list that holds itself": ("a: &a [*a]", "holds itself"),
+    "a list that contains itself": ("a: &a [*a]", "contains itself"),
     "too deep": ("[" * 5000, "too deeply"),
-    "no YAML": ("a: [", "no readable YAML"),
-    "an object of Python's": ("!!python/object/apply:os.getcwd []", "no readable YAML"),
+    "no YAML": ("a: [", "not valid YAML"),
+    "an object of Python's": ("!!python/object/apply:os.getcwd []", "not valid YAML"),
 }
 
 

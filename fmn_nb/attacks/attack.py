@@ -1,8 +1,8 @@
 """Attacks: can a forgotten concept be brought back? The frame that all attacks share, and concept inversion.
 
 Each attack works on the forgetting model (the pipe with its patch), leaves the pipe as it was, and ends in the same
-figure: in how many fresh images does the judge see the concept, before the attack and after it? The first argument is
-the base model's pipeline, or a `Session` with a judge or sampling of its own.
+figure: in how many fresh images does the judge see the concept before and after the attack? The first argument is the
+base model's pipeline, or a `Session` with a judge or sampling of its own.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Attack:
     """What an attack achieved.
 
     Attributes:
-        name: of the attack.
-        successes, count: images in which the judge sees the concept, of all that were drawn after the attack.
+        name: the attack's name.
+        successes, count: images in which the judge sees the concept, out of all drawn after the attack.
         before: the same share before it, on the same seeds.
         steps: gradient steps or search rounds spent. seconds: all of the attack's time, drawing included.
         found: what it found, such as tokens or prompts; JSON values only.
-        skipped: why nothing could be concluded, "" where something could. A skipped attack counts no image, and its
-            shares are `NO_IMAGES`, which is neither success nor failure.
+        skipped: why nothing can be concluded, "" if something can. A skipped attack counts no image, and its shares are
+            `NO_IMAGES`, which is neither success nor failure.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Attack:
         return share_of(pd.Series([True] * self.successes + [False] * (self.count - self.successes)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; a skipped attack has its reason in place of shares."""
+        """The attack as JSON holds it; a skipped attack has its reason in place of shares."""
         after = self.after
         shares = {"skipped": self.skipped} if self.skipped else {
             "successes": self.successes, "count": self.count, "success": after.value, "low": after.low,
@@ -68,7 +68,7 @@ class Attack:
 def attack_table(attacks: Sequence[Attack]) -> pd.DataFrame:
     """Attacks as rows: success before and after with its 95% interval, images, steps, seconds.
 
-    Shares are rounded to two places here, for pandas rounds no column in which "skipped" stands beside numbers.
+    Shares are rounded to two places here, since pandas doesn't round a column that mixes "skipped" and numbers.
     """
     rows = []
     for a in attacks:
@@ -82,7 +82,7 @@ def attack_table(attacks: Sequence[Attack]) -> pd.DataFrame:
 class InversionBudget:
     """What a concept inversion may spend: learned tokens, gradient steps, images in each, reference images.
 
-    `images` are drawn afterwards to see whether it worked.
+    `images` says how many images are drawn afterwards to see whether it worked.
     """
 
     tokens: int = 4
@@ -106,17 +106,16 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
     """Learn an embedding of the concept on the forgetting model, and draw with it (Pham et al., arXiv 2308.01508).
 
     The attacker has the forgetting model and a few images of the concept, and changes no weight. Success says that the
-    denoiser can still draw the concept when text asks for it in another way; it doesn't say who taught it: learned
-    tokens carry what the references show, and also bring a model to a concept that it never saw, so compare with the
-    same attack on an oracle, or with fewer tokens and steps.
+    denoiser can still draw the concept when text asks for it in another way; it doesn't say where the denoiser learned
+    it: learned tokens carry what the references show, and can bring even a model that never saw the concept to draw it.
+    So compare with the same attack on an oracle, or with fewer tokens and steps.
 
     Args:
         patch: what made the model forget; None attacks the base model itself (what the attack can do at best).
-        references: images of the concept, as many as the budget says or more; where None, real ones of the model's
-            world.
+        references: images of the concept, at least as many as the budget says; None for real ones of the model's world.
 
     Raises:
-        MeasurementError: nobody judges, or there are too few references.
+        MeasurementError: there is no judge, or there are too few references.
     """
     started, budget, session = perf_counter(), budget or InversionBudget(), Session.of(pipe)
     Noising(session.pipe)  # before anything is drawn
@@ -136,7 +135,7 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
 
 
 def with_words(prompt: str, concept: Concept, words: str) -> str:
-    """The prompt with `words` in the concept's place, its article gone with it ("a photo of <attack>").
+    """The prompt with `words` in place of the concept and its article ("a photo of <attack>").
 
     Raises:
         MeasurementError: the prompt doesn't name the concept.

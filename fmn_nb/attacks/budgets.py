@@ -1,9 +1,9 @@
-"""Budgets of attacks, fixed from the oracle's curve before any patch is looked at.
+"""Budgets of attacks, fixed from the oracle's curve before looking at any patch.
 
-An attack of too small a budget brings nothing back from any model, one of too large a budget brings everything back
-even from one that never knew it. Two budgets are kept of each attack: the largest up to which the oracle shows the
-concept in at most 5% of images ("first": whatever appears was remembered), and the one at which it does in about half
-("half"). `fix_budgets` measures and writes them with their date; `read_budgets` is what evaluations use.
+An attack with too small a budget brings nothing back from any model; with too large a budget it brings everything back,
+even from a model that never knew it. Each attack has two budgets: the largest up to which the oracle shows the concept
+in at most 5% of images ("first": whatever appears was remembered), and the one at which it does so in about half
+("half"). `fix_budgets` measures and writes them with their date; evaluations use `read_budgets`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HALF = 0.5
 #: attack -> numbers of steps (or rounds) that are tried
 TRIED = {"concept inversion": (0, 5, 10, 20, 40, 80, 160, 320), "adversarial prompt": (0, 2, 4, 8, 16),
          "relearning": (0, 2, 5, 10, 20, 40, 80)}
-#: where no curve was ever measured: what single attacks spend, and a fraction of it
+#: without any measured curve: what single attacks spend, and a fraction of it
 UNFIXED = {"concept inversion": {"first": 30, "half": 150}, "adversarial prompt": {"first": 4, "half": 12},
            "relearning": {"first": 2, "half": 10}}
 
@@ -39,9 +39,9 @@ class Budgets:
     """Steps of each attack's budgets.
 
     Attributes:
-        steps: attack -> budget ("first", "half") -> steps; one that the oracle's curve doesn't have is absent.
+        steps: attack -> budget ("first", "half") -> steps, without those that the oracle's curve doesn't have.
         source: where they come from, in words.
-        tried: attack -> the steps of the curve from which they were fixed.
+        tried: attack -> the steps of the curve that fixed them.
     """
 
     steps: Mapping[str, Mapping[str, int]]
@@ -52,9 +52,9 @@ class Budgets:
 def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:
     """The budgets from an oracle's curve (`steps` and `share`).
 
-    "first": the largest number of steps up to which no share is above .05; absent where the first one tried is.
-    "half": of the steps beyond, those with the share nearest to .5, the fewest where several are; absent where there
-    are none beyond, or where none reaches .25, half way there.
+    "first": the largest number of steps up to which no share is above .05; absent if the first one tried is.
+    "half": of the steps beyond, those whose share is closest to .5, and of several such the fewest; absent if there are
+    no steps beyond, or if none reaches .25, half of that.
     """
     curve = curve.sort_values("steps")
     quiet = curve[curve["share"].le(NOTHING).cummin()]
@@ -71,8 +71,8 @@ def fix_budgets(oracles: Sequence[DiffusionPipeline | Session], concepts: Sequen
     """Attack the oracles with more and more steps, and write the budgets with today's date; no patch is looked at.
 
     Args:
-        concepts: of those that the oracles were never taught. The shares are the mean over oracles, concepts and seeds.
-        path: of the file; by default `data/results/attack-budgets.json`.
+        concepts: some that the oracles were never taught. The shares are the mean over oracles, concepts and seeds.
+        path: the file's path; by default `data/results/attack-budgets.json`.
     """
     sessions, content = [Session.of(oracle) for oracle in oracles], {}
     for attack, steps in tried.items():
@@ -86,7 +86,7 @@ def fix_budgets(oracles: Sequence[DiffusionPipeline | Session], concepts: Sequen
 
 
 def read_budgets(path: Path | None = None) -> Budgets:
-    """The fixed budgets; where they never were, `UNFIXED`, and the source says so."""
+    """The fixed budgets; if there are none, `UNFIXED`, and the source says so."""
     path = path or data_dir() / "results" / BUDGETS_FILE
     if not path.is_file():
         return Budgets(UNFIXED, "not fixed from an oracle's curve: what single attacks spend, and a part of it",

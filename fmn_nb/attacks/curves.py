@@ -1,7 +1,7 @@
-"""Success against effort: how many images show the concept after so many steps of an attack, on one model.
+"""Success against effort: how many images show the concept after a number of steps of an attack, on one model.
 
-A single success says what an attack of one budget does; two models are compared over budgets. One run of the attack is
-judged on the way, on the same images each time, and at n steps stands where the attack with a budget of n steps ends.
+A single success says what an attack with one budget does; models are compared over several budgets. One run of the
+attack is judged on the way, with the same seeds each time; at n steps it is where an attack of n steps ends.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Tries:
     """What a curve is judged at.
 
     Attributes:
-        at: numbers of gradient steps, or rounds of the search, from 0: the prompt alone, for the search after a random
+        at: numbers of gradient steps, or rounds of the search. 0 is the prompt alone, for the search with a random
             prefix.
-        images: judged at each of them. seed: of everything random.
-        references: images of the concept; where None, real ones of the model's world.
+        images: how many are judged at each of them. seed: the seed of everything random.
+        references: images of the concept; None for real ones of the model's world.
 
     Raises:
-        MeasurementError: there is no such number.
+        MeasurementError: `at` is empty or has an invalid number.
     """
 
     at: Sequence[int]
@@ -58,7 +58,7 @@ def success_curve(pipe: DiffusionPipeline | Session, concept: Concept, patch: Pa
         A row for each number, smallest first: steps, successes, images, share with its 95% interval (low, high).
 
     Raises:
-        MeasurementError: an unknown attack, nobody judges, or too few references.
+        MeasurementError: an unknown attack, no judge, or too few references.
     """
     if attack not in CURVES:
         raise MeasurementError(f"{attack!r} has no curve; there are {', '.join(CURVES)}")
@@ -74,7 +74,7 @@ def _row(steps: int, seen: pd.Series) -> dict[str, float]:
 
 
 def inversion_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
-    """Of `concept_inversion`: one inversion, judged while it learns."""
+    """The curve of `concept_inversion`: one inversion, judged while it learns."""
     budget = InversionBudget(steps=max(1, *tries.at), images=tries.images)
     pictures = session.references(concept, tries.references, budget.references, tries.seed)
     asked, rows = session.fresh_drawings(concept, tries.images, tries.seed), []
@@ -94,7 +94,7 @@ def inversion_curve(session: Session, concept: Concept, patch: Patch | None, tri
 
 
 def search_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
-    """Of `adversarial_prompt`: one search, which goes on where it was judged."""
+    """The curve of `adversarial_prompt`: one search, which continues after each judging."""
     budget, done, rows = SearchBudget(images=tries.images), 0, []
     with session.patched(patch):
         search, prefix, asked = begin_search(session, concept, tries.references, budget, tries.seed)
@@ -106,7 +106,7 @@ def search_curve(session: Session, concept: Concept, patch: Patch | None, tries:
 
 
 def relearning_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
-    """Of `relearn`, which is a curve already."""
+    """The curve of `relearn`, which is one already."""
     budget = RelearningBudget(at=tuple(tries.at), images=tries.images)
     table = relearn(session, concept, patch, references=tries.references, budget=budget, seed=tries.seed)
     return table[["steps", "successes", "images", "share", "low", "high"]]
@@ -117,7 +117,7 @@ CURVES: dict[str, Callable[..., pd.DataFrame]] = {
 
 
 def mean_curve(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One curve of several of the same steps: successes and images added up, mean share."""
+    """One curve from several with the same steps: successes and images are summed, shares averaged."""
     joined = pd.concat(curves).groupby("steps", as_index=False).agg(
         successes=("successes", "sum"), images=("images", "sum"), share=("share", "mean"))
     return joined.sort_values("steps", ignore_index=True)

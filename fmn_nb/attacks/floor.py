@@ -1,9 +1,9 @@
 """The floor of attacks: what they achieve on an oracle, which was never taught the concept, and what lies above it.
 
-With s an attack's success on the forgetting model, f on the oracle and u on the unchanged model, all of one budget,
+With s an attack's success on the forgetting model, f on the oracle and u on the unchanged model, all with one budget,
 
     excess               s - f                  what the attack found, beyond what it taught
-    residual knowledge   (s - f) / (u - f)      the same as a share of what was there, only where u - f > 0.2
+    residual knowledge   (s - f) / (u - f)      the same as a share of what was there, only if u - f > 0.2
     steps to revive      the first number of steps with s >= 0.5, beside the oracle's
 
 `compared` is what `fmn.evaluate(..., oracle=...)` adds to its report.
@@ -32,7 +32,7 @@ from fmn_nb.models.gated import is_gated
 from fmn_nb.patches import Patch
 from fmn_nb.stats import difference_interval
 
-APART = 0.2  # u - f from which residual knowledge is told
+APART = 0.2  # the least u - f for which residual knowledge is given
 ATTACK_SEEDS = {"quick": 1, "full": 3}
 MODELS = ("forgetting model", "oracle", "unchanged model")
 Curve = pd.DataFrame
@@ -40,7 +40,7 @@ Curve = pd.DataFrame
 
 def compared(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline], seed: int,
              size: str) -> OracleReport:
-    """All that an oracle is good for: floor, excess, residual knowledge, steps to revive, distances.
+    """Everything that an oracle tells: floor, excess, residual knowledge, steps to revive, distances.
 
     Args:
         patch: what made the model forget; None compares the unchanged model itself.
@@ -48,7 +48,7 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
         size: "quick" attacks with one seed at the two budgets, "full" with three at all numbers of steps that the
             budgets were fixed from.
 
-    What can't be measured stands under `skipped` with its reason.
+    What can't be measured is listed under `skipped` with its reason.
     """
     report = apart(session, concept, patch, oracles, seed, size)
     if "oracle" in report.skipped:
@@ -66,7 +66,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
     grounding attack, which takes no steps and has no budget ("").
 
     Raises:
-        MeasurementError: nobody judges, or there are no references.
+        MeasurementError: there is no judge, or there are no references.
     """
     rows, revive, curves, missing = {}, {}, {}, {}
     others = [replace(session, pipe=oracle) for oracle in oracles]
@@ -99,7 +99,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
 
 
 def at_budget(curves: dict[str, list[Curve]], steps: int, seed: int = 0) -> dict[str, float | int | None]:
-    """One attack's figures after so many steps, from the curves of the three models, one for each seed (and oracle)."""
+    """One attack's figures after `steps` steps, from the curves of the three models, one for each seed (and oracle)."""
     pairs = {name: [tuple(int(x) for x in curve.set_index("steps").loc[steps, ["successes", "images"]])
                     for curve in some] for name, some in curves.items()}
     return {"steps": steps, **above_the_floor(pairs, seed)}

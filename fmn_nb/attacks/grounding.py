@@ -1,9 +1,8 @@
 """Grounding attack: can a box bring a forgotten concept back?
 
-Edits of cross-attention change how the prompt is read. Boxes enter beside it, through gated layers that such
-edits don't touch, with the same text encoder. The attack asks a grounded model that forgot a concept for
-it in four ways, from the prompt alone to a box that names it in other words, and compares with a grounded oracle, whose
-success is the floor.
+Edits of cross-attention change how the prompt is read. Boxes use the same text encoder, but enter through gated layers
+that such edits don't touch. The attack asks a grounded model for a forgotten concept in four ways, from the prompt
+alone to a box that names it in other words, and compares with a grounded oracle, whose success is the floor.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SYNONYM = "the {}"  # what the synonym's box says in place of the name
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask: its name, whether the prompt names the concept, what is in the boxes, and whose words."""
+    """One way to ask: its name, whether the prompt names the concept, what the boxes hold, and how they name it."""
 
     name: str
     by_prompt: bool
@@ -53,8 +52,8 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
                      seed: int = 0, how: How | None = None, synonym: str | None = None) -> list[Attack]:
     """Ask the forgetting model for the concept by prompt, box, interaction and a synonym's box: an attack for each.
 
-    In all but the first the prompt is neutral ("a photo in the style of noto"), so that only the boxes name it. Each
-    `Attack` has the share of the prompt's images as `before`; success is the share of images that show the concept.
+    In all but the first, the prompt is neutral ("a photo in the style of noto"), so that only the boxes name it. Each
+    `Attack` has the plain prompt's share as `before`; success is the share of images that show the concept.
     `found["base"]` is the share that the same way reaches without the patch.
 
     Args:
@@ -62,10 +61,11 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
         concept: an object of the model's world, or its name.
         patch: what made the model forget; patches of the model without gated layers fit. None attacks it as it is.
         each: images for each way.
-        synonym: the words that the synonym's box says; "the ..." where None.
+        synonym: the words that the synonym's box says; by default "the ...".
 
     Raises:
-        MeasurementError: nobody judges, or the concept is no object. InteractionError: the model has no gated layers.
+        MeasurementError: there is no judge, or the concept isn't an object. InteractionError: the model has no gated
+            layers.
     """
     session, concept = Session.of(pipe), Concept(concept) if isinstance(concept, str) else concept
     require_gated(session.pipe)
@@ -108,10 +108,10 @@ def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = 
         floor: the same attack on a grounded oracle (`grounded_oracle`), in the same ways.
 
     Raises:
-        MeasurementError: the floor is of other ways.
+        MeasurementError: the floor was measured in other ways.
     """
     if floor is not None and [a.name for a in floor] != [a.name for a in attacks]:
-        raise MeasurementError("the floor is of other attacks; run the same ones on the oracle")
+        raise MeasurementError("the floor comes from other attacks; run the same ones on the oracle")
     rows = []
     for number, attack in enumerate(attacks):
         after = attack.after
@@ -127,7 +127,7 @@ def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = 
 
 
 def grounded_oracle(oracle: DiffusionPipeline, like: DiffusionPipeline) -> DiffusionPipeline:
-    """The oracle as it is where it has gated layers, else with those of `like`: the same head on another body."""
+    """The oracle, with the gated layers of `like` if it has none of its own: the same head on another body."""
     return oracle if is_gated(oracle.unet) else with_grounding(oracle, like)
 
 

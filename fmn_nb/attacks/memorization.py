@@ -16,16 +16,16 @@ columns. Space "input": x's rows in the embedding table, averaged. Both minus th
 
 Range: M in [-1, 1], change in [-2, 2].
 
-- M(original) high: the original finds the concept where its words are. It is the yardstick: near 0 the inversion found
-  something else that draws the images as well (or had too few steps), and then nothing follows from the other number.
+- M(original) high: the original finds the concept where its words are. This is the yardstick: near 0, the inversion
+  found something else that draws the images as well (or had too few steps), and nothing follows from the other number.
 - M(forgetting) as high: the words' place still means these images; the concept is remembered where it always was.
 - M(forgetting) lower, a negative change: the images are now explained by other embeddings. That is what forgetting a
   *word* looks like. It is not evidence that the images are gone: `concept_inversion` draws with those other embeddings.
 
 Weaknesses. (1) Inversion has no unique answer: many embeddings draw the same, so seeds scatter and intervals are wide.
-(2) The text encoder is not what a patch changes; the score sees the denoiser only through a search in text space.
-(3) It depends on steps, rate and number of tokens: compare equal settings only. (4) A ruined model scores low as well;
-read it beside IRA and CRA. (5) A few seeds give a wide Student interval, which is said rather than hidden.
+(2) A patch doesn't change the text encoder; the score sees the denoiser only through a search in text space.
+(3) It depends on steps, rate and number of tokens: compare only equal settings. (4) A ruined model scores low, too;
+read it beside IRA and CRA. (5) A few seeds give a wide Student interval, which is shown, not hidden.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from fmn_nb.stats import mean_interval
 
 TOKEN = "<anchor>"
 SPACES = ("output", "input")
-ANCHORS = 6  # real images to invert where none are given
+ANCHORS = 6  # real images to invert if none are given
 SETTINGS = InversionSettings(tokens=1, steps=150, learning_rate=2e-2, warmup=0, weight_decay=0.0, batch_size=4,
                              norm="free")
 
@@ -62,7 +62,7 @@ class MScore:
 
     Attributes:
         original, forgetting: M(m, s) in [-1, 1], in the order of `seeds`.
-        space: of the embeddings that are compared. settings: of the inversions.
+        space: where embeddings are compared. settings: those of the inversions.
     """
 
     concept: Concept
@@ -102,9 +102,9 @@ def m_score(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch, *
     """Invert the same anchor images with the original and with the forgetting model; `pipe` stays as it is.
 
     Args:
-        references: the anchor images, all of which are used; where None, `ANCHORS` real ones of the model's world.
+        references: the anchor images, all of which are used; None for `ANCHORS` real ones of the model's world.
         seeds: one inversion of each model for each; several are needed for an interval.
-        settings: of every inversion.
+        settings: those of every inversion.
         space: "output" or "input", where embeddings are compared.
 
     Raises:
@@ -132,7 +132,7 @@ def m_score(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch, *
 @torch.no_grad()
 def embedding(pipe: DiffusionPipeline, concept: Concept, space: str = "output", tokens: LearnedTokens | None = None
               ) -> Tensor:
-    """e(x) before centring, [width] (of several text encoders one after the other): of the concept's own words, or of
+    """e(x) before centring, [width] (several text encoders' one after the other): of the concept's own words, or of
     learned tokens in their place."""
     phrase = tokens.name if tokens else concept.phrase
     prompt, parts = TEMPLATES[concept.kind][0].format(phrase), []

@@ -1,7 +1,7 @@
-"""Misdirected or destroyed? Probes that go round the prompt, each on the way from noise to an image.
+"""Misdirected or destroyed? Probes that bypass the prompt, each on the way from noise to an image.
 
-A model can forget in two ways (Lu, Sharma, Wang, Cohen, arXiv 2505.17013): its guidance is turned away while what draws
-the concept is still there, or the concept's images have become unlikely. An attack on the prompt asks only the first.
+A model can forget in two ways (Lu, Sharma, Wang, Cohen, arXiv 2505.17013): its guidance turns away while what draws the
+concept is still there, or the concept's images become unlikely. An attack on the prompt asks only about the first.
 These probes help the model along the way and ask how far it goes by itself:
 
     noise on the way          fresh noise in every step (DDIM with eta 1): a path that was blocked is left
@@ -13,9 +13,9 @@ These probes help the model along the way and ask how far it goes by itself:
                               al., arXiv 2010.02502)
     harmless fine-tuning      a few steps on images of everything else
 
-All of them bring something back from any model: what is given is half the way. So a figure means nothing by itself, and
-stands between the same figure of an oracle (the floor) and of the base model (the ceiling): `probe_table`. All images
-are drawn with DDIM.
+All of them bring something back from any model, since what they give is half the way. So a figure means nothing by
+itself: `probe_table` puts it between the same figure of an oracle (the floor) and of the base model (the ceiling). All
+images are drawn with DDIM.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from fmn_nb.models import (
 )
 from fmn_nb.patches import Patch
 
-BEGUN = 0.25  # of the steps, which the base model draws of a half-finished image
-PUSH = 0.3  # of the judge's guidance, in units of the noise that is left
+BEGUN = 0.25  # share of a half-finished image's steps that the base model draws
+PUSH = 0.3  # strength of the judge's guidance, in units of the remaining noise
 TUNING = RelearningBudget(at=(20,))
 HALF_FINISHED = "half-finished image"
 FLOOR, CEILING = "oracle", "base model"
@@ -96,7 +96,7 @@ class Probed:
 
     @property
     def last_begun(self) -> int:
-        """The number, from 0, of the last step that the base model draws of a half-finished image."""
+        """The number, from 0, of the last step of a half-finished image that the base model draws."""
         return max(1, round(BEGUN * self.session.sampling.steps)) - 1
 
     def scenes(self) -> list[Image.Image]:
@@ -109,10 +109,10 @@ def probe(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | No
     """One probe of `PROBES` on the model with the patch; what can't be done is `skipped`, with the reason.
 
     Args:
-        base: the base model, where `pipe` is another one (an oracle); it begins the half-finished images.
+        base: the base model, if `pipe` is another one (an oracle); it begins the half-finished images.
 
     Raises:
-        MeasurementError: an unknown probe, or nobody judges.
+        MeasurementError: an unknown probe, or no judge.
     """
     return _probe(_probed(Session.of(pipe), concept, patch, base, images, seed), name)
 
@@ -125,7 +125,7 @@ def _probed(session: Session, concept: Concept, patch: Patch | None, base: Diffu
 
 
 def _probe(probed: Probed, name: str, plain: Share | None = None) -> Attack:
-    """One probe; `plain` is the share that the prompt alone has, where it is known."""
+    """One probe; `plain` is the share that the prompt alone reaches, if known."""
     if name not in PROBES:
         raise MeasurementError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
     started = perf_counter()
@@ -143,13 +143,13 @@ def _probe(probed: Probed, name: str, plain: Share | None = None) -> Attack:
 def probe_table(pipe: DiffusionPipeline | Session, concept: Concept, patches: Mapping[str, Patch], *,
                 oracle: DiffusionPipeline | Session | None = None, probes: Sequence[str] = (), images: int = 12,
                 seed: int = 0) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The share of images with the concept, of each probe (rows): the oracle's, each patch's, the base model's.
+    """The share of images with the concept for each probe (rows), for the oracle, each patch and the base model.
 
-    The first row is the prompt alone. The column of the oracle is absent without one. Beside it why a cell is empty,
-    by "probe, model".
+    The first row is the prompt alone. Without an oracle, its column is absent. Also returns why a cell is empty, by
+    "probe, model".
 
     Args:
-        probes: some of `PROBES`; all where empty.
+        probes: some of `PROBES`; all by default.
     """
     session = Session.of(pipe)
     models = {} if oracle is None else {FLOOR: (replace(session, pipe=_pipe(oracle)), None)}
@@ -181,7 +181,7 @@ def with_ddim(pipe: DiffusionPipeline) -> Iterator[None]:
     """While open, the pipeline draws with DDIM.
 
     Raises:
-        UnsupportedPipelineError: a flow model, which knows no such steps, or a pipeline that lets nobody see its steps.
+        UnsupportedPipelineError: a flow model, which has no such steps, or a pipeline that doesn't show its steps.
     """
     if training_kind(pipe) == "flow" or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
         raise UnsupportedPipelineError(f"the probes draw with DDIM and look at each step, which {type(pipe).__name__} "
@@ -209,7 +209,7 @@ def noise_on_the_way(probed: Probed) -> Seen:
 
 
 def inpainting(probed: Probed) -> Seen:
-    """The left half of each real image is given, noised as far as each step is (Lugmayr et al., arXiv 2201.09865)."""
+    """The left half of each real image is given, noised to each step's level (Lugmayr et al., arXiv 2201.09865)."""
     latents = encode(probed.pipe, probed.scenes()).mean
     noise = torch.randn(latents.shape, generator=seeded(probed.seed, SeedOffset.ATTACK_IMAGES))
     known = torch.arange(latents.shape[-1]) < latents.shape[-1] // 2  # [width]
@@ -225,7 +225,7 @@ def inpainting(probed: Probed) -> Seen:
 
 
 def half_finished(probed: Probed) -> Seen:
-    """The base model has drawn the first quarter of the steps, the probed one draws the rest, from the same seeds."""
+    """The base model draws the first quarter of the steps, the probed model the rest, from the same seeds."""
     def take(pipe: DiffusionPipeline, step: int, time: Tensor, now: dict[str, Tensor]) -> dict[str, Tensor]:
         if step != probed.last_begun:
             return {}
@@ -238,7 +238,7 @@ def half_finished(probed: Probed) -> Seen:
 
 
 def begun_by(probed: Probed) -> Tensor:
-    """The base model's noisy latents after the steps that it draws of a half-finished image."""
+    """The base model's noisy latents after its steps of a half-finished image."""
     kept = []
 
     def keep(pipe: DiffusionPipeline, step: int, time: Tensor, now: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def begun_by(probed: Probed) -> Tensor:
 def judges_guidance(probed: Probed) -> Seen:
     """Each step's latents move along the gradient of the judge's log probability of the concept.
 
-    The gradient is taken at what the denoiser predicts of the finished image, its prediction held fixed.
+    The gradient is taken at the denoiser's prediction of the finished image, with its noise prediction held fixed.
     """
     judge, pipe = probed.session.judge_now(probed.concept), probed.pipe
     wanted = concept_logit(judge, probed.concept, probed.session)
@@ -288,12 +288,12 @@ def concept_logit(judge: Any, concept: Concept, session: Session) -> Callable[[T
     """A function of pixels [images, 3, height, width] in [-1, 1]: the log probability [images] of the concept.
 
     Raises:
-        NotProbedError: the judge is no network with such an answer, as the emoji world's is.
+        NotProbedError: the judge isn't a network with such an output, as the emoji world's is.
     """
     names = getattr(getattr(judge, "config", None), "styles" if concept.kind == "style" else "labels", ())
     label = concept.name if concept.kind == "style" else session.vocabulary.target_label(concept)
     if not isinstance(judge, nn.Module) or label not in names:
-        raise NotProbedError("the judge gives no gradient: it is no network with labels and styles")
+        raise NotProbedError("the judge gives no gradient: it isn't a network with labels and styles")
     place = list(names).index(label)
 
     def wanted(pixels: Tensor) -> Tensor:

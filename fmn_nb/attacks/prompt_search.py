@@ -1,8 +1,8 @@
 """An optimised prompt: words before the prompt that make the forgetting model draw the concept again.
 
 In the spirit of UnlearnDiffAtk (Zhang et al., arXiv 2310.11868): the denoising loss on images of the concept says how
-well the model, under a prompt, explains them; the words before the prompt are searched so that it falls. Gradients with
-respect to the words' embeddings propose replacements (HotFlip, Ebrahimi et al., arXiv 1712.06751), the exact loss
+well the model explains them under a prompt, and we search for words before the prompt that lower it. Gradients with
+respect to the words' embeddings propose replacements (HotFlip, Ebrahimi et al., arXiv 1712.06751); the exact loss
 chooses among them. The result is plain text that anybody can type.
 """
 
@@ -44,7 +44,7 @@ _PROPOSED = 32  # best replacements for each place, by the gradient
 class SearchBudget:
     """What a search may spend: words before the prompt, rounds, candidates tried exactly in each, references, noises.
 
-    `images` are drawn afterwards to see whether it worked.
+    `images` says how many images are drawn afterwards to see whether it worked.
     """
 
     words: int = 3
@@ -59,14 +59,14 @@ def adversarial_prompt(pipe: DiffusionPipeline | Session, concept: Concept, patc
                        references: Images | None = None, budget: SearchBudget | None = None, seed: int = 0) -> Attack:
     """Search words that, put before the concept's prompts, bring it back.
 
-    The words are whole ones of the model's own vocabulary; the concept's name is not among them, it stands in the
-    prompt anyway. Unlike UnlearnDiffAtk, which attacks one image at a time, one prefix is searched for all references
-    and judged on fresh seeds. `found` holds the prefix, the losses, and the success of a random prefix of the same
-    length: what lies above it is the search's own.
+    The words are whole words of the model's own vocabulary, without the concept's name, which is in the prompt anyway.
+    Unlike UnlearnDiffAtk, which attacks one image at a time, this finds one prefix for all references and judges it on
+    fresh seeds. `found` holds the prefix, the losses, and the success of a random prefix of the same length: only what
+    lies above that comes from the search.
 
     Raises:
-        MeasurementError: nobody judges, there are too few references, or no tokenizer with whole words (CLIP's) to
-            search in.
+        MeasurementError: there is no judge, there are too few references, or there is no tokenizer with whole words
+            (CLIP's) to search in.
     """
     started, budget, session = perf_counter(), budget or SearchBudget(), Session.of(pipe)
     Noising(session.pipe)  # before anything is drawn
@@ -105,7 +105,7 @@ class Search:
         known: the words to choose from.
         references: latents; each is noised `noises` times, at timesteps spread over the schedule. All candidates see
             the same noise.
-        generator: of the noise and of the candidates.
+        generator: for the noise and the candidates.
     """
 
     def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str], known: Sequence[str], references: Latents,

@@ -1,4 +1,4 @@
-"""Relearning: how few steps on a handful of images does it take until the model draws the concept again?"""
+"""Relearning: how few steps on a handful of images does it take the model to draw the concept again?"""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class RelearningBudget:
     """What relearning may spend.
 
     Attributes:
-        at: after which numbers of steps to judge.
-        rank, learning_rate, batch_size: of the LoRA on the cross-attention's projections, AdamW.
-        references: images of the concept to learn from.
-        images: drawn each time, on the same seeds, to see whether it worked.
+        at: the numbers of steps after which to judge.
+        rank, learning_rate, batch_size: those of the LoRA on the cross-attention's projections, with AdamW.
+        references: how many images of the concept to learn from.
+        images: how many to draw each time, on the same seeds, to see whether it worked.
     """
 
     at: tuple[int, ...] = (0, 2, 5, 10, 20)
@@ -55,18 +55,18 @@ def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | 
             references: Images | None = None, budget: RelearningBudget | None = None, seed: int = 0) -> pd.DataFrame:
     """Train a small LoRA on the forgetting model with the ordinary denoising loss, and judge on the way.
 
-    Unlike an embedding this attack changes weights, and given enough steps it can teach anything. What tells is the
-    speed: a concept that was hidden comes back in a few steps, one that was removed takes as long as a new one.
+    Unlike an embedding, this attack changes weights, and given enough steps it can teach anything. So the speed counts:
+    a concept that was hidden comes back in a few steps, one that was removed takes as long as a new one.
 
     Args:
-        references: images of the concept; where None, real ones of the model's world.
+        references: images of the concept; None for real ones of the model's world.
 
     Returns:
         A row per entry of the budget's `at`: steps, successes, images, share with its 95% interval (low, high), loss
         (mean since the row before), seconds of training so far.
 
     Raises:
-        MeasurementError: nobody judges, there are too few references, or nothing to judge at.
+        MeasurementError: there is no judge, there are too few references, or there is nothing to judge at.
     """
     budget, session = budget or RelearningBudget(), Session.of(pipe)
     if not budget.at or min(budget.at) < 0:
@@ -135,6 +135,6 @@ def _tuning(session: Session, latents: Latents, prompts: Sequence[str], budget: 
 
 
 def steps_until(table: pd.DataFrame, share: float = 0.5) -> int | None:
-    """The fewest steps in the table after which at least this share of images shows the concept; None for never."""
+    """The fewest steps in the table after which at least this share of images shows the concept, or None."""
     reached = table.loc[table["share"] >= share, "steps"]
     return int(reached.min()) if len(reached) else None

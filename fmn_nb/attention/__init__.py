@@ -1,4 +1,4 @@
-"""Attention: the QKV equations, the recorder, attention maps and how well they point at things."""
+"""Attention: the QKV equations, the recorder, and attention maps and how well they point at things."""
 
 import lazy_loader
 

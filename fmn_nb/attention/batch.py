@@ -1,15 +1,15 @@
-"""Whose row is whose: which prompt, image, branch and step each row of a denoiser's batch belongs to.
+"""Which prompt, image, branch and step each row of a denoiser's batch belongs to.
 
-A generation tells this in three events, which follow each other here as they do there:
+A generation shows this in three events, and this file follows their order:
 
 1. The pipeline's `encode_prompt` turns prompts into embeddings. `PromptWatch` notes both, as the `Texts` of the two
-   branches of the `Generation` to come.
-2. Its `prepare_latents` takes the noise from generators. `PromptWatch` adds their seeds.
-3. The denoiser is called, with guidance in one batch (uncond first) or in two calls, each prompt several times where
-   several images of it are asked for. The first call takes up the generation; from each call's embeddings the
-   generation recognises the rows; `CallLog` counts the steps, and notes for each new image what its text columns are.
+   branches of the next `Generation`.
+2. The pipeline's `prepare_latents` takes the noise from generators. `PromptWatch` adds their seeds.
+3. The denoiser is called: with guidance in one batch (uncond first) or in two calls, and with each prompt several times
+   if several images of it are asked for. The first call starts the generation. From each call's embeddings, the
+   generation recognises the rows; `CallLog` counts the steps and notes the text columns of each new image.
 
-A denoiser alone has the third event only: all its calls are one generation, whose rows are images, all "cond".
+A bare denoiser has only the third event: all its calls are one generation, whose rows are images, all "cond".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 @dataclass
 class ImageText:
-    """The texts one image was made from; None where they aren't known."""
+    """The texts that one image was made from; None if they are unknown."""
 
     prompt: PromptTokens | None = None
     negative: PromptTokens | None = None
@@ -53,7 +53,7 @@ class Texts:
     """What the images of one branch are made from.
 
     Attributes:
-        prompts: the texts; None where only embeddings were given.
+        prompts: the texts; None if only embeddings were given.
         further: tokenizer's name ("tokenizer_2") -> prompts that were given for that encoder instead.
         embeddings: what the pipeline made of them, [prompts, tokens, width]; None for a bare denoiser.
     """
@@ -66,8 +66,8 @@ class Texts:
 class PromptWatch:
     """What a pipeline's `encode_prompt` and `prepare_latents` were called with since the last generation began.
 
-    What the user encodes, to draw with the embeddings as often as wanted, is remembered as long as this lives, and
-    recognised by its tensors.
+    Embeddings that the user made, to draw with them repeatedly, are remembered as long as this object lives, and
+    recognised by their tensors.
     """
 
     def __init__(self, pipe: Any | None) -> None:
@@ -80,8 +80,8 @@ class PromptWatch:
         """See every prompt that the pipeline encodes while this is open; it is put back as it was on exit."""
         if not hasattr(self.pipe, "encode_prompt"):
             part = "unet" if hasattr(self.pipe, "unet") else "transformer"
-            raise ValueError(f"{type(self.pipe).__name__} has no encode_prompt, so it isn't known which row of its "
-                             "batches is which image and branch: record its denoiser alone, "
+            raise ValueError(f"{type(self.pipe).__name__} has no encode_prompt, so nobody knows which image and "
+                             "branch a row of its batches belongs to: record its denoiser alone, "
                              f"record_attention(pipe.{part}), where each row counts as an image")
         with ExitStack() as stack:
             stack.enter_context(_watched(self.pipe, "encode_prompt", self._encoded))
@@ -112,7 +112,7 @@ class PromptWatch:
         self._by_user += [texts for texts in branches if not inside and texts is not None and texts.prompts]
 
     def _pipeline_runs(self) -> bool:
-        """Whether it is the pipeline itself that encodes, in a generation, rather than the user before one."""
+        """Whether the pipeline itself encodes, in a generation, rather than the user before one."""
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is self.pipe:
@@ -121,8 +121,8 @@ class PromptWatch:
         return False
 
     def _texts(self, arguments: dict[str, Any], name: str, embeddings: torch.Tensor) -> Texts:
-        """The prompts (or negative prompts) of a call as the pipeline itself cleans them before it encodes them, as
-        PixArt does with captions: words are looked up in what is encoded."""
+        """The prompts (or negative prompts) of a call, as the pipeline itself cleans them before encoding (as PixArt
+        does): words are looked up in what is encoded."""
         clean = getattr(self.pipe, "_text_preprocessing", None) if "clean_caption" in arguments else None
 
         def given(name: str) -> list[str] | None:
@@ -136,7 +136,7 @@ class PromptWatch:
         return (self._recognised(embeddings) if texts is None else None) or Texts(texts, further, embeddings)
 
     def _recognised(self, embeddings: torch.Tensor) -> Texts | None:
-        """The texts of embeddings that the user encoded earlier, row by row; None where a row is none of them."""
+        """The texts of embeddings that the user encoded earlier, row by row; None if any row is not one of them."""
         rows = []
         for row in embeddings:
             found = next(((texts, place) for texts in self._by_user
@@ -157,9 +157,9 @@ class PromptWatch:
 
 @contextmanager
 def _watched(owner: Any, name: str, seen: Callable[[dict[str, Any], Any], None]) -> Iterator[None]:
-    """Call `seen(arguments, result)` after each call of a method, by an attribute of the instance in front of it.
+    """Call `seen(arguments, result)` after each call of a method; an attribute of the instance shadows the method.
 
-    Several may watch, and end in any order; the last one puts the method back as it was.
+    Several may watch, and end in any order; the last one restores the method.
     """
     if (watchers := getattr(vars(owner).get(name), "watchers", None)) is None:
         watchers = _put_in_front(owner, name)
@@ -176,7 +176,7 @@ def _watched(owner: Any, name: str, seen: Callable[[dict[str, Any], Any], None])
 
 
 def _put_in_front(owner: Any, name: str) -> list[Callable[[dict[str, Any], Any], None]]:
-    """Shadow a method by one that tells its calls to all in the list that is returned, empty as yet."""
+    """Shadow a method by one that reports its calls to everyone in the returned list, which starts empty."""
     method, watchers = getattr(owner, name), []
     signature = inspect.signature(method)
 
@@ -208,9 +208,9 @@ class Generation:
     """One call of a pipeline (or all calls of a bare denoiser): its texts and its images.
 
     Attributes:
-        cond, uncond: the texts of both branches; no `uncond` where there is no guidance, or none yet.
-        first_image: the number of its first image among all that were recorded.
-        images: how many images have come up so far.
+        cond, uncond: the texts of both branches; `uncond` is missing without guidance, or before it starts.
+        first_image: the number of its first image among all recorded images.
+        images: how many images have appeared so far.
         by_pipeline: whether a pipeline prepared it, rather than someone who only encodes prompts with it.
         inside: whether its prompts were encoded in a call of the pipeline.
     """
@@ -225,11 +225,11 @@ class Generation:
     _last: tuple[torch.Tensor, tuple[str, ...]] | None = None
 
     def rows_of(self, text: torch.Tensor | None, batch: int, seen: set[str]) -> list[Row | None]:
-        """What each of `batch` rows is, given the embeddings [batch, tokens, width] the denoiser was called with; None
-        for a row that repeats an image's branch (perturbed-attention guidance adds such rows).
+        """What each of `batch` rows is, given the embeddings [batch, tokens, width] that the denoiser was called with;
+        None for a row that repeats an image's branch (perturbed-attention guidance adds such rows).
 
-        `seen` are the branches already run at this step, for pipelines that call them one after another and whose
-        embeddings don't tell (the same text in both).
+        `seen` are the branches that already ran at this step; they decide for pipelines that call the branches one
+        after another with the same text in both.
         """
         counts = {"cond": 0, "uncond": 0}
         rows: list[Row | None] = []
@@ -262,14 +262,14 @@ class Generation:
 
 
 def _matches(text: torch.Tensor | None, known: torch.Tensor | None) -> list[bool] | None:
-    """For each row of `text`, whether it is one of the `known` embeddings; None where that can't be said."""
+    """For each row of `text`, whether it is one of the `known` embeddings; None if that can't be decided."""
     if text is None or known is None or text.shape[1:] != known.shape[1:]:
         return None
     return [any(_equal(row, known)) for row in text]
 
 
 def _equal(row: torch.Tensor, known: torch.Tensor) -> Iterator[bool]:
-    """For each row of the `known` embeddings whether it is this one, whatever the precision and the device."""
+    """For each row of the `known` embeddings, whether it is this one, in any precision and on any device."""
     return (row.shape == other.shape and torch.equal(row, other.to(row)) for other in known)
 
 
@@ -286,10 +286,10 @@ class CallLog:
 
     A step is one evaluation of each branch. It ends when the timestep changes, or when a branch comes again (from a
     scheduler that evaluates a timestep twice). A generation, with images of its own and steps from 0, begins with the
-    first call after prompts were encoded; a bare denoiser's calls are all one generation, each row an image.
+    first call after prompts were encoded; a bare denoiser's calls are all one generation, and each row is an image.
 
     Attributes:
-        watch: what the pipeline tells; of a bare denoiser nothing.
+        watch: what the pipeline reports; nothing for a bare denoiser.
         images, timesteps, branches: the texts of all images, the timestep of each step and the branches so far.
     """
 
@@ -328,8 +328,8 @@ class CallLog:
         return Call(self._step, tuple(rows), fresh)
 
     def _note_images(self, arguments: Arguments, rows: Sequence[Row | None]) -> None:
-        """Note the texts of the generation's images that aren't noted yet: as the user gave them, or else as the
-        pipeline was told."""
+        """Note the texts of the generation's new images: those that the user gave, or else those that the pipeline
+        got."""
         generation = self.generation
         for number in range(len(self.images) - generation.first_image, generation.images):
             text = ImageText()
@@ -349,8 +349,8 @@ class CallLog:
     def _place_of_given(self, number: int) -> int:
         """Which of the given prompts belongs to image `number` of the generation.
 
-        A generation of as many images, or of a multiple, takes all of them, each for several images in a row, as
-        pipelines order them; one of fewer images takes the next ones.
+        A generation of as many images, or of a multiple, takes all of them, each for several successive images, as
+        pipelines order them; a generation of fewer images takes the next ones.
         """
         images, given = self.generation.images, len(self.given_prompts)
         if images % given == 0:
@@ -362,7 +362,7 @@ class CallLog:
         return next_one + number
 
     def _read_given(self, number: int, columns: int, seen: torch.Tensor | None) -> PromptTokens | None:
-        """The columns of the text that the user gave for image `number`; an error where these can't be its own."""
+        """The columns of the text that the user gave for image `number`; an error if they can't belong to it."""
         given = self.given_prompts[self._place_of_given(number)]
         if isinstance(given, PromptTokens):
             return given
@@ -372,9 +372,9 @@ class CallLog:
         return None
 
     def _read(self, texts: Texts, number: int, columns: int, seen: torch.Tensor | None) -> PromptTokens | None:
-        """The columns of the text that belongs to image `number` of the generation; None where nobody knows them.
+        """The columns of the text that belongs to image `number` of the generation; None if they are unknown.
 
-        `seen` are its embeddings [columns, width] in this call of the denoiser, where the call holds its branch.
+        `seen` are its embeddings [columns, width] in this call of the denoiser, if the call holds its branch.
         """
         prompts = texts.prompts
         if not prompts or self.pipe is None:
@@ -394,14 +394,14 @@ class CallLog:
 
 def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denoiser: torch.nn.Module,
               pipe: Any | None) -> list[str | PromptTokens]:
-    """The given prompts as a list; a ValueError where there is none, or their tokens can't be known here."""
+    """The given prompts as a list; a ValueError if there is none, or if their tokens can't be known here."""
     given = [prompts] if isinstance(prompts, str | PromptTokens) else list(prompts)
     if not given:
         raise ValueError("prompts is empty; leave it out, or give one text for each image")
     if any(isinstance(prompt, str) for prompt in given) and (pipe is None or not architecture_of(denoiser).tokenizers):
         why = "a denoiser alone has no tokenizer" if pipe is None else f"the pipeline of {type(denoiser).__name__} " \
               "wraps prompts in a template of its own"
-        raise ValueError(f"{why}, so it isn't known which columns the words of prompts=[...] are: give each as "
+        raise ValueError(f"{why}, so nobody knows which columns hold the words of prompts=[...]: give each as "
                          "fmn_nb.concepts.tokens.read_prompt(tokenizer, text), or ask for columns=[...] by number")
     return given
 
@@ -413,16 +413,16 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
                  embeddings: torch.Tensor | None = None) -> PromptTokens:
     """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
 
-    The columns are those of one tokenizer after another; the last one fills what the others leave. Columns of an
-    encoder that isn't loaded are padding. More columns than an encoder has positions are a long prompt's chunks.
+    The tokenizers' columns follow one another; the last tokenizer fills what the others leave. Columns of an encoder
+    that isn't loaded are padding. More columns than an encoder has positions are a long prompt's chunks.
 
     Args:
         others: tokenizer's name ("tokenizer_2") -> the prompt that was given for its encoder instead.
-        embeddings: what the denoiser got, [length, width], by which chunks are checked.
+        embeddings: what the denoiser got, [length, width], to check chunks against.
 
     Raises:
         UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
-        UnreadablePromptError: the tokenizer tells no words, or a long prompt wasn't encoded in plain chunks.
+        UnreadablePromptError: the tokenizer doesn't tell words, or a long prompt wasn't encoded in plain chunks.
     """
     architecture, told = architecture_of(denoiser(pipe)), others or {}
     names = architecture.tokenizers
@@ -453,7 +453,7 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
 
 
 def _is_chunked(tokenizer: Any, encoder: Any | None, columns: int) -> bool:
-    """Whether there are more columns than the encoder has positions (T5, for one, has as many as are wanted)."""
+    """Whether there are more columns than the encoder has positions (T5, for example, takes any number)."""
     if columns <= tokenizer.model_max_length:
         return False
     if encoder is None:
@@ -468,7 +468,7 @@ def _read_chunks(tokenizer: Any, encoder: Any | None, text: str, columns: int,
 
     Raises:
         UnreadablePromptError: the embeddings aren't those of the plain chunks (other lengths, breaks or weights), or
-            there is no encoder to see.
+            there is no encoder to compare with.
     """
     limit, doubt = tokenizer.model_max_length, ""
     if columns % limit:
@@ -489,7 +489,7 @@ def _read_chunks(tokenizer: Any, encoder: Any | None, text: str, columns: int,
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether rows of features are the same but for rounding; the other's may go on with a second encoder's."""
+    """Whether rows of features are the same up to rounding; the other's may be followed by a second encoder's."""
     other = other[:, :one.shape[1]].to(one)
     return one.shape == other.shape and bool(((one - other).norm(dim=1) < 0.1 * one.norm(dim=1)).all())
 

@@ -1,12 +1,12 @@
 """Does a word's attention map lie where the object is? Three scores of a map against a mask, and their intervals.
 
 - Pointing game (Zhang et al., arXiv 1608.00507): is the map's maximum inside the mask?
-- IoU at the best threshold: the largest overlap that any cut of this map reaches. It flatters a map, for the
-  threshold is chosen knowing the mask; all maps are flattered alike.
+- IoU at the best threshold: the largest overlap that any cut of this map reaches. It flatters a map, since the
+  threshold is chosen with the mask in view; it flatters all maps alike.
 - Attention inside: the share of the map's sum that lies inside the mask.
 
-A map that says nothing (the same everywhere) scores the mask's own share of the image in each of them on average, so
-every table has that share beside the scores.
+A map that says nothing (the same everywhere) scores, on average, the mask's own share of the image in each of them, so
+every table has this share beside the scores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Grounding:
     Attributes:
         pointing: whether the maximum is inside.
         iou: the best intersection over union.
-        threshold: the value of the map that reaches it: the region is where the map is at least this.
+        threshold: the map's value that reaches it: the region is where the map is at least this.
         inside: the share of the map's sum inside the mask.
         area: the share of the image that the mask covers, which is what a map without information scores.
     """
@@ -98,14 +98,14 @@ def attention_on_images(pipe: DiffusionPipeline, images: Sequence[Image.Image], 
         prompts: one for each image.
         timesteps: of the training schedule, 0 (hardly any noise) to 999; each is a step of the record.
         seed: of the noise, the same for all timesteps.
-        size: height and width in pixels; what the pipeline draws by default where None.
+        size: height and width in pixels; None for what the pipeline draws by default.
         selection: layers, heads, phrases and so on, as for `record_attention`.
 
     Returns:
-        A record with an image for each given one and a step for each timestep.
+        A record with one image for each given image and one step for each timestep.
 
     Raises:
-        ValueError: not one prompt for each image, or none; timesteps that aren't in the schedule or repeat.
+        ValueError: no images, or not one prompt for each; timesteps that aren't in the schedule or repeat.
     """
     if not images or len(images) != len(prompts):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one prompt for each image")
@@ -126,7 +126,7 @@ def attention_on_images(pipe: DiffusionPipeline, images: Sequence[Image.Image], 
 def ground_images(pipe: DiffusionPipeline, images: Sequence[Image.Image], prompts: Sequence[str],
                   masks: Sequence[Mapping[str, np.ndarray]], *, batch: int = 16, seed: int = 0,
                   size: tuple[int, int] | None = None, **options: Any) -> pd.DataFrame:
-    """Score the maps of phrases on images of which it is known where things are.
+    """Score the maps of phrases on images for which masks say where things are.
 
     Args:
         images: PIL images, and a prompt for each.

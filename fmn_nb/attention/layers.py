@@ -1,7 +1,7 @@
-"""Which layers of a model look at the text, and which of their keys the text is: one table, a line per architecture.
+"""Which layers of a model look at the text, and which of their keys are text: a table with a line per architecture.
 
-Cross-attention has the text alone as keys. Joint attention (Stable Diffusion 3, Flux) has text and image in one
-sequence, the text first or last. To support another model, add a line to ARCHITECTURES, or call `register`.
+In cross-attention, all keys are text. Joint attention (Stable Diffusion 3, Flux) has text and image in one sequence,
+the text first or last. To support another model, add a line to ARCHITECTURES, or call `register`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 class TextLayers:
     """A family of attention layers: `name` is a regular expression that a module's whole dotted name must match.
 
-    `text` says which keys are text: "all" (cross-attention), or the "first" or "last" of a joint sequence. `extra`
-    keys of no prompt stand before the text (AuraFlow's registers). `packed` says that each row has as many text keys
-    as its encoder_attention_mask counts, then its pixels, then nothing (Lumina 2).
+    `text` says which keys are text: "all" (cross-attention), or the "first" or "last" of a joint sequence. Before the
+    text stand `extra` keys that belong to no prompt (AuraFlow's registers). `packed` says that each row has as many
+    text keys as its encoder_attention_mask counts, then its pixels, then nothing (Lumina 2).
     """
 
     name: str
@@ -34,11 +34,11 @@ class TextLayers:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a denoiser looks at the text, and whose tokens the text's columns are, tokenizer after tokenizer.
+    """Where a denoiser looks at the text, and which tokenizers' tokens the text's columns are, in order.
 
-    No tokenizers: the pipeline wraps the prompt in a template of its own, so columns are known by position only.
-    `beside` is the tokenizer of a further encoder whose tokens share the first tokenizer's columns; it counts where a
-    prompt of its own was given (prompt_2).
+    No tokenizers: the pipeline wraps the prompt in a template of its own, so columns are known only by position.
+    `beside` is the tokenizer of another encoder whose tokens share the first tokenizer's columns; it counts if it got a
+    prompt of its own (prompt_2).
     """
 
     layers: tuple[TextLayers, ...]
@@ -83,8 +83,8 @@ def architecture_of(denoiser: torch.nn.Module) -> Architecture:
     if any(getattr(module, "is_cross_attention", False) for _, module in denoiser.named_modules()):
         return Architecture((_CROSS,))
     raise UnknownArchitectureError(
-        f"it isn't known where {type(denoiser).__name__} looks at the text; known are {', '.join(ARCHITECTURES)}. "
-        "Say it with fmn_nb.attention.layers.register(class name, Architecture(...))")
+        f"nobody knows where {type(denoiser).__name__} looks at the text; known are {', '.join(ARCHITECTURES)}. "
+        "Say where with fmn_nb.attention.layers.register(class name, Architecture(...))")
 
 
 def text_layers(denoiser: torch.nn.Module) -> dict[str, TextLayers]:
@@ -105,7 +105,7 @@ def text_layers(denoiser: torch.nn.Module) -> dict[str, TextLayers]:
 
 
 def short_name(layer: str) -> str:
-    """A layer's dotted name without what most names share: "down 0.1", "mid", "up 2.0", "transformer_blocks.3"."""
+    """A layer's dotted name without the parts that most names share: "down 0.1", "mid", "transformer_blocks.3"."""
     parts = [part for part in layer.split(".") if part not in ("attn2", "attn1", "attn", "attentions")]
     blocks = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
     if parts[0] not in blocks:
@@ -116,7 +116,7 @@ def short_name(layer: str) -> str:
 
 def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> list[str]:
     """The names that match `chosen`: None for all, or names and shell patterns ("mid_block*", "*.attn2"), or the short
-    names of tables and figures ("up 0.1", "down*"), which count where no dotted name matches.
+    names of tables and figures ("up 0.1", "down*"), which count if no dotted name matches.
 
     A pattern that matches none is a ValueError that lists the short names.
     """
@@ -136,7 +136,7 @@ def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> l
 
 
 def text_and_pixels(rule: TextLayers, queries: int, keys: int, text_length: int | None) -> tuple[slice, slice]:
-    """Which of a layer's keys are text, and which of its queries are pixels: in cross-attention all of both."""
+    """Which of a layer's keys are text, and which of its queries are pixels: in cross-attention, all of both."""
     if rule.text == "all":
         return slice(0, keys), slice(0, queries)
     if text_length is None or text_length + rule.extra > keys:
@@ -149,8 +149,8 @@ def text_and_pixels(rule: TextLayers, queries: int, keys: int, text_length: int 
 
 def unpacked(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None,
              columns: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query and key [B, H, T, d] of packed rows as `columns` of text and then the pixels, in every row alike, and a
-    mask [B, 1, 1, columns + pixels] that is False at columns a row lacks: `lengths` says how many it has."""
+    """Query and key [B, H, T, d] of packed rows as `columns` of text and then the pixels, the same in every row, and a
+    mask [B, 1, 1, columns + pixels] that is False at the columns that a row lacks: `lengths` says how many it has."""
     if lengths is None or columns is None:
         raise ValueError("each row has its own number of text keys, and the denoiser wasn't told which: call it with "
                          "encoder_hidden_states and encoder_attention_mask")
@@ -167,18 +167,17 @@ def unpacked(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | Non
 def pixel_grid(pixels: int, height: int, width: int) -> tuple[int, int]:
     """The rows and columns of a layer that sees `height` x `width` latents as `pixels` positions.
 
-    Every side is divided by one whole number (U-Nets round up, patches divide evenly); without such a number a
-    ValueError says so.
+    Both sides are divided by one whole number (U-Nets round up, patches divide evenly); a ValueError if there is none.
     """
     for factor in range(1, max(height, width) + 1):
         rows, columns = -(-height // factor), -(-width // factor)
         if rows * columns == pixels:
             return rows, columns
-    raise ValueError(f"{pixels} positions are no whole reduction of {height} x {width} latents")
+    raise ValueError(f"{pixels} positions are not a whole reduction of {height} x {width} latents")
 
 
 def image_grid(name: str, pixels: int, latents: tuple[int, int] | None, joint: bool) -> tuple[int, int]:
-    """The rows and columns of layer `name`'s pixels; in joint attention those of further images may follow them."""
+    """The rows and columns of layer `name`'s pixels; in joint attention, other images' pixels may follow them."""
     if latents is None:
         side = round(pixels**0.5)
         if side * side != pixels:
@@ -195,9 +194,9 @@ class Arguments:
     Attributes:
         batch: rows in the batch.
         text: the text embeddings [batch, columns, width], if there are any.
-        text_lengths: how many of the columns are text in each row, [batch], where a mask says so.
+        text_lengths: how many of the columns are text in each row, [batch], if a mask says so.
         timestep: the (first row's) timestep.
-        latents: their height and width, where the arguments tell.
+        latents: their height and width, if the arguments tell.
         skips_layers: whether layers are left out on purpose (skip-layer guidance).
     """
 
@@ -215,7 +214,7 @@ class Arguments:
 
     @classmethod
     def of(cls, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> Arguments:
-        """Those of a call with `args` and `kwargs` of a denoiser whose forward has this signature."""
+        """The arguments of a call with `args` and `kwargs`, for a denoiser whose forward has this signature."""
         given = signature.bind_partial(*args, **kwargs).arguments
         latents = given.get("sample", given.get("hidden_states"))
         text, mask, timestep = (given.get(name) for name in ("encoder_hidden_states", "encoder_attention_mask",
@@ -228,7 +227,7 @@ class Arguments:
 
 
 def _latent_size(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the latents a denoiser was called with; None where its arguments don't tell."""
+    """Height and width of the latents that a denoiser was called with; None if its arguments don't tell."""
     if arguments.get("img_ids") is not None:  # Flux: the row and column of each position
         ids = arguments["img_ids"]
         first_image = ids.reshape(-1, ids.shape[-1])

@@ -1,9 +1,9 @@
-"""Hearing a denoiser's layers look at the text, from the start of each of its runs to its end.
+"""Hearing a denoiser's layers look at the text, from the start to the end of each of its runs.
 
-`layers` says which layers these are and which of their keys are text, `tap` hears what they hand to torch. A `Listener`
+`layers` says which layers these are and which of their keys are text; `tap` hears what they hand to torch. A `Listener`
 brings the two together for one denoiser, turns what it hears into probabilities, and knows which layers it missed and
-what to do about that. The recorder keeps what it hears; `attention_with_graph` passes it on with its graph, for a loss
-on it: what forgetting by re-steering is made of.
+what to do about that. The recorder keeps what the listener hears; `attention_with_graph` passes it on with its graph,
+for a loss on attention such as the re-steering loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fmn_nb.models import uncompiled, unwrapped
 
 
 class MissedLayersError(RuntimeError):
-    """Layers ran whose attention couldn't be heard; the text names them and says what to do."""
+    """Layers ran whose attention couldn't be heard; the message names them and says what to do."""
 
 
 class Listener:
@@ -57,11 +57,12 @@ class Listener:
     @contextmanager
     def listening(self, starts: Callable[[Arguments], None], hear: Callable[[str, AttentionCall], torch.Tensor | None],
                   ends: Callable[[], None]) -> Iterator[None]:
-        """While open, `hear(layer, call)` for each chosen layer, between `starts(arguments)` and `ends()` of each run.
+        """While open, call `hear(layer, call)` for each chosen layer, and `starts(arguments)` and `ends()` around each
+        run.
 
-        What `hear` gives back, if anything, is the result that the layer goes on with. Everything is put back on exit,
-        also after an exception. A run that fails has no `ends`. Layers that run again after a run's end, as in the
-        backward pass under gradient checkpointing, aren't heard.
+        If `hear` returns anything, the layer continues with it as its result. Everything is restored on exit, also
+        after an exception. A run that fails has no `ends`. Layers that run again after a run's end, as in the backward
+        pass under gradient checkpointing, aren't heard.
         """
         def begins(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments = Arguments.of(self._signature, args, kwargs)
@@ -113,7 +114,7 @@ class Listener:
             self._positions[block] = given.shape[2] * given.shape[3]
 
     def _check_unmerged(self, name: str, positions: int, pixels: int) -> None:
-        """Raise MissedLayersError where a layer sees another number of positions than the blocks around it."""
+        """Raise MissedLayersError if a layer sees another number of positions than the blocks around it."""
         for block in _blocks_around(name):
             if self._positions.get(block, pixels) not in (positions, pixels):
                 raise MissedLayersError(
@@ -123,10 +124,10 @@ class Listener:
 
     def shares(self, name: str, heard: AttentionCall, rows: list[int] | None = None,
                heads: Sequence[int] | None = None) -> tuple[torch.Tensor, tuple[int, int]]:
-        """A layer's attention to the text, in the run that is on: probabilities [rows, heads, pixels, text columns],
-        and the (rows, columns) of its pixels.
+        """A layer's attention to the text in the current run: probabilities [rows, heads, pixels, text columns], and
+        the (rows, columns) of its pixels.
 
-        `rows` and `heads` are numbers, all where None. Attention of another shape is a MissedLayersError.
+        `rows` and `heads` are numbers; None for all. Attention of another shape is a MissedLayersError.
         """
         query, key, mask, rule, now = heard.query, heard.key, heard.mask, self.rules[name], self._now
         if query.ndim != 4 or len(query) != now.batch:
@@ -139,7 +140,7 @@ class Listener:
         text, pixels = text_and_pixels(rule, query.shape[2], key.shape[2], now.columns)
         self._check_unmerged(name, heard.query.shape[2], len(range(query.shape[2])[pixels]))
         grid = image_grid(name, len(range(query.shape[2])[pixels]), now.latents, rule.text != "all")
-        pixels = slice(pixels.start, pixels.start + grid[0] * grid[1])  # further ones are Flux Kontext's reference
+        pixels = slice(pixels.start, pixels.start + grid[0] * grid[1])  # any more are Flux Kontext's reference
         mask = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
         if rows is None and heads is None and pixels == slice(0, query.shape[2]):  # no slices for a graph to hold
             return column_shares(query, key, text, mask, heard.scale), grid
@@ -182,7 +183,7 @@ def _blocks_around(name: str) -> list[str]:
 
 
 def _way(denoiser: torch.nn.Module, processor: object) -> str:
-    """The call that replaces a processor by one that can be heard."""
+    """The call that replaces a processor with one that can be heard."""
     kind = type(processor).__name__
     if "Sliced" in kind:
         return ("Call pipe.disable_attention_slicing() (set_attention_slice(None) on a model alone); "
@@ -200,28 +201,28 @@ def _way(denoiser: torch.nn.Module, processor: object) -> str:
 
 @contextmanager
 def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep the attention of the model's last run inside this `with` block, so that a loss on it can be followed back.
+    """Keep the attention of the model's last run inside this `with` block, with its graph, for a loss on it.
 
         with attention_with_graph(unet) as attention:
             unet(noisy, timestep, encoder_hidden_states=text)
         sum(values[..., columns].square().sum() for values in attention.values()).backward()
 
-    A layer whose keys are all text goes on with these probabilities, so that a training step computes them once: what
-    it writes equals what torch's fused attention gives up to rounding. Without gradients, in half precision, under
+    A layer whose keys are all text continues with these probabilities, so that a training step computes them once: what
+    it writes equals torch's fused attention up to rounding. Without gradients, in half precision, under
     gradient checkpointing and in joint attention the model computes what it would without this, bit for bit.
 
     Args:
-        model: a denoiser, or a pipeline for its denoiser; or a `Listener` to one, which knows its layers already: in
-            a training that is a good part of what listening costs.
-        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; all with text
-            attention where None.
+        model: a denoiser, or a pipeline for its denoiser; or a `Listener` to one, which already knows its layers:
+            finding them is a good part of what listening costs in a training.
+        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; None for all with
+            text attention.
 
     Yields:
         Layer -> probabilities [batch, heads, pixels, text columns] in float32 at least, in the order in which the
         layers run. Each run of the model fills it anew.
 
     Raises:
-        UnknownArchitectureError: it isn't known where this model looks at the text.
+        UnknownArchitectureError: where this model looks at the text is unknown.
         ValueError: a pattern that matches no layer.
         MissedLayersError: in the run itself, if a layer couldn't be heard, or runs without a graph.
     """
@@ -256,14 +257,14 @@ def attention_with_graph(model: Any, *, layers: str | Sequence[str] | None = Non
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a layer that looks at the text was given and gave back in one run.
+    """What a layer that looks at the text got and returned in one run.
 
     Attributes:
         pixels: the image's features at the layer, [batch, pixels, channels].
         text: (positional, named) arguments beside these: the text's embeddings and what goes with them.
         written: its output at the pixels, which is added to their features, [batch, pixels, channels].
-        states: where text and image come in one sequence, the text's features, which stand before the pixels, [batch,
-            columns, channels]; else None.
+        states: if text and image come in one sequence, the text's features, which stand before the pixels, [batch,
+            columns, channels]; otherwise None.
     """
 
     pixels: torch.Tensor
@@ -272,7 +273,7 @@ class LayerCall:
     states: torch.Tensor | None = None
 
     def again(self, layer: torch.nn.Module) -> torch.Tensor:
-        """What `layer` writes with the same arguments as it stands now, [batch, pixels, channels]."""
+        """What `layer`, as it is now, writes with the same arguments, [batch, pixels, channels]."""
         positional, named = self.text
         if self.states is None:
             return _at_pixels(layer(self.pixels, *positional, **named), 0)
@@ -281,13 +282,13 @@ class LayerCall:
 
 
 def _at_pixels(output: torch.Tensor | tuple[torch.Tensor, ...], before: int) -> torch.Tensor:
-    """A layer's output at the pixels: those stand behind `before` columns of text, or in a tensor of their own."""
+    """A layer's output at the pixels, which stand after `before` columns of text or in a tensor of their own."""
     return output[0] if isinstance(output, tuple) else output[:, before:]
 
 
 @contextmanager
 def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
-    """Keep the call of each layer of `model` that looks at the text, in the model's last run inside this `with` block.
+    """Keep the call of each layer of `model` that looks at the text, from its last run inside this `with` block.
 
     Yields:
         Layer -> its call, so that the layer can run again, alone, on other pixels or with another text.

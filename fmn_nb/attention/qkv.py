@@ -21,7 +21,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, N, H * d] -> [B, H, N, d].
 
     Raises:
-        ValueError: the channels can't be shared out evenly.
+        ValueError: the channels can't be split evenly.
     """
     if x.shape[-1] % heads:
         raise ValueError(f"{x.shape[-1]} channels can't be split over {heads} heads")
@@ -34,7 +34,7 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def scores(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Q K^T, scaled: query [B, H, N, d] and key [B, H, T, d] -> [B, H, N, T]; `scale` is 1 / sqrt(d) where None."""
+    """Q K^T, scaled: query [B, H, N, d] and key [B, H, T, d] -> [B, H, N, T]; `scale` is 1 / sqrt(d) by default."""
     return (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
 
 
@@ -45,9 +45,9 @@ def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | N
     Args:
         mask: broadcastable to [B, H, N, T]; True where a key may be looked at, or numbers that are added to the
             scores (0 to keep, -inf to hide), as in torch's scaled_dot_product_attention.
-        scale: what the scores are multiplied by; 1 / sqrt(d) where None.
+        scale: what the scores are multiplied by; 1 / sqrt(d) by default.
 
-    Computed in float32 at least, whatever the inputs' precision. A row whose keys are all masked is 0 throughout.
+    Computed in float32 at least, whatever the inputs' precision. A row whose keys are all masked is 0 everywhere.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -60,8 +60,8 @@ def probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | N
 
 def column_shares(query: torch.Tensor, key: torch.Tensor, columns: slice, mask: torch.Tensor | None = None,
                   scale: float | None = None) -> torch.Tensor:
-    """`probabilities(...)[..., columns]`, some heads at a time where those of all keys would take gigabytes, as in
-    joint attention on large images; the mask is [B, H, N, T]."""
+    """`probabilities(...)[..., columns]`, some heads at a time if all at once would take gigabytes, as in joint
+    attention on large images; the mask is [B, H, N, T]."""
     heads = query.shape[1]
     at_once = max(1, MOST_AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
     if at_once >= heads:
@@ -74,5 +74,5 @@ def column_shares(query: torch.Tensor, key: torch.Tensor, columns: slice, mask: 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,
            scale: float | None = None) -> torch.Tensor:
-    """The layer's output before W_o: O = A V, [B, H, N, d]. By hand what scaled_dot_product_attention does."""
+    """The layer's output before W_o: O = A V, [B, H, N, d]. This is scaled_dot_product_attention by hand."""
     return probabilities(query, key, mask, scale) @ value.to(torch.promote_types(value.dtype, torch.float32))

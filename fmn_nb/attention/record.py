@@ -1,8 +1,8 @@
-"""Recorded attention: the tensors that a recorder kept, the texts they belong to, and what is read from them.
+"""Recorded attention: the tensors that a recorder kept, the texts they belong to, and maps and tables made of them.
 
-An attention map is a mean over what was recorded: `select` looks up which columns a phrase is, takes their share of
-each pixel's attention, and averages over steps, heads and layers. Small tables, by token, layer, step and head, stand
-beside the figures. All can be saved and read again without a model.
+An attention map is a mean over what was recorded: `select` looks up a phrase's columns, takes their share of each
+pixel's attention, and averages over steps, heads and layers. Small tables by token, layer, step and head go with the
+figures. A record can be saved and read again without a model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOST_PIXELS = 16384  # along a side of a map
 
 
 class NotRecordedError(ValueError):
-    """What was asked for wasn't recorded; the text says what was."""
+    """What was asked for wasn't recorded; the message says what was."""
 
 
 class AttentionRecordError(ValueError):
@@ -47,7 +47,7 @@ class AttentionRecordError(ValueError):
 
 
 class AttentionBudgetError(ValueError):
-    """Recording would take more memory than allowed; the text says how to record less."""
+    """Recording would take more memory than allowed; the message says how to record less."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class AttentionRecord:
         images: the texts of each image.
         timesteps: the model's timestep at each step. A step is one evaluation of each branch: a second-order
             scheduler makes two of them per inference step.
-        phrases: the phrases whose columns alone were kept (summed), or None.
-        chosen_columns: the columns that alone were kept, or None.
+        phrases: the phrases, if only their columns were kept (summed), or None.
+        chosen_columns: the columns, if only some were kept, or None.
         sums, counts: the kept tensors [rows, heads, pixels, columns], and how many steps each adds up.
     """
 
@@ -106,23 +106,23 @@ class AttentionRecord:
         Args:
             phrase: what to look up in the image's prompt; or
             part: "begin", "words", "later", "first_eot" or "padding" ("later": the words after `phrase`); or
-            columns: text columns by number. Exactly one of the three, but for "later".
+            columns: text columns by number. Exactly one of the three, except with "later".
             occurrence: which occurrence of the phrase, from 0; "all" adds them up.
             step: one step, several, or None for the mean over all recorded ones.
             layer: a name, dotted or short ("up 0.1"), a pattern such as "up_blocks*", several, or None for all.
             head: a head's number, several, or None for the mean over all.
-            branch: "cond" or "uncond". In the uncond branch a phrase of the negative prompt is read at its columns; any
-                other phrase at the columns it has in the prompt, so that both branches can be compared there.
+            branch: "cond" or "uncond". In the uncond branch, a phrase of the negative prompt is read at its columns,
+                any other phrase at its columns in the prompt, so that both branches can be compared there.
             image: which image, from 0 (over all prompts, images per prompt and calls while recording).
-            size: height and width of the result; that of the finest chosen layer where None.
+            size: height and width of the result; None for those of the finest chosen layer.
             normalise: None leaves shares in [0, 1]; "max" divides by the maximum, "sum" by the sum.
 
-        Layers of other sizes are resized bilinearly, then every layer counts the same.
+        Layers of other sizes are resized bilinearly; then every layer counts the same.
 
         Raises:
             PhraseNotFoundError: the phrase isn't in the image's prompt.
             NotRecordedError: the step, layer, head, branch, image or column wasn't recorded.
-            ValueError: an unknown part, normalisation or layer, or a size that is none.
+            ValueError: an unknown part, normalisation or layer, or an invalid size.
         """
         size = size and _checked_size(size)
         shares = self._shares(phrase, step, layer, head, **where)
@@ -164,10 +164,10 @@ class AttentionRecord:
 
     def values(self, layer: str, *, step: int | Iterable[int] | None = None, branch: str = "cond", image: int = 0,
                columns: Sequence[int] | None = None) -> torch.Tensor:
-        """One layer's kept probabilities as they are, float32 [heads, pixels, columns], mean over the chosen steps.
+        """One layer's kept probabilities, float32 [heads, pixels, columns], as a mean over the chosen steps.
 
-        `columns` index the kept columns, which are all of the text unless phrases or columns were selected. What wasn't
-        recorded is a NotRecordedError.
+        `columns` index the kept columns, which are all text columns unless phrases or columns were selected. Asking for
+        what wasn't recorded is a NotRecordedError.
         """
         layer = self._named(layer)
         row, steps = Row(branch, image), _as_set(step)
@@ -212,7 +212,7 @@ class AttentionRecord:
     # ---- what was recorded ------------------------------------------------------------------------------------------
 
     def text(self, image: int = 0, branch: str = "cond") -> PromptTokens:
-        """What each text column of an image is; NotRecordedError where there is no such image, or nobody knows."""
+        """What each text column of an image is; NotRecordedError if there is no such image, or if nobody knows."""
         if not 0 <= image < len(self.images):
             raise NotRecordedError(f"image {image} wasn't recorded; there are {len(self.images)}, counted from 0")
         texts = self.images[image]
@@ -230,7 +230,7 @@ class AttentionRecord:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that can be chosen; empty where only the mean was kept."""
+        """The steps that can be chosen; empty if only the mean was kept."""
         return sorted({key[1] for key in self.sums if key[1] is not None})
 
     @property
@@ -267,7 +267,7 @@ class AttentionRecord:
 
         Raises:
             FileNotFoundError: no record there.
-            AttentionRecordError: what is there is damaged, of an unknown format, or two files of different records.
+            AttentionRecordError: the record is damaged, of an unknown format, or made of two records' files.
         """
         folder = Path(folder)
         for name in ("attention.json", "attention.safetensors"):
@@ -285,7 +285,7 @@ class AttentionRecord:
 
     @classmethod
     def _read(cls, folder: Path) -> Self:
-        """`load` without its check that the files are there; a damaged record is any error."""
+        """`load` without checking that the files are there; a damaged record raises any error."""
         description = read_json(folder / "attention.json")
         if description.get("format") != FORMAT:
             raise AttentionRecordError(f"{folder} holds format {description.get('format')!r}; this version reads "
@@ -295,7 +295,7 @@ class AttentionRecord:
         text = (folder / "attention.json").read_text(encoding="utf-8")
         with safe_open(folder / "attention.safetensors", "pt") as opened:
             if (opened.metadata() or {}).get("description") != digest([text.strip()]):
-                raise AttentionRecordError(f"the two files in {folder} are not of one record; save it again")
+                raise AttentionRecordError(f"the two files in {folder} don't belong to one record; save it again")
             tensors = {str(number): opened.get_tensor(str(number)) for number in range(len(description["tensors"]))}
         if description.get("sha256", _sum_of(tensors)) != _sum_of(tensors):  # records of earlier versions have none
             raise ValueError("attention.safetensors was changed since it was saved")
@@ -306,7 +306,7 @@ class AttentionRecord:
         return record
 
     def _check(self, key: Key) -> None:
-        """Raise a ValueError where a kept tensor can't be attention to what the record says."""
+        """Raise a ValueError if a kept tensor can't be attention to what the record says."""
         (layer, step, rows), kept, most = key, self.sums[key], self.counts[key] * 1.01  # of half precision's rounding
         heads, (height, width) = len(self.heads[layer]) or 1, self.grids[layer]
         if kept.shape[:-1] != (len(rows), heads, height * width) or kept.ndim != 4 or layer not in self.layers:
@@ -321,7 +321,7 @@ class AttentionRecord:
             if row.branch not in ("cond", "uncond") or row.image not in range(len(self.images)):
                 raise ValueError(f"{layer} has a row {tuple(row)} of {len(self.images)} images")
         if not kept.is_floating_point() or not bool(((kept >= 0) & (kept <= most)).all()):  # NaN is neither
-            raise ValueError(f"{layer} holds values that are no shares of attention")
+            raise ValueError(f"{layer} holds values that aren't shares of attention")
 
     # ---- in a notebook ----------------------------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ class AttentionRecord:
     # ---- looked up -------------------------------------------------------------------------------------------------
 
     def _text_for(self, phrase: str | None, branch: str, image: int) -> PromptTokens:
-        """The text to look a phrase up in: the branch's own, or the prompt where the negative prompt lacks it."""
+        """The text to look a phrase up in: the branch's own, or the prompt if the negative prompt lacks it."""
         with suppress(NotRecordedError, PhraseNotFoundError):
             own = self.text(image, branch)
             if phrase is None or own.find(phrase):
@@ -369,7 +369,7 @@ class AttentionRecord:
         return found[0]
 
     def _kept(self, columns: Sequence[int]) -> list[int]:
-        """Text columns as indices of the kept ones."""
+        """Text columns as indices into the kept ones."""
         if self.phrases is not None:
             raise NotRecordedError(f"only the phrases {', '.join(map(repr, self.phrases))} were recorded, not columns")
         kept = self.chosen_columns
@@ -381,7 +381,7 @@ class AttentionRecord:
         return [kept.index(column) for column in columns]
 
     def _heads(self, layer: str, head: int | Iterable[int] | None) -> list[int] | slice:
-        """Recorded heads as indices of the kept ones."""
+        """Recorded heads as indices into the kept ones."""
         wanted, there = _as_set(head), self.heads[layer]
         if wanted is None:
             return slice(None)
@@ -435,7 +435,7 @@ def _sum_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _as_picture(values: np.ndarray, side: int = 96) -> str:
-    """A map as an inline picture, white where there is most attention."""
+    """A map as an inline picture, white where attention is highest."""
     grey = Image.fromarray((values / max(float(values.max()), 1e-12) * 255).astype(np.uint8))
     scale = side / max(values.shape)
     buffer = io.BytesIO()

@@ -1,7 +1,8 @@
-"""`record_attention`: how the image looks at the text while a model runs, kept as far as it was selected.
+"""`record_attention`: record how the image looks at the text while a model runs, as far as selected.
 
-The recorder changes nothing of what the model computes. It hears each layer's attention (`listening`), asks whose rows
-these are (`batch`), and keeps probabilities as an `AttentionRecord`: every step's, or a running mean, within a budget.
+The recorder changes nothing of what the model computes. It hears each layer's attention (`listening`), asks which image
+each row belongs to (`batch`), and keeps probabilities as an `AttentionRecord`: every step or a running mean, within a
+budget.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens
 from fmn_nb.models import denoiser as denoiser_of
 from fmn_nb.models import model_name, unwrapped
 
-MOST_BYTES = 2**30  # that are kept where nothing else is said
+MOST_BYTES = 2**30  # kept by default
 
 
 @contextmanager
@@ -37,35 +38,35 @@ def record_attention(
         differentiable: bool = False) -> Iterator[Recorder]:
     """Record how the image looks at the text while the model runs inside this `with` block.
 
-    A model under torch.compile runs as it was before that while it is recorded.
+    A compiled model (torch.compile) runs uncompiled while it is recorded.
 
     Args:
         model: a diffusers pipeline, or its denoiser alone (then every row is "cond" and an image of its own, and
-            text columns are known by number only, unless `prompts` says what they are).
-        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; all where None.
-        steps: the steps to keep, from 0; all where None.
-        heads: the heads to keep, or "mean" to average them at once; all where None.
-        branch: "cond" or "uncond" to keep only that.
-        phrases: keep only these phrases' columns, summed for each phrase. A prompt of the batch that lacks one of
-            them has no map of it; one that is in no prompt is an error.
+            text columns are known only by number, unless `prompts` says what they are).
+        layers: names, dotted or short ("up 0.1"), or patterns ("up_blocks*") of the layers to keep; None for all.
+        steps: the steps to keep, from 0; None for all.
+        heads: the heads to keep, or "mean" to average them at once; None for all.
+        branch: "cond" or "uncond" to keep only that one.
+        phrases: keep only these phrases' columns, summed for each phrase. A prompt of the batch that lacks a phrase
+            has no map of it; a phrase that is in no prompt is an error.
         columns: keep only these text columns, by number.
-        prompts: where the pipeline gets embeddings instead of prompts, one text for each image, or one for each
-            prompt that is drawn several times. For a denoiser alone, which has no tokenizer, each must be a
-            `PromptTokens` (`fmn_nb.concepts.tokens.read_prompt`).
-        keep: "steps" keeps every step, "mean" a running mean over steps, "auto" steps while `max_bytes` lasts and
-            their mean where it doesn't, with a warning.
-        dtype: of kept steps, torch.float16 to halve them; running means are always summed in float32.
-        max_bytes: what may be kept at most.
-        differentiable: attention with its graph is `attention_with_graph(model)`; True is an error that says so.
+        prompts: if the pipeline gets embeddings instead of prompts, one text for each image, or one for each prompt
+            that is drawn several times. For a bare denoiser, which has no tokenizer, each must be a `PromptTokens`
+            (`fmn_nb.concepts.tokens.read_prompt`).
+        keep: "steps" keeps every step, "mean" a running mean over steps; "auto" keeps steps as long as `max_bytes`
+            allows, and then only their mean, with a warning.
+        dtype: the type of kept steps, torch.float16 to halve them; running means are always summed in float32.
+        max_bytes: the most that may be kept.
+        differentiable: True is an error that points to `attention_with_graph(model)`, which keeps the graph.
 
     Yields:
         The recorder, an `AttentionRecord`.
 
     Raises:
-        ValueError: a selection that means nothing, named; texts whose tokens can't be known; a pipeline whose rows
-            can't be told apart.
-        UnknownArchitectureError: it isn't known where this model looks at the text.
-        AttentionBudgetError: on the way, before more than `max_bytes` are kept.
+        ValueError: a selection that means nothing, which is named; texts whose tokens can't be known; a pipeline whose
+            rows can't be told apart.
+        UnknownArchitectureError: where this model looks at the text is unknown.
+        AttentionBudgetError: while recording, before more than `max_bytes` are kept.
         MissedLayersError: at the end, if layers ran whose attention couldn't be heard.
     """
     if differentiable:
@@ -120,7 +121,7 @@ def _numbers(numbers: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def _plain_numbers(columns: Any) -> tuple[int, ...]:
-    """Column numbers that hold for all rows; a list for each row or a mask is a ValueError."""
+    """Column numbers that hold for all rows; a list for each row, or a mask, is a ValueError."""
     numbers = columns.tolist() if isinstance(columns, torch.Tensor) else list(columns)
     if any(isinstance(number, bool | list | tuple) or torch.as_tensor(number).ndim for number in numbers):
         raise ValueError("columns must be plain numbers, which hold for all rows; choose columns of single rows from "
@@ -133,7 +134,7 @@ class Recorder(AttentionRecord):
 
     Attributes:
         rules: every layer with text attention, and what is known about its keys.
-        chosen_layers: those that are kept.
+        chosen_layers: the layers to keep.
     """
 
     def __init__(self, denoiser: torch.nn.Module, pipe: Any | None, selection: Selection,
@@ -155,9 +156,9 @@ class Recorder(AttentionRecord):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear the denoiser and its layers; everything is put back on exit, also after an exception.
+        """Hear the denoiser and its layers; everything is restored on exit, also after an exception.
 
-        Without one: MissedLayersError if a chosen layer ran unheard, NotRecordedError if nothing that was selected ran.
+        On a normal exit: MissedLayersError if a chosen layer ran unheard, NotRecordedError if nothing selected ran.
         """
         with (nullcontext() if self.pipe is None else self._log.watch.watching(),
               self._listener.listening(self._run_starts, self._keep, self._run_ends)):
@@ -198,7 +199,7 @@ class Recorder(AttentionRecord):
             self._bytes_before = self._bytes
 
     def _run_ends(self) -> None:
-        """After the first step it is known what all of them need."""
+        """The first step tells how much all of them need."""
         if self._call.step == 0 and self._keeps_steps:
             steps = (self._log.generation.by_pipeline and getattr(self.pipe, "_num_timesteps", None)) or 1
             kept = steps if self.selection.steps is None else len(self.selection.steps & set(range(steps)))
@@ -227,7 +228,7 @@ class Recorder(AttentionRecord):
             self._add(name, call.step, chosen, self._reduced(shares, chosen))
 
     def _reduced(self, shares: torch.Tensor, rows: tuple[Row, ...]) -> torch.Tensor:
-        """Of [rows, heads, pixels, columns] the selected phrases or columns, and the heads' mean where asked for."""
+        """The selected phrases or columns of [rows, heads, pixels, columns], and the heads' mean if asked for."""
         if self.selection.heads == "mean":
             shares = shares.mean(dim=1, keepdim=True)  # [rows, 1, pixels, columns]
         if self.phrases is not None:
@@ -269,7 +270,7 @@ class Recorder(AttentionRecord):
         self._bytes += needed
 
     def _over_budget(self, what: str) -> None:
-        """Go over to the mean over steps; give up where steps were asked for, or the mean alone is too large."""
+        """Switch to the mean over steps; give up if steps were asked for, or if even the mean is too large."""
         allowed = f"more than the {self.selection.max_bytes:,} bytes allowed"
         if self.selection.keep != "auto" or not self._keeps_steps:
             raise AttentionBudgetError(f"recording needs {allowed} ({what}): select phrases, layers or steps, use "

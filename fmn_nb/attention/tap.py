@@ -1,9 +1,9 @@
 """Hearing what a model's attention layers compute, where they compute it.
 
-Every attention layer of diffusers hands its query, key and value to torch's `scaled_dot_product_attention`. While a
-tap is open, that function is replaced by one that tells the tap what goes in, if the call came from inside a layer the
-tap listens to, and then calls the original with the same arguments and returns its result untouched. A hearer that has
-computed the layer's attention itself may hand back the result in its place, so that nothing is computed twice.
+Every attention layer of diffusers hands its query, key and value to torch's `scaled_dot_product_attention`. While a tap
+is open, another function takes its place: it tells the tap what goes in, if the call comes from inside a layer that the
+tap listens to, then calls the original with the same arguments and returns its result untouched. A listener that has
+computed the layer's attention itself may return the result instead, so that nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 class AttentionCall:
     """What one layer gave to scaled_dot_product_attention: query [B, H, N, d], key and value [B, H, T, d], mask, scale.
 
-    `plain` is whether the result is softmax(Q K^T scale + mask) V and no more (no dropout).
+    `plain` says whether the result is softmax(Q K^T scale + mask) V and nothing else (no dropout).
     """
 
     query: torch.Tensor
@@ -62,7 +62,7 @@ _buried_under: Callable[..., torch.Tensor] | None = None
 
 def _relay(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
            dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any) -> torch.Tensor:
-    """torch's function, and a word to those who listen to the innermost layer that is running."""
+    """torch's function, which also tells those who listen to the innermost running layer."""
     frames, result = _RUNNING.frames, None
     listeners = [f for f in frames if f.module is frames[-1].module and not f.heard] if frames else []
     if listeners:
@@ -96,13 +96,13 @@ def tap(layers: Mapping[str, torch.nn.Module], hear: Hear,
 
     Args:
         layers: name -> module.
-        hear: returns whether that was the layer's attention to the text; until then it is told of the run's next one.
-            Or it returns what torch's function would, and the layer goes on with that.
+        hear: returns whether that was the layer's attention to the text; if not, it also hears the run's next one.
+            Or it returns a result in place of torch's, and the layer continues with that.
         finished: called after each run of a layer with its name and whether any attention was heard.
         active: runs that start while this is False are ignored (gradient checkpointing runs layers a second time).
 
-    Taps may be nested and may be open on several models and in several threads. All hooks are removed and torch's
-    function is put back when the last tap closes, also after an exception.
+    Taps may be nested, and open on several models and in several threads. When the last tap closes, also after an
+    exception, all hooks are removed and torch's function is restored.
     """
 
     def before(name: str) -> Callable[..., None]:
@@ -142,7 +142,7 @@ def _replace() -> None:
 
 
 def _restore() -> None:
-    """Put torch's function back, unless someone has wrapped ours in the meantime: then it stays and passes calls on."""
+    """Restore torch's function, unless someone has wrapped ours meanwhile: then ours stays and passes calls on."""
     global _open_taps, _buried_under
     with _LOCK:
         _open_taps -= 1

@@ -1,4 +1,4 @@
-"""What is to be forgotten: concepts, where their words stand in a prompt, and the world that they belong to."""
+"""What to forget: concepts, where their words stand in a prompt, and the world that they belong to."""
 
 import lazy_loader
 

@@ -31,12 +31,12 @@ _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 @dataclass(frozen=True)
 class Concept:
-    """What a model is to be asked about, or made to forget.
+    """What to ask a model about, or what to make it forget.
 
     Args:
         name: its name as one would write it in a prompt, "cat", "birthday cake", "noto", "Elon Musk".
         kind: "object", "style" or "identity"; decides the prompts.
-        phrase: what to look for in a prompt where it differs from the name, e.g. a learned token "<cat-toy>".
+        phrase: what to look for in a prompt, if it differs from the name, e.g. a learned token "<cat-toy>".
 
     Raises:
         ValueError: an empty name, control characters in it, or an unknown kind.
@@ -73,7 +73,7 @@ class Concept:
         return f"<table>{''.join(rows)}</table>"
 
     def prompts(self, count: int) -> list[str]:
-        """`count` prompts that name the concept, the plain one first; they start again when the templates are used up.
+        """`count` prompts that name the concept, the plain one first; they repeat when the templates are used up.
 
         Raises:
             ValueError: `count` is below 1.
@@ -103,7 +103,7 @@ def with_article(noun: str) -> str:
 
 
 def _is_uncounted(noun: str) -> bool:
-    """Whether an English noun takes no article: a plural, or something that isn't counted."""
+    """Whether an English noun takes no article: a plural, or an uncountable noun."""
     plural = re.fullmatch(r"\w{2,}[^sui\W]s", noun) and noun not in _SINGULAR_IN_S
     return bool(plural) or noun in _UNCOUNTED
 
@@ -118,7 +118,7 @@ def forms_of(noun: str) -> tuple[str, ...]:
 
 def _one_line(text: str, what: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{what} must be a text, not the {type(text).__name__} {text!r}; in YAML put it in quotes, "
+        raise ValueError(f"{what} must be a text, not the {type(text).__name__} {text!r}; in YAML put it in quotes; "
                          "with papermill give it by -r, which keeps it a text")
     kinds = {unicodedata.category(letter) for letter in text}
     if not any(kind[0] in "LN" for kind in kinds):

@@ -1,9 +1,9 @@
 """Where a phrase's tokens stand in a prompt.
 
-A text encoder turns a prompt into a row of token embeddings, one column of every attention map each. `read_prompt`
-says what each column is, from the tokenizer's own character offsets: the *begin* token, the *words*, the *first
-end-of-text* token, or *padding*. The four are kept apart by name because Stable Diffusion 1.x pads with its
-end-of-text token, so that "every end-of-text" would mean almost every column.
+A text encoder turns a prompt into a row of token embeddings, and each is one column of every attention map.
+`read_prompt` says what each column is, from the tokenizer's own character offsets: the *begin* token, the *words*, the
+*first end-of-text* token, or *padding*. The four have separate names because Stable Diffusion 1.x pads with its
+end-of-text token, so "every end-of-text" would mean almost every column.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ PARTS = ("words", "later", "first_eot", "padding", "begin")
 
 
 class UnreadablePromptError(ValueError):
-    """It isn't known which columns a prompt's words are; the text says why."""
+    """Which columns hold a prompt's words is unknown; the message says why."""
 
 
 class PhraseNotFoundError(ValueError):
-    """The phrase isn't in the prompt (or only past the limit of tokens); the text names what is there."""
+    """The phrase isn't in the prompt (or only past the limit of tokens); the message names what is there."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class TokenPositions:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """What each column of the text is. Columns count from 0, over all tokenizers of the model in their order.
+    """What each column of the text is. Columns are counted from 0, over all tokenizers of the model in order.
 
     Attributes:
         prompt: the text.
         tokens: the token in each column as text.
         spans: the characters [start, end) of `prompt` each column stands for; None for begin, end-of-text, padding.
         begin, words, first_eot, padding: the columns of each part; every column belongs to exactly one.
-        cut_off: the end of the prompt that didn't fit into the limit of tokens ("" where all of it did); of several
+        cut_off: the end of the prompt that didn't fit into the limit of tokens ("" if all of it did); with several
             tokenizers, the longest.
         limit: the limit that cut it off, in tokens.
-        beside: what the same columns, from the first on, are to a further text encoder that was given a text of its
-            own (Stable Diffusion XL's prompt_2): phrases that this text lacks are looked up there.
+        beside: what the same columns, from the first on, are to another text encoder that got a text of its own (Stable
+            Diffusion XL's prompt_2): phrases that this text lacks are looked up there.
     """
 
     prompt: str
@@ -67,10 +67,10 @@ class PromptTokens:
     beside: PromptTokens | None = None
 
     def find(self, phrase: str, occurrence: int | Literal["all"] = "all") -> TokenPositions:
-        """The columns of `phrase` (case doesn't matter, whole words only), every occurrence or the n-th, from 0.
+        """The columns of `phrase` (whole words, in any case): of every occurrence, or of the n-th, counted from 0.
 
         A learned token that stands for several ("<toy> <toy>_1 <toy>_2") is found with all of them. An occurrence that
-        was cut off, or cut in its middle, doesn't count.
+        was cut off, even in part, doesn't count.
 
         Raises:
             PhraseNotFoundError: it isn't in the prompt, there are fewer occurrences, or it was cut off.
@@ -105,8 +105,8 @@ class PromptTokens:
     def part(self, name: str, phrase: str | None = None) -> tuple[int, ...]:
         """The columns of a named part.
 
-        "begin", "first_eot" and "padding" are those of the prompt. "words" are the phrase's columns, "later" the words
-        after its first occurrence; without a phrase, "words" are all words.
+        "begin", "first_eot" and "padding" belong to the prompt. "words" are the phrase's columns, and "later" are the
+        words after its first occurrence; without a phrase, "words" are all words.
 
         Raises:
             ValueError: an unknown part, or "later" without a phrase.
@@ -147,9 +147,9 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
     """What each column is when `tokenizer` pads and truncates `prompt` to `max_length`, as pipelines do.
 
     Args:
-        tokenizer: any transformers tokenizer; where it reports no character offsets, its tokens are looked for in the
+        tokenizer: any transformers tokenizer; if it reports no character offsets, its tokens are searched for in the
             prompt one after another.
-        max_length: columns in all; the tokenizer's own limit where None (and no padding where it has none).
+        max_length: columns in all; None for the tokenizer's own limit (or no padding if it has none).
 
     Raises:
         UnreadablePromptError: the tokenizer reports no offsets, and its tokens don't spell the prompt.
@@ -174,7 +174,7 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
 
 
 def read_chunks(tokenizer: Any, prompt: str, chunks: int) -> tuple[PromptTokens, list[list[int]]]:
-    """What each column is where a long prompt is encoded in chunks that stand in a row, and each chunk's token ids.
+    """What each column is when a long prompt is encoded in chunks that stand in a row, and each chunk's token ids.
 
     A chunk has as many columns as the tokenizer's limit: begin, as many of the prompt's tokens as there is room for,
     end-of-text, padding.
@@ -198,10 +198,10 @@ def read_chunks(tokenizer: Any, prompt: str, chunks: int) -> tuple[PromptTokens,
 
 
 def spelt_offsets(tokenizer: Any, prompt: str, ids: Sequence[int], mask: Sequence[int]) -> list[tuple[int, int]]:
-    """The characters [start, end) of each token, found by decoding one after another; (0, 0) for special ones.
+    """The characters [start, end) of each token, found by decoding one after another; (0, 0) for special tokens.
 
     Raises:
-        UnreadablePromptError: tokens that aren't in the prompt stand between such that are, or the prompt has more.
+        UnreadablePromptError: tokens that aren't in the prompt stand between tokens that are, or the prompt has more.
     """
     offsets, place, folded = [(0, 0)] * len(ids), 0, prompt.lower()
     spelt, more = [], []
@@ -238,8 +238,8 @@ def join_prompts(parts: Sequence[PromptTokens]) -> PromptTokens:
 
 
 def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
-    """The character ranges [start, end) of `phrase` in `text`: case, kind of white space and of apostrophe don't
-    matter, words are whole ("cat" isn't in "concatenate") except in scripts written without spaces.
+    """The character ranges [start, end) of `phrase` in `text`. Case and the kind of white space or apostrophe don't
+    matter; words must be whole ("cat" isn't in "concatenate"), except in scripts written without spaces.
 
     Raises:
         ValueError: an empty phrase.
@@ -257,12 +257,12 @@ def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
 
 
 def _spaced(letter: str) -> bool:
-    """Whether a letter belongs to a script that puts spaces between words, so that word borders mean something."""
+    """Whether a letter belongs to a script that puts spaces between words, so that words have borders."""
     name = unicodedata.name(letter, "")
     return bool(re.match(r"\w", letter)) and not name.startswith(
         ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"))
 
 
 def _takes_particles(letter: str) -> bool:
-    """Whether grammar is written on the end of a word, as Korean particles are."""
+    """Whether the letter's script writes grammar at the end of a word, as Korean writes particles."""
     return unicodedata.name(letter, "").startswith("HANGUL")

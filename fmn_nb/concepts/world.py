@@ -1,9 +1,9 @@
-"""Whose model is it? A *world* is what is known beyond a model: its names and prompts, a judge, real images, a CLIP.
+"""Which world does a model belong to? A *world* is what is known beyond a model: names, prompts, a judge, real images.
 
-The package's core knows no world. A model says which one it is of by one line that its training wrote beside the
-weights (the denoiser's configuration holds `_world`), so an oracle, a copy in another folder and a second architecture
-are recognised as the bundled model is. `world_of` is the only answer to the question; the table `WORLDS` says where a
-world's code stands, which is imported for a model of that world alone.
+The package's core knows no world. A model names its own in one line that its training wrote beside the weights (the
+denoiser's configuration holds `_world`), so an oracle, a copy in another folder and a second architecture are
+recognised like the bundled model. Only `world_of` answers the question; the table `WORLDS` says where a world's code
+is, which is imported only for a model of that world.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 NOTHING = "nothing"  # a judge's label for an image that shows none of its names
 WORLD_KEY = "_world"  # in the configuration of a denoiser
-UNTAUGHT_KEY = "_untaught"  # the same, of an oracle
+UNTAUGHT_KEY = "_untaught"  # in the same place, for an oracle
 _DENOISERS = ("unet", "transformer")
 
 
 class NotThereError(FileNotFoundError):
-    """What a figure needs isn't there; the text is the reason that stands under "skipped"."""
+    """What a figure needs isn't there; the message is the reason given under "skipped"."""
 
 
 class UnknownConceptError(ValueError):
-    """The concept is not one of the world's; the text lists those."""
+    """The concept is not one of the world's; the message lists these."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one image; `label` is "nothing" where no probability exceeds one half."""
+    """What the judge sees in one image; `label` is "nothing" if no probability exceeds one half."""
 
     label: str
     style: str
@@ -50,7 +50,7 @@ class Verdict:
 
 
 class JudgeLike(Protocol):
-    """Whatever tells what images show; the bundled judges and a zero-shot CLIP are some."""
+    """Whatever tells what images show, such as the bundled judges and a zero-shot CLIP."""
 
     def verdicts(self, images: Sequence[Image.Image] | np.ndarray) -> list[Verdict]: ...
 
@@ -60,11 +60,11 @@ class Vocabulary:
     """The names that a model is asked for.
 
     Attributes:
-        objects, styles, names: of objects, styles, and identities beside the concept.
+        objects, styles, names: the names of objects, styles and identities.
         openings: templates of prompts for one thing, the plain one first.
-        world: the name of the world whose models know these names alone, so that another concept is an error; "" for
-            an open vocabulary.
-        classes: proper name -> the object it is one of, where that is known.
+        world: the world whose models know only these names, so that another concept is an error; "" for an open
+            vocabulary.
+        classes: proper name -> the object that it is one of, if known.
         readings: ambiguous word -> what the judge calls its dominant and its overshadowed reading.
     """
 
@@ -77,7 +77,7 @@ class Vocabulary:
     readings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def others(self, concept: Concept) -> Vocabulary:
-        """The vocabulary without the names that hold the concept or are held by it ("cats" beside "a cat")."""
+        """The vocabulary without the names that contain the concept or are contained in it ("cats" and "a cat")."""
         kept = {kind: tuple(name for name in self.of(kind) if not same_name(name, concept)) for kind in KINDS}
         return replace(self, objects=kept["object"], styles=kept["style"], names=kept["identity"])
 
@@ -107,7 +107,7 @@ class Vocabulary:
 
 
 def same_name(name: str, concept: Concept) -> bool:
-    """Whether a vocabulary's name speaks of the concept: one holds the other as whole words, with or without an s."""
+    """Whether a vocabulary's name means the concept: one contains the other as whole words, with or without an s."""
     names = {concept.name, concept.phrase}
     return any(find_phrase(long, short) for one in names for other in (name, name + "s", name.removesuffix("s"))
                for long, short in ((one, other), (other, one)))
@@ -115,12 +115,12 @@ def same_name(name: str, concept: Concept) -> bool:
 
 @runtime_checkable
 class World(Protocol):
-    """What is known beyond a model. Whatever isn't there is a NotThereError when it is asked for.
+    """What is known beyond a model. Asking for what isn't there raises NotThereError.
 
     Attributes:
         vocabulary: the names to ask for.
         scorer: a CLIP as a measure (`fmn_nb.evaluation.Clip`).
-        features: what distances to real images are measured on (`fmn_nb.evaluation.quality.Features`).
+        features: the features to measure distances to real images on (`fmn_nb.evaluation.quality.Features`).
     """
 
     vocabulary: Vocabulary
@@ -131,52 +131,52 @@ class World(Protocol):
         """A judge that knows the concept."""
 
     def real_set(self, concept: Concept) -> Sequence[Image.Image] | np.ndarray:
-        """Real images of everything but the concept, for distances to them."""
+        """Real images of everything but the concept, to measure distances to."""
 
     def examples(self, name: str, kind: str) -> Sequence[Image.Image] | np.ndarray:
         """Real images of one name."""
 
     def masked_scenes(self, concept: Concept, count: int) -> tuple[Sequence[Image.Image] | np.ndarray, ...]:
-        """So many real images of the concept, and for each a picture that is white where the concept is."""
+        """`count` real images of the concept, and for each a picture that is white where the concept is."""
 
     def real_images(self, wanted: Sequence[Any]) -> Sequence[Image.Image] | np.ndarray:
         """One real image for each evaluation prompt."""
 
     def forget_prompts(self, concept: Concept) -> list[str]:
-        """Prompts that name the concept in all the ways in which the world's models learned it, the plainest first."""
+        """Prompts that name the concept in every way in which the world's models learned it, the plainest first."""
 
     def retain_prompts(self) -> list[str]:
         """Prompts for everything that the world's models know."""
 
 
-#: name of a world -> where its vocabulary stands (light to import) and its class
+#: name of a world -> where its vocabulary (light to import) and its class are
 WORLDS: dict[str, tuple[str, str]] = {
     "emoji": ("fmn_nb.emoji.world:VOCABULARY", "fmn_nb.emoji.organism:EmojiWorld"),
 }
 
 
 def world_of(pipe: DiffusionPipeline) -> World | None:
-    """The world that the pipeline's model says it is of; None where it says nothing. Loaded once a process."""
+    """The world that the pipeline's model names as its own; None if it names none. Loaded once per process."""
     parts = (getattr(pipe, name, None) for name in _DENOISERS)
     said = next((config.get(WORLD_KEY) for part in parts if (config := getattr(part, "config", None))), None)
     return _world(said, data_dir()) if said in WORLDS else None
 
 
 def untaught_of(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """The names that an oracle never learned, as it says beside its weights; () for a model that says nothing."""
+    """The names that an oracle never learned, as noted beside its weights; () for a model without such a note."""
     configs = (getattr(getattr(pipe, name, None), "config", None) for name in _DENOISERS)
     return tuple(next((config[UNTAUGHT_KEY] for config in configs if config and UNTAUGHT_KEY in config), ()))
 
 
 def neutral_prompts() -> list[str]:
-    """Ordinary prompts for many things (`data/prompts/neutral.txt`): what a model of no known world is to keep."""
+    """Ordinary prompts for many things (`data/prompts/neutral.txt`): what a model of no known world should keep."""
     lines = (data_dir() / "prompts" / "neutral.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
 def vocabulary_of(folder: Path) -> Vocabulary | None:
-    """The vocabulary of the world that the model in a diffusers folder is of, without loading the model."""
-    if (folder / GROUNDED).is_file():  # gated layers alone: the pipeline beside them says it
+    """The vocabulary of the world that the model in a diffusers folder belongs to, without loading the model."""
+    if (folder / GROUNDED).is_file():  # only gated layers: the pipeline beside them names the world
         base = Path(read_json(folder / GROUNDED)["base"]).name
         folder = next((place / base for place in (folder.parent, data_dir()) if (place / base).is_dir()), folder)
     for name in _DENOISERS:

@@ -1,4 +1,4 @@
-"""Drawing with interactions: tokens beside the prompt for the first part of the steps, the plain model for the rest."""
+"""Draw with interactions: tokens beside the prompt for the first part of the steps, the plain model for the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmn_nb.control.interaction import Interaction, InteractionError, parse_inte
 from fmn_nb.models import GUIDANCE, STEPS, generate
 from fmn_nb.models.arguments import finite_number
 
-STRENGTH = 0.8  # share of the steps in which the boxes are heard
+STRENGTH = 0.8  # share of the steps in which the boxes count
 AT_ONCE = 24
 
 
@@ -36,15 +36,15 @@ def draw_interactions(pipe: DiffusionPipeline, prompt: str, interactions: Sequen
 
     Args:
         pipe: a gated model, such as `fmn.load("emoji-grounded")`.
-        prompt: says the rest (style, background), and may name the things too; may be "".
+        prompt: says the rest (style, background), and may also name the things; may be "".
         interactions: one or several, or their text form ("cat=chasing=frog; dog=above=key"). Missing boxes are laid
             out as the actions say (`laid_out`).
-        strength: the share of the steps, from the first, in which the boxes are heard: 0 draws the plain model's image,
-            1 hears them to the end.
+        strength: the share of the steps, from the first, in which the boxes count: with 0 the plain model draws, with
+            1 the boxes count to the end.
 
     Raises:
         InteractionError: a model without gated layers, a word that it doesn't know, too many interactions, no place.
-        ValueError: a number that is none, or a strength outside [0, 1].
+        ValueError: an invalid number, or a strength outside [0, 1].
     """
     if isinstance(interactions, str):
         interactions = parse_interactions(interactions)
@@ -60,7 +60,7 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
     """One image for each prompt, its interactions and its seed; `options` go to `generate`.
 
     Raises:
-        As `draw_interactions`, and ValueError for lists of different lengths.
+        What `draw_interactions` raises, and ValueError for lists of different lengths.
     """
     how = how or How()
     strength = finite_number("strength", how.strength, 0)
@@ -71,7 +71,7 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
                          "as many of each")
     for each in interactions:
         if not all(isinstance(one, Interaction) for one in each):
-            raise InteractionError(f"interactions are wanted, not {each!r}: fmn.Interaction('cat', 'chasing', 'frog')")
+            raise InteractionError(f"give interactions, not {each!r}: fmn.Interaction('cat', 'chasing', 'frog')")
     tokens = tokens_of(pipe, interactions, how.without, how.said) if len(prompts) else None
     images = []
     for start in range(0, len(prompts), AT_ONCE):

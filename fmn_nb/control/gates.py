@@ -1,7 +1,7 @@
 """Hearing the gated layers: which boxes' tokens each pixel looks at while a grounded model draws.
 
-In a gated layer pixels and tokens attend to each other in one sequence; what is kept are the pixels' shares that fall
-on the tokens. Nothing of what the model computes is changed.
+In a gated layer, pixels and tokens attend to each other in one sequence; this keeps the pixels' shares of attention to
+the tokens. It changes nothing of what the model computes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SCORED_AT = 64  # pixels, height and width at which maps are compared with boxes
 
 @dataclass
 class BoxAttention:
-    """What gated layers looked at, mean over steps and heads.
+    """What gated layers looked at, as a mean over steps and heads.
 
     Attributes:
         sums: layer -> [images, tokens, rows, columns], summed over `steps[layer]` steps.
-        gates: layer -> |tanh alpha|, by which what the layer's attention says is multiplied before it is added.
+        gates: layer -> |tanh alpha|, by which the layer's attention output is multiplied before it is added.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class BoxAttention:
 
     def map(self, role: str = "subject", instance: int = 0, image: int = 0,
             layers: str | Sequence[str] | None = None) -> np.ndarray:
-        """Where the image looks at one token, [rows, columns] in [0, 1], the mean over layers at the finest grid.
+        """Where the image looks at one token, [rows, columns] in [0, 1], as a mean over layers at the finest grid.
 
         Raises:
             ValueError: nothing was heard, or no such role, instance, image or layer.

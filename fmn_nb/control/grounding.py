@@ -1,8 +1,8 @@
-"""The tokens by which a gated model is told who does what, where.
+"""The tokens that tell a gated model who does what, where.
 
-Each interaction has three: subject, object, action. A token is the text encoder's pooled output for the word, plus what
-was learned of its role and of the number of its interaction, plus its box, which the model's position net reads; the
-action's box is the one *between* the two (Hoe et al., InteractDiffusion, arXiv 2312.05849, sections 3.2 and 3.3).
+Each interaction has three: subject, object, action. A token is the text encoder's pooled output for the word, plus
+learned vectors for its role and for the number of its interaction, plus its box, which the model's position net reads;
+the action's box is the one *between* the two (Hoe et al., InteractDiffusion, arXiv 2312.05849, sections 3.2 and 3.3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fmn_nb.models.gated import GROUNDING, gated_tensors, is_gated, with_gates
 
 ROLES = ("subject", "object", "action")
 ROOM = 3  # interactions that fit
-PHRASE = "a photo of {}"  # in which a word is encoded: a word alone is no caption that the text encoder learned
+PHRASE = "a photo of {}"  # a word is encoded in it: a word alone is not a caption that the text encoder learned
 ABLATIONS = ("between", "role", "action")
 
 
@@ -42,7 +42,7 @@ class Grounding(nn.Module):
         self.instance = nn.Parameter(0.5 * torch.randn(ROOM, width, generator=rng))
 
     def forward(self, embeddings: Tensor, without_role: bool = False) -> Tensor:
-        """Words' embeddings [..., ROOM * roles, width] with role and instance added; interaction after interaction."""
+        """Words' embeddings [..., ROOM * roles, width] with role and instance added, interaction after interaction."""
         beside = self.instance[:, None] + (0 if without_role else self.role[None])  # [ROOM, roles, width]
         return embeddings + beside.expand(ROOM, len(ROLES), -1).flatten(0, 1)
 
@@ -61,7 +61,7 @@ class Tokens:
     masks: Tensor
 
     def arguments(self, guided: bool) -> dict[str, Any]:
-        """As the denoiser's `cross_attention_kwargs` take them; guided, after as many rows that say nothing."""
+        """The tokens as the denoiser's `cross_attention_kwargs` take them; if guided, after as many empty rows."""
         parts = {"boxes": self.boxes, "positive_embeddings": self.embeddings, "masks": self.masks}
         if guided:
             parts = {name: torch.cat([torch.zeros_like(part), part]) for name, part in parts.items()}
@@ -79,7 +79,7 @@ def require_gated(pipe: DiffusionPipeline) -> None:
 
 
 def grounding_of(pipe: DiffusionPipeline) -> Grounding:
-    """The role and instance vectors of a gated pipeline: what was attached to it as `grounding`, else its folder's.
+    """The role and instance vectors of a gated pipeline: those attached to it as `grounding`, or those of its folder.
 
     Raises:
         InteractionError: the model has no gated layers, or its folder holds no vectors.
@@ -103,12 +103,12 @@ def _read(file: Path, _changed: int) -> Grounding:
 
 
 def with_grounding(pipe: DiffusionPipeline, like: DiffusionPipeline) -> DiffusionPipeline:
-    """A model with the gated layers and vectors of another one: an oracle, say, with the grounded model's head.
+    """A model with the gated layers and vectors of another one, such as an oracle with the grounded model's head.
 
     The other parts are shared with `pipe`, which stays as it is.
 
     Raises:
-        InteractionError: `like` has none. ValueError: the models are of different shapes.
+        InteractionError: `like` has none. ValueError: the models have different shapes.
     """
     grounding = grounding_of(like)
     unet = with_gates(denoiser(pipe), gated_tensors(denoiser(like)))
@@ -150,7 +150,7 @@ def check_words(pipe: DiffusionPipeline, interactions: Sequence[Interaction]) ->
     if not interactions:
         raise InteractionError("there is no interaction to draw; give at least one, or draw with the pipeline itself")
     if len(interactions) > ROOM:
-        raise InteractionError(f"{len(interactions)} interactions, and there is room for {ROOM}: leave some out")
+        raise InteractionError(f"{len(interactions)} interactions, but there is room for {ROOM}: leave some out")
     world = world_of(pipe)
     if world is None:
         return
@@ -171,7 +171,7 @@ def tokens_of(pipe: DiffusionPipeline, images: Sequence[Sequence[Interaction]], 
     Args:
         without: what to leave out, of `ABLATIONS`: the action's "between" box (it gets the whole image), the "role"
             vectors, the "action" token.
-        said: word -> other words whose embedding stands in its place, unchecked.
+        said: word -> other words whose embedding takes its place, unchecked.
 
     Raises:
         InteractionError: a word the model doesn't know, too many interactions, no place for one.

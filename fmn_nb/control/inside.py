@@ -1,9 +1,9 @@
-"""Forgetting only inside a box: a patch is at work there, and outside stays what the base model draws.
+"""Forgetting only inside a box: a patch works there, and outside stays what the base model draws.
 
 The base model draws first. Then the patched model draws from the same noise, and after each step the latents outside
-the box are put back to those of the base model at that step, so the two grow together at the box's rim. An
-autoencoder's normalisation reaches over the whole image, so in the end the pixels outside are put back as well. For
-localised erasure by a model's own parts see GLoCE; this one needs no training and takes any patch.
+the box are replaced by those of the base model at that step, so the two grow together at the box's rim. An
+autoencoder's normalisation reaches over the whole image, so in the end the pixels outside are replaced as well. For
+localised erasure by a model's own parts see GLoCE; this method needs no training and takes any patch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fmn_nb.patches import Patch
 def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str], boxes: Sequence[Box],
                   seeds: Sequence[int], *, steps: int = STEPS,
                   guidance: float = GUIDANCE) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Draw each prompt with the patch inside its box alone; the base model's images, and those.
+    """Draw each prompt with the patch only inside its box; returns the base model's images, and those.
 
-    Outside the box both have the same latents, and the same pixels, to the last bit.
+    Outside the box, both have the same latents and the same pixels, to the last bit.
 
     Raises:
-        InteractionError: a box that is none. ValueError: not as many boxes and seeds as prompts.
+        InteractionError: an invalid box. ValueError: not as many boxes and seeds as prompts.
         PatchMismatchError: the patch belongs to another model.
     """
     if not len(prompts) == len(boxes) == len(seeds):
@@ -56,11 +56,11 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
 
 
 def _composed(outside: Image.Image, inside: Image.Image, box: Box) -> Image.Image:
-    """One image inside the box, the other one outside it."""
+    """One image inside the box, the other outside it."""
     mask = Image.fromarray(box_mask(box, max(inside.size))).crop((0, 0, *inside.size))
     return Image.composite(inside, outside, mask)
 
 
 def _latent_mask(box: Box, latents: torch.Tensor) -> torch.Tensor:
-    """The latents whose centres lie in the box, [height, width] bool; of a U-Net's square latents."""
+    """The latents whose centres lie in the box, [height, width] bool, for a U-Net's square latents."""
     return torch.from_numpy(box_mask(box, latents.shape[-1])).to(latents.device)

@@ -1,4 +1,4 @@
-"""An interaction: who does what to whom, and where. Its text form, and boxes where none are given."""
+"""An interaction: who does what to whom, and where. Its text form, and boxes if none are given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALONE: Box = (0.15, 0.15, 0.85, 0.85)  # of one thing without a box
 
 
 class InteractionError(ValueError):
-    """An interaction that can't be drawn: a word, a box or a number of them; the text says which and what to do."""
+    """An interaction can't be drawn because of a word, a box or their number; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Interaction:
         subject_box, object_box: (x0, y0, x1, y1) in [0, 1] from the top left, or None: `laid_out` finds places.
 
     Raises:
-        InteractionError: a word is missing; a box is no four numbers, lies outside [0, 1] or is turned inside out; a
-            box for an object that isn't there.
+        InteractionError: a word is missing; a box isn't four numbers, lies outside [0, 1] or is turned inside out; an
+            object's box is given without an object.
     """
 
     subject: str
@@ -54,7 +54,7 @@ class Interaction:
 
     @property
     def between(self) -> Box | None:
-        """The box of the action; None where a box is missing."""
+        """The box of the action; None if a box is missing."""
         if not self.action or self.subject_box is None or self.object_box is None:
             return None
         return between(self.subject_box, self.object_box)
@@ -102,12 +102,12 @@ def parse_interactions(text: str) -> list[Interaction]:
         InteractionError: no interaction, or a part with another number of words.
     """
     if not isinstance(text, str):
-        raise InteractionError(f"interactions as a text are wanted, not {text!r}: {FORM}")
+        raise InteractionError(f"give interactions as a text, not {text!r}: {FORM}")
     found = []
     for part in filter(str.strip, re.split(r"[;\n]", text)):
         words = [word.strip() for word in part.split("=")]
         if len(words) not in (1, 3) or not all(words):
-            raise InteractionError(f"'{part.strip()}' is no interaction: {FORM}")
+            raise InteractionError(f"'{part.strip()}' is not an interaction: {FORM}")
         found.append(Interaction(*words))
     if not found:
         raise InteractionError(f"there is no interaction in '{text}': {FORM}")
@@ -123,13 +123,14 @@ def as_text(interactions: Sequence[Interaction]) -> str:
 
 
 def laid_out(interactions: Sequence[Interaction]) -> list[Interaction]:
-    """The interactions with a box for everything: those given stay, the others stand as the action says.
+    """The interactions with a box for everything: given boxes stay, the others are placed as the action says.
 
     Several share the image: rows one below the other, columns side by side; a row beside a column takes the left two
-    thirds. A missing box beside a given one has its size and stands to it as the action says, as far as the image goes.
+    thirds. If only one box is given, the missing one has its size and is placed as the action says, as far as the image
+    allows.
 
     Raises:
-        InteractionError: an action whose place isn't known, and a box is missing.
+        InteractionError: a box is missing and the action doesn't say where things stand.
     """
     places = _regions([RELATIONS[one.action].direction if one.action in RELATIONS else "row" for one in interactions])
     return [_with_boxes(one, place) for one, place in zip(interactions, places, strict=True)]
@@ -159,7 +160,7 @@ def _with_boxes(one: Interaction, region: Box) -> Interaction:
     if not one.action:
         return replace(one, subject_box=_within(ALONE, region, "nested"))
     if one.action not in RELATIONS:
-        raise InteractionError(f"where things stand is not known for the action '{one.action}': give both boxes, or "
+        raise InteractionError(f"nobody knows where things stand for the action '{one.action}': give both boxes, or "
                                f"use one of {', '.join(ACTIONS)}")
     relation = RELATIONS[one.action]
     subject, other = (_within(box, region, relation.direction) for box in (relation.subject, relation.other))
@@ -171,8 +172,8 @@ def _with_boxes(one: Interaction, region: Box) -> Interaction:
 
 
 def _within(box: Box, region: Box, direction: str) -> Box:
-    """A box of the unit square in a part of the image: along a row or a column it keeps its share of the length, and
-    nothing is stretched."""
+    """A box of the unit square placed in a part of the image: along a row or a column it keeps its share of the length,
+    and nothing is stretched."""
     wide, high = region[2] - region[0], region[3] - region[1]
     length = {"row": wide, "column": high, "nested": min(wide, high)}[direction]
     room = 0.94 * min(wide, high) if direction != "nested" else length

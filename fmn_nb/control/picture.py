@@ -44,7 +44,7 @@ def _dashed(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: st
 
 
 def boxes_table(interactions: Sequence[Interaction]) -> pd.DataFrame:
-    """The same in words: a row for each thing and each action, its role, and the four sides of its box."""
+    """The boxes in words: a row for each thing and each action, its role, and the four sides of its box."""
     rows = []
     for number, one in enumerate(laid_out(interactions), start=1):
         for role, name, box in (("subject", one.subject, one.subject_box), ("object", one.object, one.object_box),

@@ -1,4 +1,4 @@
-"""Relations between two boxes: what each action means in the picture, and where it puts things that have no box.
+"""Relations between two boxes: what each action means in the picture, and where it puts things without a box.
 
 A box is (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 from the left and 0 <= y0 < y1 <= 1 from the top. An action here is
 geometry, so that whether a picture shows it can be checked exactly.
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 Box = tuple[float, float, float, float]
-APART, APART_SMALL = 0.2, 0.6  # side by side, centres are so far apart, or by this share of their mean size if less
+APART, APART_SMALL = 0.2, 0.6  # side by side, centres are APART apart, or by this share of their mean size if less
 
 
 def between(subject: Box, other: Box) -> Box:
     """The box of the action: the middle two of the boxes' four x's, and of their four y's.
 
-    It is the gap of boxes that are apart and the common part of boxes that overlap. Source: Hoe et al.,
+    It is the gap between boxes that are apart and the common part of boxes that overlap. Source: Hoe et al.,
     InteractDiffusion, arXiv 2312.05849, section 3.
     """
     _, x0, x1, _ = sorted((subject[0], subject[2], other[0], other[2]))
@@ -45,10 +45,10 @@ class Relation:
     """What an action means.
 
     Attributes:
-        direction: "row" where the two stand side by side, "column" where one stands above the other, "nested" where
-            the boxes overlap.
+        direction: "row" if the two stand side by side, "column" if one stands above the other, "nested" if the boxes
+            overlap.
         test: (subject's box, object's box, slack) -> whether it holds; `slack` widens every limit.
-        subject, other: their boxes in the unit square where nothing else is said.
+        subject, other: their boxes in the unit square by default.
     """
 
     direction: Literal["row", "column", "nested"]
@@ -115,5 +115,5 @@ ACTIONS = tuple(RELATIONS)
 
 
 def holds(action: str, subject: Box, other: Box, slack: float = 0.0) -> bool:
-    """Whether the boxes stand to each other as the action says; `slack` is for boxes that were found, not given."""
+    """Whether the boxes stand as the action says; `slack` is for boxes that were found, not given."""
     return RELATIONS[action].test(subject, other, slack)

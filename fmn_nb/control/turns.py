@@ -1,7 +1,7 @@
-"""A picture built up turn by turn: "a cat", "add a frog chasing it", "move the cat up", and undone again.
+"""Build up a picture turn by turn, "a cat", "add a frog chasing it", "move the cat up", and undo turns.
 
 A turn is a line of text that changes a list of interactions; every thing in it has a box. This is plain grammar over
-the words that a model knows, not a language model: what it doesn't understand it refuses in one line.
+the words that a model knows, not a language model: it refuses in one line what it doesn't understand.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _NAME = rf"(?:{_ARTICLE})?(.+?)"
 
 @dataclass
 class Turns:
-    """The turns so far, and what stands after each; the last of them is what is to be drawn."""
+    """The turns so far, and the interactions after each; the last of these are drawn."""
 
     said: list[str] = field(default_factory=list)
     states: list[tuple[Interaction, ...]] = field(default_factory=lambda: [()])
 
     @property
     def interactions(self) -> list[Interaction]:
-        """What stands now, every thing with a box."""
+        """The current interactions, every thing with a box."""
         return list(self.states[-1])
 
     def say(self, turn: str) -> list[Interaction]:
-        """Take a turn; what can't be understood is an InteractionError and leaves everything as it was."""
+        """Take a turn; one that can't be understood raises InteractionError and leaves everything as it was."""
         self.put(after(self.interactions, turn), " ".join(turn.split()))
         return self.interactions
 
     def put(self, interactions: Sequence[Interaction], said: str) -> None:
-        """Let these stand, however they came about."""
+        """Make these the current interactions, as a turn of its own."""
         self.states.append(tuple(laid_out(interactions)))
         self.said.append(said)
 
     def undo(self) -> str:
-        """Take the last turn back and return it; "" where there is none."""
+        """Take back the last turn and return it; "" if there is none."""
         if not self.said:
             return ""
         self.states.pop()
@@ -56,7 +56,7 @@ def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
     """The interactions after a turn; those given must have boxes.
 
     Raises:
-        InteractionError: it isn't understood, or speaks of a thing that isn't there or is there already.
+        InteractionError: it isn't understood, or names a thing that isn't there or is there already.
     """
     text = " ".join(str(turn).split()).rstrip(".")
     if "=" in text:
@@ -74,7 +74,7 @@ def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
 
 
 def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
-    """"a cat", "a frog chasing it", "a frog chasing the cat": what is there already keeps its box."""
+    """Add "a cat", "a frog chasing it" or "a frog chasing the cat": what is there already keeps its box."""
     for action in ACTIONS:
         match = re.fullmatch(rf"{_NAME}\s+(?:is\s+|that is\s+)?{action}\s+(.+)", text, re.I)
         if match is None:
@@ -83,7 +83,7 @@ def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
         things = things_of(interactions)
         if other.lower() == "it":
             if not things:
-                raise InteractionError(f"'{text}': nothing is there yet that 'it' could be; begin with a thing")
+                raise InteractionError(f"'{text}': there is nothing yet that 'it' could mean; begin with a thing")
             other = list(things)[-1]
         rest = [one for one in interactions if one.action or one.subject not in (subject, other)]
         new = Interaction(subject, action, other, things.get(subject), things.get(other))
@@ -123,7 +123,7 @@ def changed(interactions: Sequence[Interaction], name: str, change: Callable[[Bo
     """The interactions with the box of one thing changed (`change`: box -> box), wherever it is named.
 
     Raises:
-        InteractionError: it isn't there, or the new box is none.
+        InteractionError: it isn't there, or the new box is invalid.
     """
     _check_there(interactions, name)
     new = []
@@ -137,13 +137,13 @@ def changed(interactions: Sequence[Interaction], name: str, change: Callable[[Bo
 
 
 def moved(box: Box, dx: float, dy: float) -> Box:
-    """A box moved, as far as the image goes."""
+    """A box moved, as far as the image allows."""
     dx, dy = (min(max(d, -box[i]), 1 - box[i + 2]) for i, d in ((0, dx), (1, dy)))
     return tuple(round(v, 4) for v in (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy))
 
 
 def grown(box: Box, times: float) -> Box:
-    """A box grown or shrunk about its centre, as far as the image goes."""
+    """A box grown or shrunk about its centre, as far as the image allows."""
     sides = []
     for low, high in ((box[0], box[2]), (box[1], box[3])):
         half, middle = (high - low) * times / 2, (low + high) / 2

@@ -1,4 +1,4 @@
-"""The course for others, made from its notebooks: editions, slides, other languages, a site, a page that draws."""
+"""The course for others, made from its notebooks: editions, slides, translations, a site, a page that draws."""
 
 import lazy_loader
 

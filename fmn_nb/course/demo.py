@@ -1,8 +1,8 @@
 """The demo: a page that draws, forgets and shows attention in the reader's browser, written by `fmn-nb course demo`.
 
-The page's own files lie in `demo_page/`. Beside them this writes what the page works with: data.js (vocabulary,
+The page's own files are in `demo_page/`. This writes beside them what the page works with: data.js (vocabulary,
 tokenizer, noise schedule, what the patches change) and payload/ (ONNX networks, tensors and the runtime's WebAssembly,
-each gzipped as base64 in a script), so that the page works from a folder without a server and asks no other host.
+each gzipped as base64 in a script), so that the page works from a folder without a server and contacts no other host.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ COLOURS = 64  # of the maps' colour table
 
 
 class DemoError(ValueError):
-    """The page can't be written; the text says why and what to do."""
+    """The page can't be written; the message says why and what to do."""
 
 
 def find_runtime(folder: Path | None) -> Path:
-    """The `dist` folder of onnxruntime-web in the pinned version: of the package in `folder`, or else of the one that
-    npm installed in node_modules/ here.
+    """The `dist` folder of onnxruntime-web in the pinned version, from the package in `folder` or else from the one
+    that npm installed in node_modules/ here.
 
     Raises:
-        DemoError: it isn't there, or in another version.
+        DemoError: it isn't there, or has another version.
     """
     package = (folder or Path("node_modules/onnxruntime-web")).expanduser()
     how = f"npm install onnxruntime-web@{RUNTIME}, or name the package's folder with --runtime"
@@ -61,19 +61,19 @@ def find_runtime(folder: Path | None) -> Path:
 
 
 def check_tools() -> None:
-    """Raise a DemoError where a package that the export needs is missing."""
+    """Raise a DemoError if a package that the export needs is missing."""
     if missing := [name for name in TOOLS if importlib.util.find_spec(name) is None]:
         raise DemoError(f"the export needs {' and '.join(missing)}: pip install -c constraints.txt '.[course]'")
 
 
 def check_free(out: Path) -> None:
-    """Raise a DemoError where `out` holds anything that isn't an earlier demo."""
+    """Raise a DemoError if `out` holds anything that isn't an earlier demo."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file())):
-        raise DemoError(f"{out} holds other files, which would be lost; give --out a new or an empty folder")
+        raise DemoError(f"{out} holds other files, which would be lost; give --out a new or empty folder")
 
 
 def demo_patch(request: PatchRequest) -> Patch:
-    """The patch of a request: the one that stands where `fmn-nb forget` leaves it, else made now and left there."""
+    """The patch of a request, from where `fmn-nb forget` leaves it, or made now and left there."""
     from fmn_nb.patches import Patch, PatchFileError
 
     try:
@@ -90,8 +90,8 @@ def write_demo(out: Path, patches: Sequence[Patch], runtime: Path, log: Callable
 
     Args:
         patches: what the slider applies, one at a time; made for the bundled emoji model.
-        runtime: what `find_runtime` gave.
-        log: told what was exported.
+        runtime: what `find_runtime` returned.
+        log: called with what was exported.
 
     Raises:
         DemoError: `out` holds other things, a tool is missing, or the parts are too large together.
@@ -107,7 +107,7 @@ def write_demo(out: Path, patches: Sequence[Patch], runtime: Path, log: Callable
     from fmn_nb.models import load
 
     pipe = load("emoji", device="cpu")
-    for patch in patches:  # one that doesn't fit is told before anything is exported
+    for patch in patches:  # one that doesn't fit is refused before anything is exported
         with patch.applied(pipe):
             pass
     changed = sorted(set().union(*(patch.changed() for patch in patches)))
@@ -136,7 +136,7 @@ def write_demo(out: Path, patches: Sequence[Patch], runtime: Path, log: Callable
 
 
 class _Tensors:
-    """Tensors in a row, float32, and where each begins, counted in values."""
+    """Float32 tensors in a row, and where each begins, counted in values."""
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
@@ -190,7 +190,7 @@ def _about(patch: Patch) -> dict[str, Any]:
 
 
 def _changes(patch: Patch, tensors: _Tensors) -> dict[str, dict[str, Any]]:
-    """Name of a changed weight -> where its difference is, whole, or as the factors up [out, rank], down [rank, in]."""
+    """Name of a changed weight -> the place of its difference, whole or as factors up [out, rank], down [rank, in]."""
     from fmn_nb.patches import LORA_A, LORA_B
 
     if patch.kind == "weights":
@@ -231,7 +231,7 @@ def _tokenizer(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _words() -> dict[str, Any]:
-    """The world's vocabulary, for the page's selects: of each thing its name and how captions write it."""
+    """The world's vocabulary, for the page's selects: each thing's name and how captions write it."""
     from fmn_nb.concepts import with_article
     from fmn_nb.emoji.world import AMBIGUOUS, BACKGROUNDS, IDENTITIES, OBJECTS, OPENINGS, READINGS, STYLES
 

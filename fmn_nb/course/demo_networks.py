@@ -1,7 +1,7 @@
 """The emoji model's networks as ONNX, as the demo page runs them: text encoder, U-Net, VAE decoder, judge.
 
 Each is traced from a copy of the bundled network with fixed shapes. A weight that half precision holds exactly is
-stored so and cast back to float32 as it is loaded, which loses nothing: the bundled weights come in half precision.
+stored in it and cast back to float32 when loaded, which loses nothing: the bundled weights come in half precision.
 The U-Net takes the weights that patches change as inputs, so that the page can give it W + scale * D, and gives the
 attention map of every text column beside its prediction.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from onnx import ModelProto
 
-HALF = "_half"  # after a weight's name: as it is stored
+HALF = "_half"  # suffix of a weight's name in its stored form
 _FEW = 64  # values; fewer are not worth a cast
 
 
@@ -151,7 +151,7 @@ def _exported(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on what isn't installed and on its own code."""
+    """Silence the exporter's remarks on what isn't installed and on its own code."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _strip(proto: ModelProto) -> None:
-    """Take away what says where each operation stood in whose source, and every shape on the way."""
+    """Remove the notes on each operation's place in the source, and every shape on the way."""
     del proto.metadata_props[:], proto.graph.metadata_props[:], proto.graph.value_info[:], proto.functions[:]
     for part in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]

@@ -1,7 +1,7 @@
-"""Docstrings as they are written here, plain text with `code` and Google's sections, as reStructuredText for Sphinx.
+"""Docstrings of this package, plain text with `code` and Google's sections, as reStructuredText for Sphinx.
 
-What reStructuredText would read into plain text is taken literally; a list of "name: what it is" becomes a list, and an
-indented block code.
+Plain text that reStructuredText would read as marks is taken literally; a list of "name: what it is" becomes a list,
+and an indented block becomes code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def as_rst(docstring: str) -> str:
 
 
 def of_data(value: Any) -> str:
-    """What to say of a constant: what it holds, where those are names."""
+    """What to say about a constant: what it holds, if those are names."""
     names = list(value) if isinstance(value, dict | list | tuple | set | frozenset) else []
     if not names or not all(isinstance(name, str) for name in names):
         return ""

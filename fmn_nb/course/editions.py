@@ -3,7 +3,7 @@
     OUT/student/     no solutions, no outputs; each exercise has a cell for the answer and a locked cell that grades it
     OUT/solution/    the same with the solutions filled in, and the outputs up to the exercises
     OUT/autograder/  source/ASSIGNMENT/ and nbgrader_config.py, as `nbgrader generate_assignment` takes them
-    OUT/slides/      a page a notebook
+    OUT/slides/      one page per notebook
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def write_editions(out: Path, which: Sequence[str] | None = None, numbers: list[
 
     Args:
         which: names in `EDITIONS`; None for all.
-        numbers: of the notebooks, "03"; None for all.
+        numbers: numbers of the notebooks, "03"; None for all.
 
     Raises:
-        CourseError: an unknown edition or number, a folder that holds something else, an exercise without its parts.
+        CourseError: an unknown edition or number, a folder that holds something else, or an incomplete exercise.
     """
     which = list(EDITIONS) if which is None else list(which)
     unknown = [name for name in which if name not in EDITIONS]
@@ -65,7 +65,7 @@ def _checked(lesson: Lesson) -> None:
 
 
 def student(lesson: Lesson) -> NotebookNode:
-    """The notebook without solutions and outputs; what an exercise asks for is graded by a cell of its own."""
+    """The notebook without solutions and outputs; a cell of its own grades each exercise."""
     notebook = _divided(lesson, lambda exercise: exercise.stub, solved=False)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -74,7 +74,7 @@ def student(lesson: Lesson) -> NotebookNode:
 
 
 def solution(lesson: Lesson) -> NotebookNode:
-    """The notebook with its solutions filled in; outputs from the first exercise on are not there, as nothing ran."""
+    """The notebook with its solutions filled in, without outputs from the first exercise on, since nothing ran."""
     notebook = _divided(lesson, lambda exercise: exercise.solution, solved=True)
     first = next((place for place, cell in enumerate(notebook.cells) if "nbgrader" in cell.metadata), None)
     for cell in notebook.cells[first:] if first is not None else ():
@@ -84,7 +84,7 @@ def solution(lesson: Lesson) -> NotebookNode:
 
 
 def autograder(lesson: Lesson) -> NotebookNode:
-    """The teacher's version for nbgrader: it takes the marked solutions out itself."""
+    """The teacher's version for nbgrader, which removes the marked solutions itself."""
 
     def marked(exercise: Exercise) -> str:
         return f"{exercise.stub}\n### BEGIN SOLUTION\n{exercise.solution}\n### END SOLUTION"
@@ -124,7 +124,7 @@ def _graded_by(name: str, points: int | None = None) -> dict[str, Any]:
 
 
 def _write_flat(out: Path, chosen: list[Lesson], make: Callable[[Lesson], NotebookNode]) -> None:
-    """Each notebook into `out` itself, and the pages of text beside it that it leads to."""
+    """Write each notebook into `out` itself, with the pages of text that it links to."""
     for lesson in chosen:
         _write(make(lesson), out / lesson.path.name)
         for linked in _pages_beside(lesson):
@@ -140,7 +140,7 @@ def _write_solution(out: Path, chosen: list[Lesson]) -> None:
 
 
 def _write_autograder(out: Path, chosen: list[Lesson]) -> None:
-    """An assignment for each notebook, with nbgrader's layout of folders."""
+    """Write an assignment for each notebook, in nbgrader's layout of folders."""
     for lesson in chosen:
         notebook, folder = autograder(lesson), out / "source" / lesson.name
         for cell in notebook.cells:
@@ -166,7 +166,7 @@ def _pages_beside(lesson: Lesson) -> list[Path]:
 
 
 def _here_alone(text: str, folder: Path) -> str:
-    """A page's text without the links and pictures that would lead out of its folder: their words stay."""
+    """A page's text without links and pictures that would lead out of its folder; their words stay."""
     def kept(found: re.Match[str]) -> str:
         outside = not ELSEWHERE.match(found[3]) and found[3].startswith("../")
         return found[2] if outside else found[0]

@@ -1,5 +1,5 @@
-"""The notebooks' exercises: a cell tagged `exercise` holds the task with its folded solution, the next one, tagged
-`check`, the line where the answer goes and what checks it."""
+"""The notebooks' exercises: a cell tagged `exercise` holds the task with its folded solution; the next one, tagged
+`check`, holds the line for the answer and the code that checks it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Exercise:
     task: int  # the Markdown cell's place
     check: int  # the code cell's
     name: str  # what the reader assigns
-    stub: str  # the line that is to be replaced, "answer = None  # your image here"
+    stub: str  # the line to replace, "answer = None  # your image here"
     body: str  # what checks the answer
     solution: str
 
@@ -41,7 +41,7 @@ class Exercise:
 
     @property
     def graded(self) -> str:
-        """The check as a cell of its own, which also fails where there is no answer."""
+        """The check as a cell of its own, which also fails without an answer."""
         return f'assert {self.name} is not None, "exercise {self.number} has no answer yet"\n{self.body}'
 
 
@@ -54,7 +54,7 @@ def exercises_of(notebook: NotebookNode) -> list[Exercise]:
     """The notebook's exercises in order.
 
     Raises:
-        CourseError: a task without its check or the other way round, or one that isn't written as all are.
+        CourseError: a task without its check or the other way round, or one in another form than all others.
     """
     found, cells = [], notebook.cells
     checks = [place for place, cell in enumerate(cells) if CHECK in tags_of(cell)]

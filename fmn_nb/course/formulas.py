@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: no script, nothing fetched, and screen readers read it."""
+"""Formulas as MathML, which browsers show without a script or a download, and which screen readers read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def to_mathml(tex: str, display: bool = False) -> str:
     """TeX as a `<math>` element, with the TeX itself as what screen readers may say instead.
 
     Raises:
-        ValueError: latex2mathml can't read it; the text quotes the formula.
+        ValueError: latex2mathml can't read it; the message quotes the formula.
     """
     from latex2mathml.converter import convert
 

@@ -1,4 +1,4 @@
-"""The course's notebooks as they were committed: which there are, and what all that is made of them needs."""
+"""The course's notebooks as committed: which there are, and what everything made from them needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ELSEWHERE = re.compile(r"^(?:[a-z]+:|#|//)")  # a link that leads to no file bes
 
 
 class CourseError(ValueError):
-    """A notebook that doesn't keep the course's rules, or a request that can't be met; the text says what to do."""
+    """A notebook breaks the course's rules, or a request can't be met; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A look at a built site, file by file: each link, anchor and picture is there, and no page would ask another host."""
+"""Check a built site, file by file: every link, anchor and picture is there, and no page would contact another host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LOADING_LINKS = {"stylesheet", "icon", "preload", "modulepreload", "prefetch", 
 
 
 class _Page(HTMLParser):
-    """What one page links to, loads, and can be linked at."""
+    """What one page links to and loads, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Page(HTMLParser):
 
 
 def problems_of(site: Path) -> list[str]:
-    """Each broken link, missing anchor, picture that is absent or has no words, and what would be fetched elsewhere."""
+    """Each broken link, missing anchor, picture that is missing or has no words, and anything fetched elsewhere."""
     pages = {path: _Page(path) for path in sorted(site.rglob("*.html"))
              if "_static" not in path.relative_to(site).parts}  # there lie a theme's templates
     found = []

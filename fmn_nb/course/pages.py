@@ -1,7 +1,7 @@
 """The site's sources for Sphinx: a folder laid out like the repository, so that its own links lead to the right pages.
 
     index.md, kit.md         the README, cut in two
-    notebooks/               the notebooks with their outputs, the glossary, a page an error, the other pages of text
+    notebooks/               the notebooks with their outputs, the glossary, a page per error, the other pages of text
     data/                    the model cards
     report.md, api/          a run's report; the reference, from docstrings
 """
@@ -23,14 +23,14 @@ from fmn_nb.files import data_dir, notebooks_dir, read_json, write_text
 from fmn_nb.runs.folder import RunFolder
 from fmn_nb.runs.report import for_a_page
 
-FRONT = ("Two commands", "The course")  # sections of the README that stand on the front page; the others are kit.md's
+FRONT = ("Two commands", "The course")  # sections of the README for the front page; the others go into kit.md
 GLOSSARY, ERRORS = "glossary.md", "errors.md"
 LAB = "http://localhost:8888/lab/tree/notebooks/"  # where a JupyterLab that runs on this machine answers
 
 
 @dataclass(frozen=True)
 class Half:
-    """The site in one language: what puts each document into it, and what stands beside it."""
+    """The site in one language: what translates each document into it, and what goes with it."""
 
     language: str
     known: dict[str, Catalogue]  # empty for English
@@ -67,7 +67,7 @@ def write_pages(source: Path, half: Half) -> None:
 
 
 class _Copied:
-    """Copies what pages link to, files of the repository that are no pages, to the same place in the sources."""
+    """Copies files of the repository that pages link to, and that aren't pages, to the same place in the sources."""
 
     def __init__(self, source: Path) -> None:
         self.source, self.root = source, notebooks_dir().parent.resolve()
@@ -80,7 +80,7 @@ class _Copied:
                 return found[0]
             file = (page.parent / target).resolve()
             if not file.is_file() or self.root not in file.parents:
-                raise CourseError(f"{page.name} links to {target}, which is no file of this repository; mend the link")
+                raise CourseError(f"{page.name} links to {target}, which isn't a file of this repository; fix the link")
             if file.suffix not in (".md", ".ipynb"):
                 copy = self.source / file.relative_to(self.root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _glossary(text: str) -> str:
 
 
 def _errors(folder: Path, text: str, half: Half) -> str:
-    """A page for each row of the table of errors; the page that lists them comes back."""
+    """Write a page for each row of the table of errors; returns the page that lists them."""
     names = []
     for symptom, cause, remedy in table_rows(text, 3, ERRORS):
         name = re.sub(r"[^a-z0-9]+", "-", symptom.lower()).strip("-")

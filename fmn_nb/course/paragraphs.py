@@ -1,4 +1,4 @@
-"""Markdown as paragraphs to be translated, and put together again; code and what holds no words stay as they are."""
+"""Split Markdown into paragraphs to translate, and join them again; code and what has no words stay as they are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _HEADING = re.compile(r"^#+ ", re.MULTILINE)
 
 
 def pieces(text: str) -> list[tuple[str, bool]]:
-    """The text cut into pieces that make it up again, one after the other, and whether each is to be translated.
+    """The text cut into pieces that together make it up, and whether to translate each.
 
-    A paragraph, a heading, a list, a table is one piece.
+    A paragraph, a heading, a list or a table is one piece.
     """
     found, end = [], 0
     for match in _PIECE.finditer(text):
@@ -33,19 +33,19 @@ def pieces(text: str) -> list[tuple[str, bool]]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The pieces that are to be translated."""
+    """The pieces to translate."""
     return [piece for piece, wanted in pieces(text) if wanted]
 
 
 def translated(text: str, known: Callable[[str], str | None]) -> str:
-    """The text with each paragraph in the words that `known` has for it, in its own where it has none."""
+    """The text with each paragraph in the words that `known` has for it, or in its own if there are none."""
     return "".join((known(piece) or piece) if wanted else piece for piece, wanted in pieces(text))
 
 
 def lost(original: str, translation: str) -> list[str]:
     """What a translation must keep and doesn't: links, code, formulas, {blanks}, the ranks of headings, a table's rows.
 
-    One link differs by its nature: that from a README to the README in another language.
+    One link always differs: the link from a README to the README in another language.
     """
     parts: dict[str, Callable[[str], object]] = {
         "links": lambda text: Counter(found[2] for found in LINK.findall(text) if not _README.fullmatch(found[2])),

@@ -9,7 +9,7 @@ from pathlib import Path
 import fmn_nb
 from fmn_nb.files import write_text
 
-#: from what a reader meets first to what lies below it
+#: from what a reader meets first to what it builds on
 ORDER = ("models", "concepts", "attention", "forgetting", "patches", "evaluation", "attacks", "inversion", "runs",
          "plots", "widgets", "emoji", "course", "files", "stats")
 

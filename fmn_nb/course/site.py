@@ -33,7 +33,7 @@ TELLING = ("WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class SiteRequest:
-    """What a site is to hold.
+    """What a site should hold.
 
     Args:
         run: a run's folder, whose report is shown; None for the bundled example.
@@ -53,8 +53,8 @@ class SiteRequest:
         if self.demo is not None and not (self.demo / "index.html").is_file():
             raise CourseError(f"{self.demo} holds no index.html; 'fmn-nb course demo --out {self.demo}' makes it")
         if self.repository is not None and not _REPOSITORY.fullmatch(self.repository):
-            raise CourseError("a repository's address is such as https://github.com/OWNER/NAME (or of GitLab or "
-                              f"Bitbucket), not '{self.repository}'")
+            raise CourseError("a repository's address looks like https://github.com/OWNER/NAME (or GitLab's or "
+                              f"Bitbucket's), not like '{self.repository}'")
 
 
 def build_site(out: Path, request: SiteRequest, log: Callable[[str], object] = lambda line: None) -> Path:
@@ -146,7 +146,7 @@ def _build(half: Half, halves: list[Half], request: SiteRequest, scratch: Path, 
 
 
 def _name_toggles(place: Path, half: Half) -> None:
-    """The theme's toggles in the navigation show an arrow and say nothing; a screen reader needs words."""
+    """Name the theme's toggles in the navigation: they show only an arrow, but a screen reader needs words."""
     said = f'<summary aria-label="{escape(half.said(words.TOGGLE))}"><span class="toctree-toggle"'
     for page in place.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
@@ -193,7 +193,7 @@ def _settings(half: Half, halves: list[Half], request: SiteRequest, source: Path
 
 
 def _beside(half: Half, place: Path) -> None:
-    """The notebooks themselves, to be downloaded from their pages."""
+    """Put the notebooks themselves into the site, to download from their pages."""
     import nbformat
 
     for lesson in half.lessons:

@@ -1,8 +1,8 @@
 """Slides: nbconvert's reveal.js page for each notebook, without anything from elsewhere.
 
-A heading begins a slide to the right; the cells below it go on there as long as there is room, then on slides further
-down. What only readers need (parameters, the exercises' checks) is left out. A cell that names its own
-`slideshow.slide_type` is shown as it says.
+A heading begins a slide to the right; the cells below it follow there as long as there is room, then on slides further
+down. What only readers need (parameters, the exercises' checks) is left out. A cell with its own
+`slideshow.slide_type` keeps it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fmn_nb.runs.report import READABLE, for_a_page
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-ROOM, PICTURE = 27, 14  # lines on a slide, and what a picture takes of them
+ROOM, PICTURE = 27, 14  # lines on a slide, and how many of them a picture takes
 _LEFT_OUT = {"parameters", CHECK}
 _REVEAL = ("LICENSE", "dist/reset.css", "dist/reveal.css", "dist/reveal.js", "dist/theme/white.css",
            "dist/theme/fonts/source-sans-pro")
@@ -64,7 +64,7 @@ def write_slides(out: Path, chosen: list[Lesson]) -> None:
 
 
 def copy_reveal(folder: Path) -> None:
-    """reveal.js with its white theme, from the package `sphinx-revealjs`, which brings it along."""
+    """Copy reveal.js with its white theme from the package `sphinx-revealjs`, which contains it."""
     found = importlib.util.find_spec("sphinx_revealjs")
     if found is None or not found.submodule_search_locations:
         raise CourseError("slides need reveal.js: pip install -c constraints.txt '.[course]'")
@@ -85,7 +85,7 @@ def deck(lesson: Lesson) -> NotebookNode:
     last = max(place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code")
     notebook.cells[last].metadata["tags"] = [*tags_of(notebook.cells[last]), CHECK]  # it says that all is well
     notebook.cells = [part for cell in notebook.cells for part in _parts(cell)]
-    used = 0.0  # lines of the slide that are taken
+    used = 0.0  # lines used on the slide
     for cell in notebook.cells:
         kind = "-"
         if _LEFT_OUT & set(tags_of(cell)):
@@ -126,7 +126,7 @@ def _parts(cell: NotebookNode) -> list[NotebookNode]:
 
 
 def _led(text: str) -> str:
-    """Markdown whose links to other notebooks lead to their slides; other files aren't there, so their words stay."""
+    """Markdown whose links to other notebooks lead to their slides; other links keep only their words."""
     def led(found: re.Match[str]) -> str:
         file, hash_, _ = found[3].partition("#")
         if file.endswith(".ipynb"):

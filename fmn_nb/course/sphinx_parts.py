@@ -1,4 +1,4 @@
-"""What the site adds to Sphinx: formulas as MathML, Chinese search, docstrings as they are written here."""
+"""What the site adds to Sphinx: formulas as MathML, Chinese search, this package's docstrings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmn_nb.course.formulas import to_mathml
 
 
 class ChinesePairs(SearchLanguage):
-    """Chinese text cut into every two neighbouring characters, in the index and in what a reader types alike."""
+    """Cuts Chinese text into pairs of neighbouring characters, both in the index and in what a reader types."""
 
     lang, language_name = "zh", "Chinese"
     _runs = re.compile(r"[\u3400-\u9fff]+|[a-zA-Z0-9_]+")
@@ -56,5 +56,5 @@ def _display(self: Any, node: nodes.math_block) -> None:
 
 
 def _docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Before napoleon reads its sections: the docstring as reStructuredText."""
+    """Turn the docstring into reStructuredText, before napoleon reads its sections."""
     lines[:] = (of_data(thing) if what == "data" else as_rst("\n".join(lines))).split("\n") + [""]

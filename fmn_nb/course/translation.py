@@ -1,8 +1,8 @@
-"""Other languages: each document's paragraphs in a PO file, `notebooks/locale/LANGUAGE/NAME.po`, and back in its place.
+"""Other languages: each document's paragraphs go into a PO file, `notebooks/locale/LANGUAGE/NAME.po`, and back.
 
-A paragraph without a translation, or whose original has changed since, stands there in English. `update_catalogues`
-writes the PO files anew from the documents: a changed paragraph keeps its old translation, marked fuzzy, until a
-translator has looked at it.
+A paragraph without a translation, or whose original has changed since, stays in English. `update_catalogues` writes the
+PO files anew from the documents: a changed paragraph keeps its old translation, marked fuzzy, until a translator has
+looked at it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 README, SITE = "README", "site"
 MARK = "translation.json"
-ALIKE = 0.6  # difflib's ratio from which on a paragraph counts as an old one that was changed
+ALIKE = 0.6  # the least difflib ratio of a paragraph that counts as a changed old one
 WIDTH = 110
-#: a line's end between Chinese characters, which would be shown as a blank where there is none
+#: a line's end between Chinese characters, which would be shown as a blank
 _BETWEEN_CHINESE = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n *(?=[\u3000-\u9fff\uff00-\uffef])")
 
 
@@ -42,12 +42,12 @@ class Catalogue:
 
     @cached_property
     def entries(self) -> POFile:
-        """What the PO file holds; nothing where there is none."""
+        """What the PO file holds; nothing if there is no file."""
         polib = _polib()
         try:
             return polib.pofile(str(self.path), wrapwidth=WIDTH) if self.path.is_file() else polib.POFile()
         except (OSError, UnicodeDecodeError) as error:
-            raise CourseError(f"{self.path} is no readable PO file: {error}") from None
+            raise CourseError(f"{self.path} is not a readable PO file: {error}") from None
 
     @cached_property
     def wanted(self) -> list[str]:
@@ -56,7 +56,7 @@ class Catalogue:
 
     @cached_property
     def ready(self) -> dict[str, str]:
-        """Paragraph -> translation, of those that nobody has to look at first."""
+        """Paragraph -> translation, for those that need no check first."""
         return {entry.msgid: _BETWEEN_CHINESE.sub("", entry.msgstr) for entry in self.entries.translated_entries()}
 
     @property
@@ -66,7 +66,7 @@ class Catalogue:
 
     @property
     def stale(self) -> int:
-        """How many translations are of a paragraph that isn't there any more, or are marked fuzzy."""
+        """How many translations belong to a paragraph that is gone, or are marked fuzzy."""
         there = set(self.wanted)
         return sum(entry.fuzzy or entry.msgid not in there for entry in self.entries
                    if entry.msgstr and not entry.obsolete)
@@ -107,7 +107,7 @@ class Catalogue:
 
 
 def _renewed(text: str, left: dict[str, POEntry]) -> POEntry:
-    """A new paragraph's entry: with the translation of the most similar one that went, marked fuzzy, else empty."""
+    """A new paragraph's entry, with the translation of the most similar one that is gone, marked fuzzy, or empty."""
     polib = _polib()
     nearest = max(left, key=lambda old: difflib.SequenceMatcher(None, old, text).ratio(), default=None)
     if nearest is None or difflib.SequenceMatcher(None, nearest, text).ratio() < ALIKE:
@@ -119,15 +119,15 @@ def locale_dir(language: str) -> Path:
     """The folder of a language's PO files.
 
     Raises:
-        CourseError: it is no language's code.
+        CourseError: it isn't a language's code.
     """
     if not re.fullmatch(r"[a-z]{2,3}(_[A-Z]{2})?", language):
-        raise CourseError(f"a language is given by its code, such as zh_CN or de, not as '{language}'")
+        raise CourseError(f"give a language by its code, such as zh_CN or de, not as '{language}'")
     return notebooks_dir() / "locale" / language
 
 
 def languages() -> list[str]:
-    """The languages that there is a folder for."""
+    """The languages that have a folder."""
     return sorted(path.name for path in notebooks_dir().glob("locale/*") if path.is_dir())
 
 
@@ -154,7 +154,7 @@ def readme() -> Path:
 def translate_notebook(notebook: NotebookNode, name: str, known: Mapping[str, Catalogue]) -> NotebookNode:
     """Put the prose of the notebook `name` into the catalogues' language, in place; code and outputs stay as they are.
 
-    A link to a heading of a notebook leads to the heading as it is called in that language.
+    A link to a notebook's heading leads to the heading in that language.
     """
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -168,7 +168,7 @@ def translate_notebook(notebook: NotebookNode, name: str, known: Mapping[str, Ca
 def translate_course(out: Path, language: str, log: Callable[[str], object] = lambda line: None) -> Path:
     """Write the README and the notebooks in another language into `out`, and say how much of each is translated.
 
-    A notebook of which nothing is translated isn't written.
+    A notebook without any translation isn't written.
 
     Raises:
         CourseError: no such language, a PO file that can't be read, a translation that lost a link, code, a formula.
@@ -197,7 +197,7 @@ def readme_name(language: str) -> str:
 def _checked(language: str) -> dict[str, Catalogue]:
     if not locale_dir(language).is_dir():
         raise CourseError(f"no notebooks/locale/{language}; there are {', '.join(languages()) or 'none'}, and "
-                          "--update begins a new one")
+                          "--update starts a new one")
     known = catalogues(language)
     for catalogue in known.values():
         for text, said in catalogue.ready.items():
@@ -211,7 +211,7 @@ def update_catalogues(language: str, begin: Sequence[str] = (),
                       log: Callable[[str], object] = lambda line: None) -> None:
     """Write a language's PO files anew from the documents; what was translated stays, what has changed is fuzzy.
 
-    The README and the site's words get a file anyway, a notebook one that has one already or is to `begin`.
+    The README and the site's words always get a file, a notebook if it has one already or is in `begin`.
 
     Raises:
         CourseError: a number in `begin` that no notebook has, or a PO file that can't be read; nothing was changed.
@@ -222,7 +222,7 @@ def update_catalogues(language: str, begin: Sequence[str] = (),
         with replacing(catalogue.path) as temporary:
             file.save(str(temporary))
         fuzzy, missing = len(file.fuzzy_entries()), len(file.untranslated_entries())
-        log(f"{catalogue.name}: {fuzzy} to be looked at, {missing} to be translated")
+        log(f"{catalogue.name}: {fuzzy} to check, {missing} to translate")
 
 
 def _polib():  # noqa: ANN202  the module

@@ -1,6 +1,6 @@
 """The world of any other checkpoint: names from the prompt lists in `data/prompts`, a zero-shot judge, a user's images.
 
-Nothing here is bundled but the names. What needs weights or images that weren't given is skipped with its reason.
+Only the names are bundled. What needs weights or images that weren't given is skipped with its reason.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fmn_nb.models import Images, load_images
 
 
 class PromptListError(ValueError):
-    """A prompt list is empty, says something twice, or a template has no place for a name."""
+    """A prompt list is empty or repeats a line, or a template has no place for a name."""
 
 
 class CheckpointWorld:
-    """What an evaluation of a checkpoint that isn't of the emoji world has to go by.
+    """What an evaluation of a checkpoint outside the emoji world can use.
 
     Args:
-        clip: a CLIPModel's folder or hub id, or a `Clip`; judges images where no judge is given, and scores them.
+        clip: a CLIPModel's folder or hub id, or a `Clip`; judges images if no judge is given, and scores them.
         real: real images to measure distances to: a folder, or a list of files and PIL images.
-        prompts: a folder with objects.txt, styles.txt, names.txt (a name a line) and identity.txt (templates for a
-            proper name, with {} in its place); the bundled ones where None.
+        prompts: a folder with objects.txt, styles.txt, names.txt (one name per line) and identity.txt (templates for a
+            proper name, with {} in its place); None for the bundled lists.
     """
 
     def __init__(self, clip: str | Path | Clip | None = None, real: Images | None = None,
@@ -40,22 +40,22 @@ class CheckpointWorld:
 
     @cached_property
     def scorer(self) -> Clip:
-        """The user's CLIP; NotThereError where none was named."""
+        """The user's CLIP; NotThereError if none was named."""
         if self._clip is None:
             raise NotThereError("no CLIPModel was named: give clip=FOLDER")
         return self._clip if isinstance(self._clip, Clip) else Clip.load(self._clip)
 
     def judge_for(self, concept: Concept) -> JudgeLike:
-        """A zero-shot judge of the vocabulary and the concept; NotThereError where no CLIP was named."""
+        """A zero-shot judge of the vocabulary and the concept; NotThereError if no CLIP was named."""
         try:
             return ClipJudge(self.scorer, concept, self.vocabulary)
         except NotThereError as missing:
-            raise NotThereError("the bundled judge knows the emoji world only, and this model is another: name a "
+            raise NotThereError("the bundled judge knows only the emoji world, and this is another model: name a "
                                 "CLIPModel (clip=FOLDER) to judge without training, or give a judge") from missing
 
     @cached_property
     def features(self) -> Features:
-        """What distances to real images are measured on: Inception where it is there, else the user's CLIP."""
+        """The features that distances to real images are measured on: Inception's if it is there, or the CLIP's."""
         try:
             return inception_features()
         except NotThereError:
@@ -64,7 +64,7 @@ class CheckpointWorld:
             return self.scorer.features
 
     def real_set(self, concept: Concept) -> list[Image.Image]:
-        """The user's real images; NotThereError where none were given."""
+        """The user's real images; NotThereError if none were given."""
         if self._real is None:
             raise NotThereError("no real images to compare with: give real=FOLDER")
         return load_images(self._real)
@@ -78,7 +78,7 @@ class CheckpointWorld:
         raise NotThereError(f"there are no real images that are known to show {name}")
 
     def masked_scenes(self, concept: Concept, count: int) -> tuple[list[Image.Image], ...]:
-        """NotThereError: nobody knows where in the user's images anything is."""
+        """NotThereError: nobody knows where things are in the user's images."""
         raise NotThereError(f"there are no images with masks of {concept.name}")
 
     def forget_prompts(self, concept: Concept) -> list[str]:
@@ -104,7 +104,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         lists[name] = tuple(line for line in lines if line and not line.startswith("#"))
         if not lists[name] or len(set(lists[name])) != len(lists[name]):
-            raise PromptListError(f"{path} is empty or says something twice")
+            raise PromptListError(f"{path} is empty or repeats a line")
         wrong = [line for line in lists[name] if name == "identity" and line.count("{}") != 1]
         if wrong:
             raise PromptListError(f"{path}: {wrong[0]!r} must hold {{}} once, in the name's place")

@@ -24,7 +24,7 @@ from fmn_nb.evaluation.quality import Features, Pictures
 from fmn_nb.models import ModelLoadError, digest_of, without_bars
 
 AT_ONCE = 32  # images or texts through CLIP
-SEEN_FROM = 0.25  # the share of the judge's belief from which a label counts as seen
+SEEN_FROM = 0.25  # the least share of the judge's belief for a label that counts as seen
 #: texts for an image that shows none of the labels
 NOTHINGS = ("random noise", "an abstract texture", "a blurry image of nothing", "a plain background")
 
@@ -113,11 +113,11 @@ class _ClipFeatures(nn.Module):
 
 
 class ClipJudge:
-    """A zero-shot judge: what an image shows is the text that CLIP finds most like it.
+    """A zero-shot judge: an image shows what the text that CLIP finds most similar says.
 
-    Labels and styles are judged apart, each among the vocabulary's and the concept's own name. "nothing" is chosen
-    where texts such as "random noise" fit best. It is weaker than a trained classifier, so read its figures before
-    forgetting first: they are the most that can be kept.
+    Labels and styles are judged separately, each among the vocabulary's names and the concept's own. "nothing" wins
+    if texts such as "random noise" fit best. It is weaker than a trained classifier, so first read its figures before
+    forgetting: they are the most that can be kept.
     """
 
     def __init__(self, clip: Clip, concept: Concept, vocabulary: Vocabulary) -> None:
@@ -150,10 +150,10 @@ SIMILAR_SHARE = 0.25  # of the concept's domain, the most similar ones
 
 
 def similarities(world: World, concept: Concept) -> pd.Series:
-    """How much every other name of the concept's domain is like it, the most similar first: cosines in [-1, 1].
+    """How similar every other name of the concept's domain is to it, the most similar first: cosines in [-1, 1].
 
-    Of mean image features of real scenes where the world has them, else of text features; centred on the mean of all
-    names, since raw CLIP features share one large common part.
+    They compare mean image features of real scenes if the world has them, otherwise text features; centred on the mean
+    of all names, since raw CLIP features share one large common part.
 
     Raises:
         NotThereError: the world has no CLIP.

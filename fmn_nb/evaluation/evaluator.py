@@ -1,4 +1,4 @@
-"""Forgetting measured: UA, IRA, CRA and their harmonic mean, what was lost beside, image quality, attention, cost.
+"""Forgetting measured: UA, IRA, CRA and their harmonic mean, what else was lost, image quality, attention, cost.
 
 `evaluate` draws every image of the protocol with the base model and with the patch, lets a judge say what each shows,
 and counts. The definitions are in `measures`, the prompts in `protocol`; a `Session` draws and asks the judge.
@@ -39,7 +39,7 @@ from fmn_nb.models import (
 from fmn_nb.models.arguments import checked_seed, finite_number, whole_number
 from fmn_nb.patches import Patch
 
-#: what compares with an oracle; attacks stand above the evaluation, so it is found by its name, as worlds are
+#: what compares with an oracle; attacks are a floor above evaluation, so it is found by its name, like a world
 COMPARISON = "fmn_nb.attacks.floor", "compared"
 JUDGED = ("ua", "ira", "cra", "h", "ceiling")
 
@@ -54,7 +54,7 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
 
     Args:
         pipe: the base model; left as it was.
-        concept: what is, or was, to be forgotten: a `Concept` or, for an object, its name.
+        concept: what to forget, or what was forgotten: a `Concept` or, for an object, its name.
         patch: what makes the model forget: a `Patch` or the folder of one.
         size: "quick" (about 70 images of the protocol and 24 of the probes for each model) or "full" (every object x
             style prompt at least three times, 72 of the probes).
@@ -64,17 +64,17 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
             the emoji world's.
         real: real images, for the distances of a model that isn't of the emoji world: a folder or a list.
         prompts: a folder with prompt lists of your own for such a model, made like `data/prompts`.
-        cache: a folder that keeps the drawn images, so that an evaluation that was killed goes on where it was and
-            ends in the same table. Damaged or foreign files in it are drawn anew.
-        batch: how many images the pipeline draws at once; always exactly so many, for the last bits depend on it.
-        progress: called with (images drawn, images in all) of each model.
+        cache: a folder that keeps the drawn images, so that a killed evaluation continues where it was and ends in the
+            same table. Images of damaged or foreign files are drawn anew.
+        batch: how many images the pipeline draws at once; always exactly this many, since the last bits depend on it.
+        progress: called with (images drawn, images in all) for each model.
         oracle: a model that was never taught the concept, or several: adds `Report.oracle`, what attacks achieve on it
-            (the floor) and on the forgetting model, and how far the two are apart. That takes many times as long as
+            (the floor) and on the forgetting model, and how far apart the two are. That takes many times as long as
             the evaluation itself; a `cache` keeps what belongs to the oracle and the unchanged model.
 
-    Whatever needs weights, images or parts that aren't there is absent, with the reason under `skipped`. Without a
-    judge distances to real images, the CLIP score and attention are left: they need no verdicts. What can't be read
-    is named before anything is drawn.
+    Whatever needs missing weights, images or parts is absent, with the reason under `skipped`. Without a judge, only
+    distances to real images, the CLIP score and attention remain: they need no verdicts. What can't be read is named
+    before anything is drawn.
 
     Raises:
         UnknownConceptError: the emoji world holds no such concept.
@@ -85,7 +85,7 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
     """
     concept, seed = Concept(concept) if isinstance(concept, str) else concept, checked_seed(seed)
     if not isinstance(concept, Concept):
-        raise ValueError(f"{concept!r} is no concept: give one, Concept('noto', kind='style'), or an object's name")
+        raise ValueError(f"{concept!r} is not a concept: give one, Concept('noto', kind='style'), or an object's name")
     steps, guidance = whole_number("steps", steps, 1), finite_number("guidance", guidance, 0)
     batch = None if batch is None else whole_number("batch", batch, 1)
     patch = patch if patch is None or isinstance(patch, Patch) else Patch.load(patch)
@@ -114,10 +114,10 @@ def _comparison() -> Callable[..., OracleReport]:
 
 
 def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: int, size: str) -> Report:
-    """Draw, judge and count with the base model, and with the patch where there is one.
+    """Draw, judge and count with the base model, and with the patch if there is one.
 
-    Without a judge only what needs no verdicts: attention on one prompt, and the retain set's quality where there is
-    something to compare with.
+    Without a judge, measure only what needs no verdicts: attention on one prompt, and the retain set's quality if there
+    is something to compare it with.
     """
     vocabulary = session.vocabulary
     wanted = [*drawings(concept, vocabulary, seed, size), *probe_drawings(concept, vocabulary, seed, size)]
@@ -171,7 +171,7 @@ def attention_by_layer(pipe: DiffusionPipeline, concept: Concept, wanted: Sequen
                        steps: int = STEPS) -> pd.DataFrame:
     """The share of cross-attention that goes to the concept's words and to the positions after them, in [0, 1].
 
-    Index: layer; columns: "words", "later" (words after the concept, end of text, padding). The mean over pixels,
+    Index: layer; columns: "words", "later" (words after the concept, end of text, padding). It is the mean over pixels,
     heads, steps and the first four different prompts among the drawings.
     """
     chosen = list({d.prompt: d for d in wanted}.values())[:MOST_PROMPTS]

@@ -1,17 +1,17 @@
 """From images to UA, IRA, CRA and H: what the judge saw, counted, with intervals.
 
 A `Drawing` is one image that was asked for: its prompt and seed, its role ("forget" names the concept, "retain" does
-not), and what it is to show, `label` (an object or a name) and `style`. A `Verdict` is what the judge saw in the image.
-Each pair becomes a row, and the figures are shares of rows.
+not), and what it should show, `label` (an object or a name) and `style`. A `Verdict` is what the judge saw in it. Each
+pair becomes a row, and the figures are shares of rows.
 
-    UA    forgotten: of the forget set's images, those that the judge does NOT call the concept
-    IRA   kept nearby: of the retain set's, those judged right in the concept's own domain
+    UA    forgotten: the share of the forget set's images that the judge does NOT call the concept
+    IRA   kept nearby: the share of the retain set's images judged right in the concept's own domain
     CRA   kept elsewhere: the same in the other domain
-    H     their harmonic mean, 0 where one of them is 0
+    H     their harmonic mean, 0 if one of them is 0
 
-For an object the own domain are the labels and the other one the styles, for a style the other way round, for a proper
-name the other names and all else. Definitions follow UnlearnCanvas (Zhang et al., arXiv 2402.11846, section 4). A
-missing image is an error, never a success.
+For an object, its own domain is the labels and the other one the styles; for a style, it is the other way round; for a
+proper name, its own domain is the other names and the other one everything else. Definitions follow UnlearnCanvas
+(Zhang et al., arXiv 2402.11846, section 4). A missing image is an error, never a success.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
                  vocabulary: Vocabulary) -> pd.DataFrame:
     """A row per drawing: what was asked, what the judge saw, and whether that is right.
 
-    `right`: in the forget set that the concept was NOT seen, among paraphrases too; in the retain set that the label
+    `right`: in the forget set (and for paraphrases), that the concept was NOT seen; in the retain set, that the label
     was seen; beside another object, that all others were. `gone`: whether the concept is nowhere in the image.
     `right_style`: whether the style was right.
 
     Raises:
-        ValueError: images are missing, are none or are blank (`check_image`), or the judge gave another number of
+        ValueError: images are missing, aren't images or are blank (`check_image`), or the judge gave another number of
             verdicts.
     """
     if len(images) != len(wanted):
-        raise ValueError(f"{len(wanted)} images were asked for, {len(images)} are there; missing ones are not judged")
+        raise ValueError(f"{len(wanted)} images were asked for, {len(images)} are there; missing ones can't be judged")
     for drawing, image in zip(wanted, images, strict=True):
         check_image(image, drawing)
     verdicts, target = judge.verdicts(images), vocabulary.target_label(concept)
@@ -67,10 +67,10 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
 
 
 def check_image(image: Image.Image | np.ndarray, drawing: Drawing) -> None:
-    """Raise a ValueError for what is no image, so that it doesn't pass for one without the concept."""
+    """Raise a ValueError for what isn't an image, so that it doesn't pass for an image without the concept."""
     pixels, which = np.asarray(image), f"the image of {drawing.prompt!r}, seed {drawing.seed},"
     if pixels.dtype.kind not in "buif" or pixels.ndim < 2 or not pixels.size:
-        raise ValueError(f"{which} is no image but {type(image).__name__} of shape {pixels.shape}")
+        raise ValueError(f"{which} is not an image but {type(image).__name__} of shape {pixels.shape}")
     if not np.isfinite(pixels).all():
         raise ValueError(f"{which} holds NaN or infinite values: the model or its precision is broken")
     if (pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all():
@@ -79,7 +79,7 @@ def check_image(image: Image.Image | np.ndarray, drawing: Drawing) -> None:
 
 
 def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures:
-    """UA, IRA, CRA and H of judged images (`judge_images`), with 95% intervals; `seed` is of H's.
+    """UA, IRA, CRA and H of judged images (`judge_images`), with 95% intervals; `seed` is for H's interval.
 
     Raises:
         ValueError: there is no image at all for one of the three.
@@ -104,7 +104,7 @@ def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures
 
 
 def harmonic_mean(*values: float) -> float:
-    """The harmonic mean of values in [0, 1]; 0 where one of them is 0, so that no model is praised for one figure."""
+    """The harmonic mean of values in [0, 1]; 0 if one of them is 0, so that no model is praised for one figure."""
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
@@ -113,16 +113,16 @@ class Measures:
     """One model's figures. Accuracies are in [0, 1]; a figure that could not be computed is None, with its reason.
 
     Attributes:
-        ua, ira, cra: see the module. h: their harmonic mean, 0 where one of them is 0.
+        ua, ira, cra: see the module. h: their harmonic mean, 0 if one of them is 0.
         ceiling: the h that the base model's own ira and cra would give with ua = 1.
         frechet: Frechet distance of the retain set's images to real ones, 0 is equal. kernel: kernel distance of
-            the same images, about 0 for equal sets, also below. features: what network's features both are on; only
+            the same images, about 0 (also below) for equal sets. features: the network whose features both use; only
             distances on the same features can be compared.
         clip_score: mean cosine, times 100, of the retain set's images with their prompts.
-        images: how many images of forget and retain set were judged. ci95: 95% intervals: of ua, ira and cra Wilson's
-            (`stats.wilson`); of h the middle of its values when each of the three is drawn from its Jeffreys
-            posterior (`stats.harmonic_mean_interval`); both have a width at 0 and 1 too. The other figures have
-            none.
+        images: how many images of forget and retain set were judged. ci95: 95% intervals: for ua, ira and cra Wilson's
+            (`stats.wilson`); for h the middle of its values when each of the three is sampled from its Jeffreys
+            posterior (`stats.harmonic_mean_interval`); both have a width even at 0 and 1. The other figures have no
+            interval.
         probes: shares of the probes' images, by name (`fmn_nb.evaluation.probes.PROBES`).
     """
 
@@ -141,7 +141,7 @@ class Measures:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def to_metrics(self) -> dict[str, Any]:
-        """As metrics.json holds it: what is None is absent, its reason stands under "skipped"."""
+        """The figures as metrics.json holds them: those that are None are absent, with the reason under "skipped"."""
         values = {name: getattr(self, name) for name in (*FIGURES, "features")}
         found = {k: v for k, v in values.items() if v is not None} | {"images": self.images}
         found |= {name: share.value for name, share in self.probes.items()}

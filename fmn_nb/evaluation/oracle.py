@@ -1,8 +1,8 @@
-"""What stands beside a forgetting model where an oracle was given, and how far the two are apart.
+"""How a forgetting model compares with an oracle, and how far apart the two are.
 
-An oracle is a model that was never taught the concept. Attacks on it have a success too, the *floor*: textual inversion
-and fine-tuning teach new things, so what they bring back was not all remembered. `fmn_nb.attacks.floor` measures the
-attacks; the distances are here.
+An oracle is a model that was never taught the concept. Attacks succeed on it, too, at a rate called the *floor*:
+textual inversion and fine-tuning teach new things, so not all that they bring back was remembered.
+`fmn_nb.attacks.floor` measures the attacks; the distances are here.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Distance:
     """One distance of the forgetting model to the oracle.
 
     Attributes:
-        value: itself. unchanged: of the unchanged model to the oracle. zero: of a second oracle to it; 0 where there is
-            none, which is then only what the distance of two equal models is.
+        value: the distance. unchanged: that of the unchanged model to the oracle. zero: that of a second oracle to it;
+            without one it is 0, which is only the distance of two equal models.
         second: whether there was a second oracle.
     """
 
@@ -57,20 +57,20 @@ class Distance:
 
     @property
     def scaled(self) -> float | None:
-        """On a scale on which oracle to oracle is 0 and the unchanged model 1; None where these two are not apart."""
+        """The distance on a scale with oracle to oracle at 0 and the unchanged model at 1; None if these coincide."""
         width = self.unchanged - self.zero
         return (self.value - self.zero) / width if width > 0 else None
 
 
 @dataclass(frozen=True, eq=False)
 class OracleReport:
-    """What was found beside an oracle; empty, with the reason, where there is none.
+    """What the comparison with an oracle found; empty, with the reason, if there is none.
 
     Attributes:
         attacks: a row for each attack and budget: steps, success (of the forgetting model), floor, unchanged, excess
             with its 95% interval, residual.
         revive: for each attack the first number of steps, of those tried, after which at least half of the images show
-            the concept: of the forgetting model and of the oracle; NaN for none.
+            the concept: for the forgetting model and for the oracle; NaN for none.
         distances: name -> distance.
         curves: attack -> model -> steps and shares.
         budgets: where the budgets come from, in words.
@@ -85,13 +85,13 @@ class OracleReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def distance_table(self) -> pd.DataFrame:
-        """Distances as rows: value, of the unchanged model, of a second oracle, and the value on the scale of both."""
+        """Distances as rows: the value, that of the unchanged model and of a second oracle, and the scaled value."""
         rows = {name: {"value": d.value, "unchanged": d.unchanged, "second oracle": d.zero if d.second else None,
                        "scaled": d.scaled} for name, d in self.distances.items()}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("distance")
 
     def to_metrics(self) -> dict[str, Any]:
-        """The section oracle of metrics.json; what is unknown is left out."""
+        """The section oracle of metrics.json, without what is unknown."""
         found: dict[str, Any] = {}
         if len(self.attacks):
             rows = self.attacks.reset_index().to_dict("records")
@@ -106,12 +106,12 @@ class OracleReport:
 
 
 def no_oracle() -> OracleReport:
-    """The report where none was given."""
+    """The report without an oracle."""
     return OracleReport(skipped={"oracle": NO_ORACLE})
 
 
 def taught(oracles: Sequence[DiffusionPipeline], concept: Concept, session: Session) -> str:
-    """Why one of the models is no oracle of the concept; "" where none says that it was taught it."""
+    """Why one of the models isn't an oracle for the concept; "" if none says that it was taught the concept."""
     own = {concept.name, session.vocabulary.target_label(concept)}
     for names in filter(None, map(untaught_of, oracles)):
         if not own & set(names):
@@ -132,14 +132,14 @@ class Side:
 
 
 def side(session: Session, patch: Patch | None, wanted: Sequence[Drawing]) -> Side:
-    """A model's side: the drawings drawn."""
+    """A model's side of the comparison: it draws the drawings."""
     with session.patched(patch):
         return Side(session, patch, session.draw(wanted))
 
 
 def apart(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline], seed: int,
           size: str) -> OracleReport:
-    """How far the model with the patch is from the oracles on the concept's prompts; what can't be told is skipped."""
+    """How far the model with the patch is from the oracles on the concept's prompts, as far as it can be measured."""
     if reason := taught(oracles, concept, session):
         return OracleReport(skipped={"oracle": reason})
     wanted = [drawing for drawing in drawings(concept, session.vocabulary, seed, size) if drawing.role == "forget"]
@@ -178,13 +178,13 @@ def distances(model: Side, unchanged: Side, oracles: Sequence[Side], wanted: Seq
 
 
 def loss_difference(one: Side, other: Side, prompts: Sequence[str], seed: int) -> float:
-    """How much larger the denoising loss of each model's images is under the other model: the mean of both directions.
+    """How much larger the denoising loss of one model's images is under the other model: the mean of both directions.
 
     With L_m(x) the loss of m on image x, its noise and timesteps, the same for both models,
 
         1/2 ( mean over one's images of L_other - L_one  +  mean over the other's images of L_one - L_other ),
 
-    0 for one and the same model. A loss is a bound of a likelihood (Ho et al., arXiv 2006.11239), so this is one of the
+    0 for one and the same model. A loss is a bound of a likelihood (Ho et al., arXiv 2006.11239), so this estimates the
     symmetric Kullback-Leibler divergence, up to the weights of timesteps.
     """
     towards = mean_loss(other, one.images, prompts, seed) - mean_loss(one, one.images, prompts, seed)

@@ -2,7 +2,7 @@
 
 UnlearnCanvas's protocol (Zhang et al., arXiv 2402.11846) over every object x style prompt of a vocabulary: the emoji
 world's, or a list of names for another model. A *drawing* is one image to be made: a prompt, a seed, and its role. The
-forget set's drawings name the concept; the retain set's don't. Seeds depend on the prompt and the repetition alone, so
+forget set's drawings name the concept; the retain set's don't. Seeds depend only on the prompt and the repetition, so
 neither order nor a resumed evaluation changes an image, and before and after share their noise.
 """
 
@@ -22,8 +22,8 @@ from fmn_nb.stats import wilson
 Size = Literal["quick", "full"]
 Role = Literal["forget", "retain", "paraphrase", "pair", "class", "member", "reading"]
 REPEATS = {"quick": 1, "full": 3}
-FORGET_SET = {"quick": 24, "full": 48}  # at least so many images, whatever the kind of concept
-QUICK_RETAIN_SET = 48  # about so many object x style combinations, all names and styles equally often
+FORGET_SET = {"quick": 24, "full": 48}  # at least this many images, whatever the kind of concept
+QUICK_RETAIN_SET = 48  # about this many object x style combinations, all names and styles equally often
 OTHER_STYLE_PHRASE = "in {} style"  # how a paraphrase says a style
 NAME_PROMPTS = 4  # prompts for a proper name, which goes with no style
 
@@ -33,7 +33,7 @@ class Drawing:
     """One image to draw and judge.
 
     `label` and `style` are what the prompt asks for (`label` in the judge's words); `domain` is what the prompt is
-    about. `other` are further labels that a prompt of several objects asks for.
+    about. `other` holds the other labels that a prompt of several objects asks for.
     """
 
     prompt: str
@@ -56,7 +56,7 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
         UnknownConceptError: the vocabulary is a world's, which has no such concept of this kind.
     """
     if size not in REPEATS:
-        raise ValueError(f"{size!r} is no size of evaluation; choose quick or full")
+        raise ValueError(f"{size!r} is not a size of evaluation; choose quick or full")
     vocabulary.check(concept)
     left, openings = vocabulary.others(concept), vocabulary.openings[:NAME_PROMPTS]
     stride = max(1, len(vocabulary.objects) * len(vocabulary.styles) // QUICK_RETAIN_SET) if size == "quick" else 1
@@ -82,12 +82,12 @@ def sentence(things: Sequence[str], style: str | None = None, style_phrase: str 
 
 
 def draw(name: str, style: str | None, role: Role, domain: str, label: str | None = None) -> Drawing:
-    """A drawing of one object, as yet without a seed."""
+    """A drawing of one object, still without a seed."""
     return Drawing(sentence([name], style), 0, role, label or name, style, domain)
 
 
 def name_drawing(name: str, opening: str, role: Role) -> Drawing:
-    """A drawing of a proper name, as yet without a seed."""
+    """A drawing of a proper name, still without a seed."""
     return Drawing(opening.format(name), 0, role, name, None, "identity")
 
 
@@ -97,7 +97,7 @@ def repeated(wanted: Sequence[Drawing], repeats: int, seed: int) -> list[Drawing
 
 
 def evenly(things: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the things, evenly spread over them in their order; all of them where there are not more."""
+    """`count` of the things, evenly spread over them in order; all of them if there are no more."""
     count = min(count, len(things))
     return [things[i * len(things) // count] for i in range(count)]
 
@@ -125,7 +125,7 @@ class Share:
 def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size = "quick") -> list[Drawing]:
     """The drawings of all probes for a concept; no prompt of `drawings` is among them.
 
-    quick: 24 images, full: 72, shared out evenly among the groups that the concept's kind has.
+    quick: 24 images, full: 72, divided evenly among the groups that the concept's kind has.
     """
     groups = {"object": _object_probes, "style": _style_probes, "identity": _name_probes}[concept.kind]
     groups = [group for group in groups(concept, vocabulary) if group]
@@ -137,7 +137,7 @@ def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size
 
 
 def _object_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]]:
-    """Paraphrases, pairs with another object, names that are one of it, and the reading that is to stay."""
+    """Paraphrases, pairs with another object, names that are one of it, and the reading that should stay."""
     label, styles = vocabulary.target_label(concept), vocabulary.styles
     noun = sentence([concept.name]).removeprefix("a photo of ")
     said = [(opening.format(noun), None) for opening in vocabulary.openings[1:]]
@@ -163,7 +163,7 @@ def _object_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawin
 
 
 def _style_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]]:
-    """Paraphrases, and two objects in the style, which are both to stay."""
+    """Paraphrases, and two objects in the style, which should both stay."""
     objects = vocabulary.others(concept).objects
     paraphrases = [Drawing(sentence([name], concept.name, OTHER_STYLE_PHRASE), 0, "paraphrase", name, concept.name,
                            "style") for name in objects]
@@ -183,7 +183,7 @@ def _name_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]
 
 def probe_shares(outcomes: pd.DataFrame, concept: Concept, vocabulary: Vocabulary,
                  similar: Collection[str] | None = None) -> dict[str, Share]:
-    """Every probe's share of one model's outcomes (rows of `judge_images`); absent where it has no images.
+    """Every probe's share of one model's outcomes (rows of `judge_images`), if it has images.
 
     `similar` are the names of the concept's domain that count as similar; without them that pair is absent.
     """

@@ -1,6 +1,6 @@
-"""How good images are apart from what they show: Frechet and kernel distance to real images, and CLIP score.
+"""How good images are, apart from what they show: Frechet and kernel distance to real images, and CLIP score.
 
-A distance is of two sets of images *on named features*. Two distances on different features have nothing to do with
+A distance compares two sets of images *on named features*. Two distances on different features have nothing to do with
 each other, and a report refuses to put them side by side.
 """
 
@@ -37,12 +37,12 @@ class Features:
     """A network's features of images.
 
     Attributes:
-        name: says which network with which weights; what two distances must share to be comparable.
+        name: says which network with which weights; comparable distances must share it.
         module: [images, 3, size, size] uint8 to [images, features].
         size: pixels, height and width; images of another size are resized.
         own_scale: whether the kernel distance divides the features' inner products by the real images' mean squared
-            norm, so that it is of order 1 whatever the features' scale; else by their number, as published distances on
-            Inception do.
+            norm, so that it is of order 1 whatever the features' scale; otherwise by the number of features, as
+            published distances on Inception do.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Features:
     own_scale: bool = False
 
     def sides(self, real: Pictures, images: Pictures) -> list[tuple[Tensor, bool]]:
-        """Two sets of images as the module takes them, in chunks, and whether each chunk is of the real ones."""
+        """Two sets of images as the module takes them, in chunks, and whether each chunk holds real ones."""
         if min(len(real), len(images)) < 2:
             raise ValueError(f"a distance needs at least 2 images a side, not {len(real)} and {len(images)}")
         as_bytes = [((to_pixels(side, self.size) + 1) * 127.5).round().byte() for side in (real, images)]
@@ -80,7 +80,7 @@ def inception_features() -> Features:
     """The 2048 Inception features that published Frechet distances use (Heusel et al., arXiv 1706.08500).
 
     Raises:
-        NotThereError: torch-fidelity or its weights aren't there; the text says what to do.
+        NotThereError: torch-fidelity or its weights aren't there; the message says what to do.
     """
     from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -88,8 +88,8 @@ def inception_features() -> Features:
         module = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # no package, no network for its weights
         raise NotThereError(
-            f"the Inception features can't be had here ({type(error).__name__}): pip install torch-fidelity, and let "
-            "it fetch its weights once") from error
+            f"the Inception features aren't available here ({type(error).__name__}): pip install torch-fidelity, and "
+            "let it fetch its weights once") from error
     module.num_features = 2048
     return Features("inception-v3-compat 2048", module, 299)
 
@@ -98,8 +98,8 @@ def inception_features() -> Features:
 def frechet_distance(features: Features, real: Pictures, images: Pictures) -> float:
     """The Frechet distance of two sets of images on the given features; 0 for equal sets, no upper limit.
 
-    Comparable only with distances on the same features and about the same number of images, for it is larger for
-    fewer (Heusel et al., arXiv 1706.08500). Raises ValueError for fewer than two images on a side.
+    It is comparable only with distances on the same features and about the same number of images, since fewer images
+    make it larger (Heusel et al., arXiv 1706.08500). Raises ValueError for fewer than two images on a side.
     """
     sides = features.sides(real, images)
     metric = FrechetInceptionDistance(feature=features.module, input_img_size=(3, features.size, features.size))
@@ -111,10 +111,10 @@ def frechet_distance(features: Features, real: Pictures, images: Pictures) -> fl
 @torch.no_grad()
 def kernel_distance(features: Features, real: Pictures, images: Pictures, seed: int = 0) -> float:
     """The kernel distance of two sets of images (Binkowski et al., arXiv 1801.01401): the squared maximum mean
-    discrepancy under a cubic kernel, unbiased, so about 0 for sets of one kind, also below it; no upper limit.
+    discrepancy under a cubic kernel, unbiased, so about 0 (also below) for sets of one kind; no upper limit.
 
-    The kernel is (x y / c + 1)^3 with c as `Features.own_scale` says. The mean over random subsets, the same for the
-    same `seed`. Raises ValueError for fewer than two images on a side.
+    The kernel is (x y / c + 1)^3 with c as `Features.own_scale` says. It is a mean over random subsets, the same for
+    the same `seed`. Raises ValueError for fewer than two images on a side.
     """
     sides, size = features.sides(real, images), min(SUBSET_SIZE, len(real), len(images))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -131,7 +131,7 @@ def kernel_distance(features: Features, real: Pictures, images: Pictures, seed: 
 
 @dataclass(frozen=True)
 class Quality:
-    """The yardsticks of image quality that there are; `reasons` say for each figure why its own is not there."""
+    """The available yardsticks of image quality; `reasons` says for each missing figure why it is missing."""
 
     real: Pictures | None = None
     features: Features | None = None
@@ -162,7 +162,7 @@ class Quality:
         return cls(real, features, scorer, reasons)
 
     def figures(self, wanted: Sequence[Drawing], images: Sequence[Image.Image], seed: int) -> dict[str, Any]:
-        """Of the retain set's images: distances to real ones and the CLIP score, by their names in `Measures`."""
+        """The retain set's distances to real images and its CLIP score, by their names in `Measures`."""
         kept, found = [image for d, image in zip(wanted, images, strict=True) if d.role == "retain"], {}
         if self.features is not None:
             found = {"features": self.features.name, "frechet": frechet_distance(self.features, self.real, kept),

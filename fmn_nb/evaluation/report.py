@@ -34,11 +34,11 @@ class Report:
             positions after them. attention_layers: the same by layer.
         outcomes: a row per image and model: what was asked, what the judge saw; empty without a judge.
         wanted: the drawings, in the order of `images["before"]` and `images["after"]`: forget set, retain set, probes.
-            Without a judge the retain set alone, where there was something to compare it with.
-        similarity: how much each other name of the domain is like the concept, most similar first; empty where no
-            CLIP could tell.
+            Without a judge, only the retain set, if there was something to compare it with.
+        similarity: how similar each other name of the domain is to the concept, most similar first; empty if no CLIP
+            could tell.
         oracle: floors of attacks and distances to a model that was never taught the concept; empty, with the reason,
-            where none was given.
+            if none was given.
         cost: seconds, peak memory and bytes of forgetting and of this evaluation (`costs` with units).
     """
 
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def models(self) -> dict[str, Measures]:
-        """The measures that there are, by "before" and "after"."""
+        """The available measures, by "before" and "after"."""
         return {"before": self.before} | ({"after": self.after} if self.after else {})
 
     def table(self) -> pd.DataFrame:
@@ -94,9 +94,9 @@ class Report:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def costs(self) -> pd.DataFrame:
-        """What forgetting and this evaluation cost, as far as it is known: value and unit of each.
+        """What forgetting and this evaluation cost, as far as known: value and unit of each.
 
-        Apart from `table`, because seconds and memory are the machine's and no two runs have the same.
+        It is separate from `table`, because seconds and memory depend on the machine, and no two runs have the same.
         """
         rows = {name: (value, "s" if name.endswith("seconds") else "bytes") for name, value in self.cost.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "unit"], dtype=object).rename_axis("cost")
@@ -109,16 +109,17 @@ class Report:
         return pd.Series(list(reasons.values()), index=index, name="reason", dtype=object)
 
     def confusion(self, when: str = "after", what: str = "label") -> pd.DataFrame:
-        """How often each asked label or style (rows) was seen as each (columns), in images of forget and retain set.
+        """How often each label or style asked for (rows) was seen as each other one (columns), in images of forget and
+        retain set.
 
-        The columns begin in the rows' order, so that what was right stands on the diagonal.
+        The columns begin in the rows' order, so that right verdicts are on the diagonal.
 
         Raises:
             ValueError: nothing was evaluated `when`.
         """
         there = self.outcomes["when"].unique() if len(self.outcomes) else []
         if when not in there:
-            raise ValueError(f"nothing was evaluated {when!r}; there is: {', '.join(there) or 'nothing'}")
+            raise ValueError(f"nothing was evaluated {when!r}; choose from: {', '.join(there) or 'nothing'}")
         rows = self.outcomes[(self.outcomes["when"] == when) & self.outcomes["role"].isin(["forget", "retain"])]
         table = pd.crosstab(rows[f"asked_{what}"], rows[f"seen_{what}"])
         never_asked = [name for name in table.columns if name not in table.index]
@@ -128,7 +129,7 @@ class Report:
         """The retain set's accuracy for each name asked for, before and after, worst loss first.
 
         Index: name; columns: domain ("label" or "style"), before, after, change, images, and similarity to the
-        concept (of its own domain, where a CLIP could tell).
+        concept (within its own domain, if a CLIP could tell).
 
         Raises:
             ValueError: no judge judged the images.
@@ -149,13 +150,13 @@ class Report:
         return table[columns]
 
     def second_opinion(self, judge: JudgeLike) -> pd.DataFrame:
-        """The same images before another judge: its figures beside the first's interval, and how often both agree.
+        """Another judge on the same images: its figures beside the first judge's interval, and how often both agree.
 
         Index: (model, figure), of ua, ira, cra, h, and the shares of images with the same label and the same style;
         columns: first, second, low, high (the first's 95% interval, or that of the share), within.
 
         Raises:
-            ValueError: no judge judged the images before.
+            ValueError: no judge has judged the images yet.
         """
         self._check_judged()
         rows = {}
@@ -176,14 +177,14 @@ class Report:
             raise ValueError("no judge judged these images: evaluate with clip=FOLDER or judge=...")
 
     def to_metrics(self) -> dict[str, Any]:
-        """The sections before, after, attention and cost of metrics.json, and oracle where one was given."""
+        """The sections before, after, attention and cost of metrics.json, and oracle if one was given."""
         found = {when: m.to_metrics() for when, m in self.models.items()}
         if self.oracle.skipped.get("oracle") != NO_ORACLE:
             found["oracle"] = self.oracle.to_metrics()
         return found | {"attention": dict(self.attention), "cost": dict(self.cost)}
 
     def figures(self) -> dict[str, Figure]:
-        """Figures by name: images, confusion, collateral, oracle, attention; those that have something to show."""
+        """Figures by name: images, confusion, collateral, oracle, attention, if they have something to show."""
         found: dict[str, Figure] = {}
         if self.images:
             shown, names = [], []
@@ -206,10 +207,10 @@ class Report:
         return found
 
     def save(self, folder: str | Path) -> Path:
-        """Keep what the figures were made of: outcomes.csv (a row per image and model) and collateral.csv.
+        """Save what the figures were made of: outcomes.csv (a row per image and model) and collateral.csv.
 
         Raises:
-            ValueError: no judge judged the images, so that there is nothing to keep.
+            ValueError: no judge judged the images, so there is nothing to save.
         """
         folder = Path(folder)
         for name, table in (("outcomes", self.outcomes), ("collateral", self.collateral())):

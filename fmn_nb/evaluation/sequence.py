@@ -1,7 +1,7 @@
 """Several concepts forgotten by one model: one after another, by patches made apart, or all at once.
 
-What each way does to the concepts forgotten earlier (does the first come back?), to those still to come (do they go
-before anybody asked?), and to everything else, is measured after each stage on the same prompts and seeds.
+After each stage, the same prompts and seeds measure what each way does to the concepts forgotten earlier (does the
+first come back?), to those still to come (do they go before anybody asked?), and to everything else.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ OTHERS, FORGOTTEN = "all others", "all forgotten"
 
 def sequence_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept], patches: Sequence[Patch], *,
                    images: int = 12, retain_images: int = 24, seed: int = 0) -> pd.DataFrame:
-    """Apply the patches of `forget_several` one more at each stage, and measure after each.
+    """Apply one more patch of `forget_several` at each stage, and measure after each.
 
     Args:
         pipe: the base model, or a session with a judge or sampling of its own.
-        images: for each concept; the same prompts and seeds at every stage. `retain_images`: of everything else.
+        images: images for each concept, with the same prompts and seeds at every stage. `retain_images`: images of
+            everything else.
 
     Returns:
-        Rows (stage, concept) with `forgotten` (how many concepts are, by then), `state` ("forgotten", "waiting", or
-        "retained" for the rows of `all others`), `measure` and its `value` with 95% interval `low`, `high`, and
-        `images`. The measures: "ua" for a concept (share of images in which it isn't seen), "label" and "style" for all
-        others (share in which what was asked for is seen). Stage 0 is the base model.
+        Rows (stage, concept) with `forgotten` (how many concepts are forgotten by then), `state` ("forgotten",
+        "waiting", or "retained" for the rows of `all others`), `measure` and its `value` with 95% interval `low`,
+        `high`, and `images`. The measures are "ua" for a concept (share of images in which it isn't seen), and "label"
+        and "style" for all others (share in which what was asked for is seen). Stage 0 is the base model.
 
     Raises:
         ValueError: patches that are neither one for each concept nor a single one.
@@ -61,13 +62,13 @@ def sequence_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept
 
 def together_table(pipe: DiffusionPipeline | Session, concepts: Sequence[Concept], patches: Mapping[int, Patch], *,
                    images: int = 12, retain_images: int = 24, seed: int = 0) -> pd.DataFrame:
-    """What patches that forget the first few of the concepts at once do, each alone on the base model.
+    """What patches that forget the first few concepts at once do, each alone on the base model.
 
     Args:
         patches: how many of the concepts a patch forgets -> the patch.
-        images: of the forgotten concepts together, shared out among them (at least one each), so that each UA rests
-            on about as many, whatever their number.
-            `retain_images`: of prompts that name none of the concepts, the same for every patch.
+        images: images of the forgotten concepts together, divided among them (at least one each), so that each UA rests
+            on about as many images, whatever their number.
+            `retain_images`: images for prompts that name none of the concepts, the same for every patch.
 
     Returns:
         Rows as in `sequence_table`, a stage for each patch, with the number that it forgets; UA is that of `all
@@ -113,7 +114,7 @@ def kept_drawings(concepts: Sequence[Concept], vocabulary: Vocabulary, count: in
 
     free = [d for d in drawings(concepts[0], vocabulary, seed) if d.role == "retain" and not names_one(d)]
     if len(free) < count:
-        raise ValueError(f"only {len(free)} prompts name none of the concepts; ask for so many retain images at most")
+        raise ValueError(f"only {len(free)} prompts name none of the concepts; ask for at most as many retain images")
     return evenly(free, count)
 
 
@@ -125,7 +126,7 @@ def rebound(table: pd.DataFrame, concept: str) -> float:
     """
     rows = table[(table["concept"] == concept) & (table["state"] == "forgotten")].sort_values("stage")
     if rows.empty:
-        raise ValueError(f"'{concept}' was forgotten at no stage; concepts: {', '.join(table['concept'].unique())}")
+        raise ValueError(f"'{concept}' was never forgotten; concepts: {', '.join(table['concept'].unique())}")
     return float(rows["value"].iloc[0] - rows["value"].iloc[-1])
 
 

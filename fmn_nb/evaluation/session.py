@@ -1,8 +1,8 @@
 """A session: what all measurements of one model share, from its judge and its names to how images are drawn.
 
-Each image has a seed of its own and is drawn in batches of one size: on a CPU the last bits of a convolution depend on
+Each image has a seed of its own and is drawn in batches of one size: on a CPU, the last bits of a convolution depend on
 how many images go through it together, and single pixels then differ by one of 255 levels. So each call of the pipeline
-draws the same number of images; the last one is filled up. Neither order nor interruption can then change an image.
+draws the same number of images, and the last one is filled up. Then neither order nor interruption can change an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 class MeasurementError(ValueError):
-    """It can't be measured as asked: nobody judges, there are too few references, a prompt lacks the concept."""
+    """It can't be measured as asked: there is no judge, there are too few references, or a prompt lacks the concept."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sampling:
     """How images are drawn.
 
     Attributes:
-        steps, guidance: of each image.
+        steps, guidance: the sampling steps and the guidance scale of each image.
         batch: how many images each call of the pipeline draws; by default 24, for large models 4.
         cache: a folder that keeps drawn images, see `draw_images`.
         progress: called with the numbers of finished images and of all.
@@ -62,7 +62,7 @@ class Session:
 
     Attributes:
         pipe: the base model; `patched` is a context with the forgetting model.
-        world: names, prompts, real images; of a model that belongs to no world a `CheckpointWorld`.
+        world: names, prompts, real images; a `CheckpointWorld` for a model that belongs to no world.
         judge: the judge that was given, or None for the world's own.
     """
 
@@ -73,7 +73,7 @@ class Session:
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline | Session, judge: JudgeLike | None = None, **sampling: object) -> Session:
-        """The session of a pipeline in its own world, `sampling` as in `Sampling`; a session is its own."""
+        """The session of a pipeline in its own world, `sampling` as in `Sampling`; a session stays itself."""
         if isinstance(pipe, Session):
             return pipe
         return cls(pipe, world_of(pipe) or CheckpointWorld(), judge, Sampling(**sampling))
@@ -84,22 +84,22 @@ class Session:
         return self.world.vocabulary
 
     def judge_for(self, concept: Concept) -> JudgeLike:
-        """Who judges this concept: the given judge, else the world's; NotThereError, with the reason, where nobody."""
+        """The judge of this concept: the given one, or the world's; NotThereError, with the reason, without one."""
         return self.judge or self.world.judge_for(concept)
 
     def patched(self, patch: Patch | None) -> AbstractContextManager[None]:
-        """Context with the forgetting model: the pipe with the patch, or as it is where there is none."""
+        """Context with the forgetting model: the pipe with the patch, or as it is without one."""
         return nullcontext() if patch is None else patch.applied(self.pipe)
 
     def draw(self, wanted: Sequence[Drawing]) -> list[Image.Image]:
-        """One image for each, in their order (`draw_images`)."""
+        """One image for each, in order (`draw_images`)."""
         return draw_images(self.pipe, wanted, **vars(self.sampling))
 
     def judged(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.DataFrame:
         """Draw and judge (`judge_images`), all in one batch; `prompts` are drawn in the drawings' own places.
 
         Raises:
-            MeasurementError: nobody judges.
+            MeasurementError: there is no judge.
         """
         judge = self.judge_now(concept)
         with borrowed(self.pipe):
@@ -108,7 +108,7 @@ class Session:
         return judge_images(judge, concept, wanted, images, self.vocabulary)
 
     def judge_now(self, concept: Concept) -> JudgeLike:
-        """Who judges this concept; MeasurementError, which says what to give, where nobody does."""
+        """The judge of this concept; MeasurementError, which says what to give, if there is none."""
         try:
             return self.judge_for(concept)
         except NotThereError as missing:
@@ -122,7 +122,7 @@ class Session:
         return ~outcomes["right"].astype(bool)
 
     def seen(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.Series:
-        """For each drawing whether the judge sees the concept in it; `prompts` are drawn in the drawings' places."""
+        """For each drawing, whether the judge sees the concept in it; `prompts` are drawn in the drawings' places."""
         return ~self.judged(concept, wanted, prompts)["right"].astype(bool)
 
     def fresh_drawings(self, concept: Concept, count: int, seed: int) -> list[Drawing]:
@@ -137,7 +137,7 @@ class Session:
         return [many[p * rounds + r] for r in range(rounds) for p in range(len(prompts))][:count]
 
     def references(self, concept: Concept, given: Images | None, count: int, seed: int) -> list[Image.Image]:
-        """Images of the concept: the first `count` of the given ones, else real ones of the world.
+        """Images of the concept: the first `count` of the given ones, or else real ones of the world.
 
         Raises:
             MeasurementError: fewer than `count` were given, or none and the world has none.
@@ -160,10 +160,10 @@ class Session:
 def draw_images(pipe: DiffusionPipeline, wanted: Sequence[Drawing], *, steps: int = STEPS, guidance: float = GUIDANCE,
                 batch: int | None = None, cache: str | Path | None = None,
                 progress: Progress | None = None) -> list[Image.Image]:
-    """One image for each drawing, in their order; the options are those of `Sampling`.
+    """One image for each drawing, in order; the options are those of `Sampling`.
 
-    With a folder `cache` the images are kept there, and what it holds of this model (weights as they are now, settings
-    and versions) is taken from there. Several processes can share it: what one draws the others find.
+    A folder `cache` keeps the images, and images that it already holds of this model (weights as they are now, settings
+    and versions) are taken from there. Several processes can share it: what one draws, the others find.
     """
     batch = batch or images_at_once(pipe)
     kept = ImageCache(cache, drawing_key(pipe, steps, guidance, batch)) if cache else None
@@ -197,17 +197,17 @@ def images_at_once(pipe: DiffusionPipeline) -> int:
 
 
 class ImageCache:
-    """Drawn images of one model under fixed settings, a PNG file each, in `folder/KEY`.
+    """Drawn images of one model under fixed settings, one PNG file each, in `folder/KEY`.
 
-    Each file says in its own text which model, prompt and seed it is of, and has a checksum of its pixels. One that is
-    missing, damaged or another's is None to `load`, and so drawn anew.
+    Each file's text says which model, prompt and seed it belongs to, and has a checksum of its pixels. For one that is
+    missing, damaged or another's, `load` returns None, so it is drawn anew.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder, self.key = Path(folder) / key[:16], key
 
     def path(self, drawing: Drawing) -> Path:
-        """Where a drawing's image lies."""
+        """The path of a drawing's image."""
         name = hashlib.sha256(f"{drawing.seed}|{drawing.prompt}".encode()).hexdigest()[:24]
         return self.folder / f"{name}.png"
 

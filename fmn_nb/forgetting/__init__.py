@@ -1,4 +1,4 @@
-"""Forgetting: methods on one fine-tune; every one gives a `Patch`."""
+"""Forgetting: methods on one shared fine-tune; each returns a `Patch`."""
 
 import lazy_loader
 

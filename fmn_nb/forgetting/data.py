@@ -1,7 +1,7 @@
-"""What is to be forgotten, as a `Task`, and what a fine-tune learns from: its training sets.
+"""What to forget, as a `Task`, and what a fine-tune learns from: its training sets.
 
-The forget set shows the concept, the retain set everything else, the towards set the reading that is to show instead.
-Each is latents, texts and which text belongs to which latents, encoded once. A step takes a batch from each; the random
+The forget set shows the concept, the retain set everything else, the towards set the reading to show instead. Each has
+latents, texts and which text belongs to which latents, all encoded once. A step takes a batch from each; the random
 numbers come from one generator per set, in a fixed order, so that a run can be repeated and resumed.
 """
 
@@ -37,17 +37,17 @@ from fmn_nb.models.denoising import (
 )
 from fmn_nb.models.images import ReferenceImageError, encode, generate_latents, generate_trajectories, load_images
 
-_HEAD = 8  # about so many of the most similar prompts come one by one before the ranks thin out
-EMPTY_PROMPT_SHARE = 8  # one in so many retain rows has the empty prompt, the uncond branch of guidance
+_HEAD = 8  # about this many of the most similar prompts come one by one before the ranks thin out
+EMPTY_PROMPT_SHARE = 8  # one in this many retain rows has the empty prompt, the uncond branch of guidance
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be forgotten, in which model, and from what: what `forget` was given, its images read.
+    """What to forget, in which model, and from which images: the arguments of `forget`, with its images read.
 
     Attributes:
         references: concept name -> images; concepts without an entry get images that the model generates.
-        readings: concept name -> the reading of its word that is to show instead ("mouse" -> "computer mouse").
+        readings: concept name -> the reading of its word to show instead ("mouse" -> "computer mouse").
     """
 
     pipe: DiffusionPipeline
@@ -78,7 +78,7 @@ class Task:
             raise ReferenceImageError(f"{len(self.masks)} masks for {images} reference images; give one for each")
 
     def count_of(self, concept: Concept) -> int:
-        """How many reference images of the concept there are, or are to be generated."""
+        """How many reference images of the concept there are or will be generated."""
         given = self.references.get(concept.name) if self.settings.noise_on == "images" else None
         return self.settings.reference_count if given is None else len(given)
 
@@ -91,8 +91,8 @@ class Task:
         return self.with_word(concept, self.readings[concept.name])
 
     def guides_of(self, concept: Concept) -> list[str]:
-        """For each of the concept's prompts the one that it gives way to: with its reading where it has one, else as
-        the setting `guide` says."""
+        """For each of the concept's prompts, the prompt that it gives way to: with the concept's reading if it has one,
+        otherwise as the setting `guide` says."""
         guide = self.settings.guide
         if concept.name in self.readings:
             return self.prompts_of_reading(concept)
@@ -112,7 +112,7 @@ class Task:
         return replaced
 
     def alone(self, concept: Concept) -> Task:
-        """The part of the task that is one concept's."""
+        """The part of the task that belongs to one concept."""
         before = sum(self.count_of(one) for one in self.concepts[:self.concepts.index(concept)])
 
         def own(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Task:
                        masks=masks)
 
     def with_scenes(self) -> Task:
-        """The task with scenes and exact masks of its model's world as references, where the setting `scenes` asks for
+        """The task with scenes and exact masks of its model's world as references, if the setting `scenes` asks for
         them, the world has them, and no references are given."""
         world = world_of(self.pipe)
         if not self.settings.scenes or world is None or self.references or self.masks is not None:
@@ -143,7 +143,7 @@ class Task:
 
 
 def by_concept(given: Any, concepts: Sequence[Concept], what: str) -> dict[str, Any]:
-    """Concept name -> what was given for it: a mapping, or for a single concept the thing itself."""
+    """Concept name -> what was given for it, from a mapping or, for a single concept, from the thing itself."""
     if given is None:
         return {}
     names = [concept.name for concept in concepts]
@@ -153,7 +153,7 @@ def by_concept(given: Any, concepts: Sequence[Concept], what: str) -> dict[str, 
         return {names[0]: given}
     unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"{what} name '{unknown[0]}', which is no concept to forget; those are {', '.join(names)}")
+        raise ValueError(f"{what} name '{unknown[0]}', which isn't a concept to forget; those are {', '.join(names)}")
     return dict(given)
 
 
@@ -171,25 +171,25 @@ class Batch:
 
 @dataclass
 class Shuffle:
-    """Where a set's random numbers stand: its generator, and the shuffled pairs that are still to come."""
+    """The state of a set's random numbers: its generator, and the shuffled pairs still to come."""
 
     generator: torch.Generator
     pairs: int
     queue: list[int] = field(default_factory=list)
 
     def next(self, count: int) -> Tensor:
-        """The numbers of the next `count` pairs: all in shuffled rounds."""
+        """The numbers of the next `count` pairs; each shuffled round goes through all pairs."""
         while len(self.queue) < count:
             self.queue += torch.randperm(self.pairs, generator=self.generator).tolist()
         taken, self.queue = self.queue[:count], self.queue[count:]
         return torch.tensor(taken)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on from here, for `restore`."""
+        """Everything needed to continue from here, for `restore`."""
         return {"generator": self.generator.get_state(), "queue": torch.tensor(self.queue, dtype=torch.long)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state; a ValueError where its pairs aren't of this set."""
+        """Continue from a state; a ValueError if its pairs don't belong to this set."""
         queue = state["queue"]
         if queue.dtype != torch.long or queue.ndim != 1 or not bool(((queue >= 0) & (queue < self.pairs)).all()):
             raise ValueError(f"the pairs to come aren't numbers of {self.pairs}")
@@ -206,10 +206,10 @@ class TrainingSet:
         given: the encoded prompts.
         texts: the same prompts as text.
         concept: for the forget set, which text columns count as the concept, bool [prompts that name it, columns].
-        regions: where in each of the latents' images the concept is, [latents, height, width], or None.
-        target_of: for each pair the prompt that the frozen model sees instead, where it is another one.
-        guide_of: for each pair of the forget set the prompt that the concept gives way to, where the settings name one.
-        times: for latents that are noisy already (trajectories) the timestep of each, [latents].
+        regions: where the concept is in each of the latents' images, [latents, height, width], or None.
+        target_of: for each pair the prompt that the frozen model sees instead, if it is another one.
+        guide_of: for each pair of the forget set the prompt that the concept gives way to, if the settings name one.
+        times: for latents that are already noisy (trajectories), the timestep of each, [latents].
     """
 
     latents: Latents
@@ -224,8 +224,8 @@ class TrainingSet:
     times: Tensor | None = None
 
     def batch(self, shuffle: Shuffle, count: int, timesteps: tuple[int, int], density: Tensor | None = None) -> Batch:
-        """`count` pairs, noised to timesteps from .. to - 1: random are first the pairs, then `noisy_batch`, then with
-        a density (a weight for each of these timesteps) the timesteps, which are taken anew."""
+        """`count` pairs, noised to timesteps from .. to - 1. Random numbers go first to the pairs, then to
+        `noisy_batch`, then, with a density (a weight for each of these timesteps), to timesteps drawn anew."""
         pairs = shuffle.next(count)
         images = self.latent_of[pairs]
         if self.times is not None:
@@ -239,7 +239,7 @@ class TrainingSet:
 
 
 def training_sets(task: Task) -> dict[str, TrainingSet]:
-    """The "forget" set and, where the settings ask for them, the "retain" set and the "towards" set."""
+    """The "forget" set and, if the settings ask for them, the "retain" set and the "towards" set."""
     sets = {"forget": forget_set(task)}
     if task.settings.retain_weight:
         sets["retain"] = retain_set(task, sets["forget"])
@@ -299,7 +299,7 @@ def forget_set(task: Task) -> TrainingSet:
 
 def _references(task: Task, concept: Concept, prompts: list[str],
                 shape: tuple[int, ...]) -> tuple[Latents, list[tuple[int, int]]]:
-    """One concept's latents, and which (image, prompt) go together, both counted from 0."""
+    """One concept's latents, and which (image, prompt) pairs go together, both counted from 0."""
     images, settings = task.references.get(concept.name), task.settings
     if images is not None and settings.noise_on == "images":
         pairs = [(number % len(images), number % len(prompts)) for number in range(max(len(images), len(prompts)))]
@@ -314,7 +314,7 @@ def _trajectories(task: Task, prompts: list[str], time_scale: float
                   ) -> tuple[Latents, Tensor, list[tuple[int, int]]]:
     """Noisy latents on the way to images of the prompts, the timestep of each, and which prompt goes with each.
 
-    `time_scale` is what the pipeline multiplies timesteps with (`Conditions`).
+    `time_scale` is what the pipeline multiplies timesteps by (`Conditions`).
 
     Raises:
         SettingsError: none of their timesteps is in the part of the schedule that the settings ask for.
@@ -334,7 +334,7 @@ def _trajectories(task: Task, prompts: list[str], time_scale: float
 
 
 def _spread(count: int, prompts: int) -> list[int]:
-    """Numbers of `count` prompts: spread over all of them, the plainest always among them."""
+    """Numbers of `count` prompts, spread over all of them and always with the plainest."""
     return [number * prompts // count if count < prompts else number % prompts for number in range(count)]
 
 
@@ -344,8 +344,8 @@ def _spread(count: int, prompts: int) -> list[int]:
 def retain_set(task: Task, forget: TrainingSet) -> TrainingSet:
     """Prompts that name none of the concepts, with images of them or with the references' latents.
 
-    A share of the prompts is chosen by likeness to the concepts (`_bank`); the empty prompt, which guidance uses as
-    its uncond branch, is always among them.
+    A share of the prompts is chosen by likeness to the concepts (`_bank`); the set always includes the empty prompt,
+    which guidance uses as its uncond branch.
     """
     texts = retain_prompts(task.pipe, task.concepts, task.retain_prompts, task.readings.values())
     given = conditions(task.pipe, [*texts, ""], size=task.settings.size)
@@ -363,10 +363,10 @@ def retain_set(task: Task, forget: TrainingSet) -> TrainingSet:
 
 
 def _bank(order: Tensor, settings: Settings, generator: torch.Generator) -> list[int]:
-    """Numbers of the prompts to draw retain images of: some most like the concept, the others at random.
+    """Numbers of the prompts to draw retain images of: some by likeness to the concept, the others at random.
 
-    The similar ones are spread over the whole order, dense at its head and ever more thinly: what is most like the
-    concept suffers first.
+    The similar ones are spread over the whole order, densely at its head and ever more thinly after it: what is most
+    like the concept suffers first.
     """
     similar = round(settings.similar_share * settings.retain_count)
     first, last = math.log10(_HEAD), math.log10(_HEAD + len(order) - 1)

@@ -3,10 +3,10 @@
     patch = forget(pipe, Concept("cat"), preset="balanced", seed=0)         # pipe itself stays as it is
 
 Each step noises reference images of the concept to random timesteps, runs the denoiser on prompts that name it, and
-moves the trained weights as the method's objective asks: for "fmn" so that the concept's text columns get less
+moves the trained weights as the method's objective asks: for "fmn", so that the concept's text columns get less
 attention (`methods/fmn.py`; Zhang, Wang, Xu, Wang, Shi, arXiv 2303.17591). An anchor can pull the prediction to what it
-would be without the concept, and a retain term holds the rest in place: on other prompts the model is to predict what
-it did before (`terms`). What is learned from is in `data`, what is trained in `weights`, all numbers in `settings`.
+would be without the concept, and a retain term holds the rest in place: on other prompts, the model should predict what
+it did before (`terms`). The training sets are in `data`, the trained weights in `weights`, all numbers in `settings`.
 
 A closed form ("uce") takes no steps: it solves for the weights. "mace" does both, concept by concept.
 """
@@ -58,12 +58,12 @@ from fmn_nb.patches.least_squares import Fusion
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
 FUSED_ON = ("cpu", "cuda")  # device types on which AdamW takes a step in one pass over a weight
-_MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over so many steps
+_MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over this many steps
 _NO_CHECKPOINT = "there is no checkpoint (give forget a folder: checkpoint=...)"
 
 
 class ForgettingError(RuntimeError):
-    """The fine-tune can't go on; the text says why and where the last good state is."""
+    """The fine-tune can't continue; the message says why and where the last good state is."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Progress:
     """What a callback is told after each step.
 
     Attributes:
-        step: steps done, from 1; of `steps`.
+        step: the number of steps done, from 1, out of `steps`.
         loss: the method's objective in this step, before its weight.
         mass: the share of attention that the concept got in this step, in [0, 1].
-        retain: the retain term before its weight, or None where there is none.
-        make_patch: the patch as trained so far, complete: it can be saved and applied.
+        retain: the retain term before its weight, or None without one.
+        make_patch: makes the complete patch as trained so far, to save or apply.
     """
 
     step: int
@@ -95,10 +95,10 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
            prompts: Sequence[str] | None = None, retain_prompts: Sequence[str] | None = None,
            towards: str | Mapping[str, str] | None = None, masks: Images | None = None,
            cache: str | Path | None = None, **overrides: Any) -> Patch:
-    """Make a patch that forgets the concepts, by a preset's method; the pipeline stays as it is.
+    """Make a patch that forgets the concepts, with a preset's method; the pipeline stays as it is.
 
-    A progress bar shows only where the error stream is a terminal: in a notebook a `callback` tells the progress, and
-    the lists in the patch's `info["forgetting"]` are the curves afterwards.
+    A progress bar shows only if the error stream is a terminal. In a notebook, a `callback` reports the progress, and
+    afterwards the lists in the patch's `info["forgetting"]` are the curves.
 
     Args:
         pipe: a diffusers pipeline; its weights, modes and scheduler are the same afterwards, bit for bit, also
@@ -107,39 +107,38 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
         references: reference images: a folder, a list of files or PIL images; for several concepts a mapping from
             a concept's name to them. Concepts without any get images that the model generates.
         preset: a name in `PRESETS`, or settings of your own.
-        seed: of everything random; the same seed gives the same patch on the same machine.
+        seed: the seed of everything random; the same seed gives the same patch on the same machine.
         callback: called after each step (a closed form has none) with a `Progress`; while it runs, `pipe` is as
-            trained so far. A text that it returns ends the fine-tune for that reason (`periodic_judge` makes one that
-            asks a judge).
-        checkpoint: a folder to save the state to. A run that finds its own state there goes on from it and ends in
-            the same patch as one that never stopped. Its own: the same settings, images, prompts, weights and tokens.
-            Where no `cache` is given it keeps what the model draws for this too. With "mace" each concept has a folder
-            in it, numbered from 0.
-        prompts: prompts to learn from instead of those that the setting `wording` says; each must hold the (single)
-            concept's phrase.
-        retain_prompts: prompts whose images are to stay as they are; those that name a concept are left out. By
-            default the bundled model's world, or `data/prompts/neutral.txt`.
-        towards: correction of an ambiguous word: the name of the reading that is to show instead, "computer mouse"
-            for the concept "mouse"; for several concepts a mapping from names to readings. It acts through
-            `anchor_weight`, `towards_weight` and the method "redirect": without any of them (as in "paper") the
-            concept is merely forgotten.
+            trained so far. If it returns a text, the fine-tune ends for that reason (`periodic_judge` makes a callback
+            that asks a judge).
+        checkpoint: a folder to save the state to. A run that finds its own state there continues from it and ends in
+            the same patch as one that never stopped. Its own means: the same settings, images, prompts, weights and
+            tokens. Without a `cache`, the folder also keeps what the model draws. With "mace", each concept has a
+            folder in it, numbered from 0.
+        prompts: prompts to learn from instead of those of the setting `wording`; each must hold the (single) concept's
+            phrase.
+        retain_prompts: prompts whose images should stay as they are; those that name a concept are left out. By
+            default the prompts of the bundled model's world, or `data/prompts/neutral.txt`.
+        towards: correction of an ambiguous word: the name of the reading to show instead, "computer mouse" for the
+            concept "mouse"; for several concepts a mapping from names to readings. It acts through `anchor_weight`,
+            `towards_weight` and the method "redirect": without any of them (as in "paper"), the concept is merely
+            forgotten.
         masks: one picture for each reference image, white where the concept is: attention counts only there.
-        cache: a folder that keeps the images that the model draws for this (as latents), so that a fine-tune with
-            the same ones doesn't draw them again. Several processes can share it; the patch is the same with and
-            without. An image takes 4 bytes a latent value: 8 KB for the emoji model, 64 KB for 512 x 512 pixels of
-            Stable Diffusion.
+        cache: a folder that keeps the images that the model draws (as latents), so that another fine-tune doesn't draw
+            the same ones again. Several processes can share it; the patch is the same with and without. An image takes
+            4 bytes per latent value: 8 KB for the emoji model, 64 KB for 512 x 512 pixels of Stable Diffusion.
         overrides: single settings, see `Settings`.
 
     Returns:
         A patch; `patch.info["forgetting"]` holds steps, seconds, loss_first, loss_last, stopped_because,
-        trainable_parameters, patch_bytes, peak_memory_bytes, and of every step losses, masses (concept's share of
+        trainable_parameters, patch_bytes, peak_memory_bytes, and for every step losses, masses (the concept's share of
         attention) and the other terms.
 
     Raises:
         SettingsError, PhraseNotFoundError, ReferenceImageError, CheckpointError: before anything is trained.
-        UnknownConceptError: a name that the models of the pipeline's world never learned, where no `prompts` are given.
-        UnsupportedPipelineError: a pipeline or a scheduler of a model that can't be trained here, or a closed form for
-            a model without keys and values of the text alone.
+        UnknownConceptError: a name that the models of the pipeline's world never learned, if no `prompts` are given.
+        UnsupportedPipelineError: a pipeline or scheduler of a model that can't be trained here, or a closed form for a
+            model without keys and values of the text alone.
         ForgettingError: the loss became NaN or infinite, or nothing can be trained.
     """
     started, settings = perf_counter(), settings_for(preset, overrides)
@@ -160,9 +159,9 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
         check_rank(pipe, settings)
         check_layers(pipe, settings)
         first = next(denoiser(pipe).parameters())
-        precision_for(settings, first.device, first.dtype)  # told before anything is generated, as the next is
+        precision_for(settings, first.device, first.dtype)  # raises before anything is generated, as does the next
         Noising(pipe)
-    # Once and first: what can't be read is told before anything is generated.
+    # Once and first: unreadable images are reported before anything is generated.
     task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
     check_sources(task)
     info = _info(task, preset if isinstance(preset, str) else "own settings")
@@ -189,7 +188,7 @@ class _Work:
 
 def _trained(task: Task, info: Mapping[str, Any], work: _Work, edit: Patch | None = None,
              sets: Mapping[str, TrainingSet] | None = None) -> Patch:
-    """The patch of the shared fine-tune; with an `edit` of the model that carries it, but what is drawn is without.
+    """The patch of the shared fine-tune; with an `edit`, the model carries it, except while it draws.
 
     `sets` replace the training sets of the task."""
     pipe, settings = task.pipe, task.settings
@@ -213,7 +212,7 @@ def _trained(task: Task, info: Mapping[str, Any], work: _Work, edit: Patch | Non
 
 
 def _solved(task: Task, info: Mapping[str, Any], started: float) -> Patch:
-    """The patch of a closed form. Its report has no steps, and as losses what was missed before and after the edit."""
+    """The patch of a closed form. Its report has no steps; its losses say what was missed before and after the edit."""
     memory = Memory(next(denoiser(task.pipe).parameters()).device)
     edit = method_of(task.settings.method).edit(task)
     memory.note()
@@ -225,9 +224,9 @@ def _solved(task: Task, info: Mapping[str, Any], started: float) -> Patch:
 
 
 def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
-    """One patch of each concept's edit and of what is trained on the model that carries it; fused.
+    """One fused patch: each concept's edit, and what is trained on the model that carries this edit.
 
-    Each concept has a fine-tune of its own, and below `checkpoint` a folder of its own.
+    Each concept has a fine-tune of its own, and a folder of its own below `checkpoint`.
     """
     method, pipe, parts, reports = method_of(task.settings.method), task.pipe, [], []
     kept = retain_prompts(pipe, task.concepts, task.retain_prompts, task.readings.values())
@@ -258,7 +257,7 @@ def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Pat
 def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
     """The patch of the method "robust": rounds of a short erasure and of probes, then one erasure with all finds.
 
-    The callback is told of the last erasure alone. Below `checkpoint` each erasure has a folder of its own.
+    The callback hears only of the last erasure. Each erasure has a folder of its own below `checkpoint`.
     """
     method, settings, finds, spent = method_of(task.settings.method), task.settings, [], []
     sets = training_sets(replace(task, cache=work.cache or work.checkpoint))
@@ -283,7 +282,7 @@ def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
 
 
 def _joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One report of several fine-tunes that ran one after another: sums, lists one behind the other."""
+    """One report of several successive fine-tunes: numbers are summed, lists joined."""
     joined = dict(reports[0])
     for report in reports[1:]:
         for name, value in report.items():
@@ -297,7 +296,7 @@ def _joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _info(task: Task, preset: str) -> dict[str, Any]:
-    """What the patch will say of itself, beside the fine-tune's report."""
+    """What the patch will say about itself, besides the fine-tune's report."""
     pipe = task.pipe
     info = {"concepts": [asdict(concept) for concept in task.concepts], "preset": preset, "seed": task.seed,
             "settings": task.settings.to_dict(), "towards": dict(task.readings), "base": base_of(pipe),
@@ -308,10 +307,10 @@ def _info(task: Task, preset: str) -> dict[str, Any]:
 
 
 class Finetune:
-    """One fine-tune. `train` runs it, `patch` says what has come of it.
+    """One fine-tune. `train` runs it, `patch` returns its result.
 
     Args:
-        info: what the patch's `info` says beside the report.
+        info: what the patch's `info` says besides the report.
         saved: where to keep the state, or None.
         started: `time.perf_counter()` when the work began.
     """
@@ -337,7 +336,7 @@ class Finetune:
         self.step, self.stopped_because = 0, ""
 
     def train(self, callback: Callback | None = None) -> None:
-        """All steps, or as many as are needed; from the checkpoint's state where there is one."""
+        """Take all steps, or as many as needed, starting from the checkpoint's state if there is one."""
         self._resume()
         bar = tqdm(total=self.settings.steps, initial=self.step, desc="forgetting", leave=False,
                    disable=None)  # None: unless it is a terminal
@@ -352,13 +351,13 @@ class Finetune:
             except KeyboardInterrupt as interrupt:
                 kept = self._last_good_state()
                 interrupt.add_note(f"the pipeline is unchanged; {kept or _NO_CHECKPOINT}"
-                                   f"{'; call forget again to go on from it' if kept else ''}")
+                                   f"{'; call forget again to continue from it' if kept else ''}")
                 raise
-        # A state may be further on than the steps that are asked for now.
+        # A state may have more steps than are asked for now.
         self.stopped_because = self.stopped_because or f"all {self.step} steps done"
 
     def patch(self) -> Patch:
-        """What the training has changed up to now, with everything known about it."""
+        """What the training has changed so far, with everything known about it."""
         kind, tensors = self.weights.change()
         losses = self.measured["losses"]
         return Patch(kind, tensors, {**self.info, "forgetting": {
@@ -397,7 +396,7 @@ class Finetune:
     def _broken(self, what: str) -> ForgettingError:
         kept, folder = self._last_good_state(), ""
         if kept:  # the same settings lead to the same end, and others are another run
-            kept += ", but to go on from it with the same settings would end here again"
+            kept += ", but continuing from it with the same settings would end here again"
             folder = " and another checkpoint folder, which starts anew"
         return ForgettingError(
             f"{what}. The pipeline is unchanged; {kept or _NO_CHECKPOINT}. Call forget with a lower learning_rate (or, "
@@ -425,7 +424,7 @@ class Finetune:
             self.saved.save(self._state())
 
     def _last_good_state(self) -> str:
-        """Where it is; empty where there is none."""
+        """Where it is; empty if there is none."""
         state = self.saved.load() if self.saved else None
         return f"the last good state is step {state.step} in {self.saved.folder}" if state else ""
 
@@ -464,12 +463,12 @@ class Finetune:
         """Raise a ValueError unless the state's tensors are those of this fine-tune."""
         weights, moments = _part(state.tensors, "weight."), _part(state.tensors, "adam.")
         if weights.keys() != self.weights.parameters.keys():
-            raise ValueError("its weights are others than those that are trained")
+            raise ValueError("its weights aren't those that are trained")
         shapes = {f"weight.{name}": parameter.shape for name, parameter in self.weights.parameters.items()}
         for number, parameter in enumerate(self.parameters):
             names = [name for name in moments if name.startswith(f"{number}.")]
             if sorted(names) not in ([], [f"{number}.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")]):
-                raise ValueError(f"of the optimiser's moments {number} some are missing")
+                raise ValueError(f"some of the optimiser's moments {number} are missing")
             shapes |= {f"adam.{name}": torch.Size() if name.endswith("step") else parameter.shape for name in names}
         if not moments or len(shapes) != len(weights) + len(moments):
             raise ValueError("the optimiser's moments are missing or too many")
@@ -501,7 +500,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def periodic_judge(seen: Callable[[], float], *, every: int = 10, below: float = 0.05,
                    callback: Callback | None = None) -> Callback:
-    """A callback for `forget` that asks a judge from time to time, and stops once it hardly sees the concept.
+    """A callback for `forget` that asks a judge from time to time, and stops once the judge hardly sees the concept.
 
         judge = Judge.load(folder)
         def seen():     # the pipeline is as trained so far
@@ -510,14 +509,14 @@ def periodic_judge(seen: Callable[[], float], *, every: int = 10, below: float =
         patch = forget(pipe, "cat", steps=200, callback=periodic_judge(seen, every=10, below=0.1))
 
     Args:
-        seen: draws and judges: the share of images, in [0, 1], in which the concept is still to be seen.
+        seen: draws and judges; returns the share of images, in [0, 1], that still show the concept.
         every: steps between two questions.
-        below: the share under which to stop; `stopped_because` then tells both numbers and the step.
+        below: the share under which to stop; `stopped_because` then gives both numbers and the step.
         callback: another callback, called in every step before the judge is asked.
 
     Raises:
         SettingsError: `every` below 1, or `below` outside (0, 1].
-        ValueError: while the fine-tune runs, if `seen` gives no share.
+        ValueError: while the fine-tune runs, if `seen` doesn't return a share.
     """
     if every < 1 or not 0 < below <= 1:
         raise SettingsError(f"a judge needs every >= 1 and 0 < below <= 1, not {every} and {below}")

@@ -1,4 +1,4 @@
-"""The texts of a fine-tune: prompts that name the concept, and prompts whose images are to stay as they are."""
+"""The texts of a fine-tune: prompts that name the concept, and prompts whose images should stay as they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm 
 
 
 def forget_prompts(pipe: DiffusionPipeline, concept: Concept, wording: str) -> list[str]:
-    """Prompts that name the concept, the plainest first; `wording` as the setting of that name says."""
+    """Prompts that name the concept, the plainest first; `wording` is the setting of that name."""
     concept = spoken(concept)
     if wording == "paper":
         return [concept.paper_prompt]
@@ -40,8 +40,8 @@ def forget_prompts(pipe: DiffusionPipeline, concept: Concept, wording: str) -> l
 def without(prompt: str, concept: Concept) -> str:
     """The prompt without the concept: "a photo of a cat" -> "a photo", "a dog in the style of noto" -> "a dog".
 
-    The phrase goes wherever `find_phrase` finds it, and with it the words that only led to it. Where it is tied to the
-    noun after it, that noun keeps them: "a photo of my cat's toy" -> "a photo of my toy".
+    The phrase goes wherever `find_phrase` finds it, together with the words that only led to it. If it is tied to the
+    noun after it, that noun keeps these words: "a photo of my cat's toy" -> "a photo of my toy".
     """
     before, after = _AROUND_STYLE if concept.kind == "style" else _AROUND
     for start, end in reversed(find_phrase(prompt, concept.phrase)):
@@ -56,17 +56,17 @@ def without(prompt: str, concept: Concept) -> str:
 
 
 def _like(article: str, noun: str) -> str:
-    """The indefinite article that goes with a noun, capital as `article` is."""
+    """The indefinite article that goes with a noun, capitalised like `article`."""
     other = "an" if with_article(noun).startswith("an ") else "a"
     return other.capitalize() if article[0].isupper() else other
 
 
 def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: Sequence[str] | None,
                    readings: Iterable[str] = ()) -> list[str]:
-    """Prompts that name none of the concepts, in the plural neither: given ones, those of the model's world, or a
+    """Prompts that name none of the concepts, not even in the plural: given ones, those of the model's world, or a
     neutral list.
 
-    `readings` are phrases that hold a concept's word but are to stay ("computer mouse" where "mouse" is corrected).
+    `readings` are phrases that hold a concept's word but should stay ("computer mouse" when "mouse" is corrected).
     """
     if given is None:
         world = world_of(pipe)
@@ -83,11 +83,11 @@ def retain_prompts(pipe: DiffusionPipeline, concepts: Sequence[Concept], given: 
 
 
 def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[str]) -> Tensor:
-    """How much each of `others` is like the closest of `prompts`, by the pipeline's own text encoder: [others].
+    """How similar each of `others` is to the closest of `prompts`, by the pipeline's own text encoder: [others].
 
-    The cosine of the embeddings of the end-of-text token, in which a causal encoder sums up the prompt (where no
-    tokenizer tells which that is: of the mean over all columns), from -1 to 1; centred on the mean over all prompts,
-    since raw embeddings share one large common part.
+    This is the cosine, from -1 to 1, of the embeddings of the end-of-text token, in which a causal encoder sums up the
+    prompt (if no tokenizer tells which that is: of the mean over all columns); it is centred on the mean over all
+    prompts, since raw embeddings share one large common part.
     """
     texts, means = [*prompts, *others], []
     for row, text in zip(conditions(pipe, texts).rows["encoder_hidden_states"], texts, strict=True):
@@ -102,7 +102,7 @@ def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[s
 
 
 def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
-    """`count` prompts that don't name the concept, from the one most like it to the least: most of them near it."""
+    """`count` prompts that don't name the concept, from the most to the least similar, most of them close to it."""
     others = retain_prompts(pipe, [concept], None)
     order = likeness(pipe, [spoken(concept).prompt], others).argsort(descending=True, stable=True).tolist()
     places = torch.logspace(0, math.log10(len(order)), count).round().long() - 1
@@ -110,7 +110,7 @@ def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list
 
 
 def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
-    """Another word that takes up as many text columns in the concept's plain prompt, or as near to it as there is."""
+    """Another word with as many text columns in the concept's plain prompt, or as close to that number as possible."""
     asked = spoken(concept)
     length = pipe.tokenizer.model_max_length
     wanted = len(read_columns(pipe, asked.prompt, length).find(concept.phrase).columns)
@@ -123,7 +123,7 @@ def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
 
 
 def another_like(pipe: DiffusionPipeline, concept: Concept) -> str:
-    """The name of the concept's kind, another one, that the pipeline's text encoder finds most like it."""
+    """Another name of the concept's kind, the one that the pipeline's text encoder finds most similar."""
     world = world_of(pipe)
     names = (tuple(name for name in _STAND_INS if name.casefold() != concept.phrase.casefold()) if world is None
              else world.vocabulary.others(concept).of(concept.kind))
@@ -132,5 +132,5 @@ def another_like(pipe: DiffusionPipeline, concept: Concept) -> str:
 
 
 def spoken(concept: Concept) -> Concept:
-    """The concept under what stands for it in a prompt: its name, or the phrase (a learned token) that replaces it."""
+    """The concept, named by what stands for it in a prompt: its name, or the phrase (a learned token) in its place."""
     return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)

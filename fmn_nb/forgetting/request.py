@@ -1,4 +1,4 @@
-"""What `forget` is given, checked before anything is drawn or trained: each function says what is wrong in one line."""
+"""The arguments of `forget`, checked before anything is drawn or trained: each check says in one line what is wrong."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def concepts_of(given: Any) -> tuple[Concept, ...]:
-    """The concepts, each given as such or, for an object, by its name.
+    """The concepts, each given as a `Concept` or, for an object, by its name.
 
     Raises:
-        ValueError: there is none, one stands there twice, or something is neither a concept nor a name.
+        ValueError: there is none, one occurs twice, or something is neither a concept nor a name.
     """
     several = [given] if isinstance(given, Concept | str) else given
     if not isinstance(several, Iterable) or isinstance(several, bytes):
@@ -34,7 +34,7 @@ def concepts_of(given: Any) -> tuple[Concept, ...]:
     named = tuple(Concept(one) if isinstance(one, str) else one for one in several)
     wrong = [one for one in named if not isinstance(one, Concept)]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is no concept: give a name, or Concept(name, kind=...)")
+        raise ValueError(f"{wrong[0]!r} is not a concept: give a name, or Concept(name, kind=...)")
     names = [concept.name for concept in named]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"forget needs at least one concept and each once, not {names}")
@@ -42,7 +42,7 @@ def concepts_of(given: Any) -> tuple[Concept, ...]:
 
 
 def checked_texts(name: str, given: Any) -> list[str] | None:
-    """Prompts as a list; None stays None. A ValueError where it is one text, empty, or holds what is no text."""
+    """Prompts as a list; None stays None. A ValueError if it is a single text, empty, or holds anything but texts."""
     if given is None:
         return None
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
@@ -60,11 +60,11 @@ def check_reading(concept: Concept, reading: Any, what: str = "towards") -> None
         raise ValueError(f"{what} is the name of a reading, a text such as 'computer mouse', not {reading!r}")
     if reading.strip().casefold() in {form.casefold() for word in (concept.name, concept.phrase)
                                       for form in forms_of(word)}:
-        raise ValueError(f"{what}={reading!r} is the concept {concept.name!r} itself: name what is to show instead")
+        raise ValueError(f"{what}={reading!r} is the concept {concept.name!r} itself: name what to show instead")
 
 
 def folder_of(name: str, given: Any) -> Path | None:
-    """A folder to write to, or None. A SettingsError where it is none and can't become one."""
+    """A folder to write to, or None. A SettingsError if it isn't a folder and can't become one."""
     if given is None or given == "":
         return None
     if not isinstance(given, str | os.PathLike):
@@ -79,7 +79,7 @@ def folder_of(name: str, given: Any) -> Path | None:
 def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
     """Raise an UnknownConceptError for a name that the models of the pipeline's world never learned.
 
-    A token that was added to the tokenizer since (a learned one) is known.
+    A token that was added to the tokenizer later (a learned one) counts as known.
     """
     world = world_of(pipe)
     if world is None:
@@ -94,7 +94,7 @@ def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
 
 
 def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise an UnsupportedPipelineError or SettingsError where no weights that see the text can be solved for; warn of
+    """Raise an UnsupportedPipelineError or SettingsError if no weights that see the text can be solved for; warn of
     what a closed form can't reach."""
     reached = {one.argument for one in text_inputs(pipe, settings.projections)}
     check_no_adapters(denoiser(pipe))
@@ -104,27 +104,27 @@ def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
 
 
 def check_sources(task: Task) -> None:
-    """Warn where reference images were given to a method that learns from none; raise a SettingsError for masks."""
+    """Warn if reference images were given to a method that learns from none; raise a SettingsError for masks."""
     learns = FACTS[task.settings.method].trains and task.settings.noise_on in ("images", "zeros")
     if not learns and task.masks is not None:
         raise SettingsError(f"masks belong to reference images, and '{task.settings.method}' learns from none here: "
                             "leave masks out")
     if not learns and task.references:
-        warnings.warn(f"'{task.settings.method}' learns from no reference images here, so those given are left unused",
+        warnings.warn(f"'{task.settings.method}' learns from no reference images here, so those given are not used",
                       stacklevel=3)
 
 
 def check_layers(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise a SettingsError where the method runs layers that look at the text alone, and one can't be run so."""
+    """Raise a SettingsError if the method runs the layers that look at the text by themselves and one of them can't."""
     odd = [name for name, rule in text_layers(denoiser(pipe)).items() if rule.extra or rule.packed]
     if settings.method == "redirect" and odd:
-        raise SettingsError(f"method 'redirect' runs the layers that look at the text alone, and {odd[0]} of this "
-                            f"{type(denoiser(pipe)).__name__} has more in its sequence than text and image: take "
-                            "another, as preset='balanced'")
+        raise SettingsError(f"method 'redirect' runs the layers that look at the text by themselves, and {odd[0]} of "
+                            f"this {type(denoiser(pipe)).__name__} has more in its sequence than text and image: take "
+                            "another method, such as preset='balanced'")
 
 
 def check_rank(pipe: DiffusionPipeline, settings: Settings) -> None:
-    """Raise a SettingsError where a LoRA's rank is more than the narrowest trained layer has channels."""
+    """Raise a SettingsError if a LoRA's rank is more than the narrowest trained layer's number of channels."""
     if settings.train != "lora":
         return
     model = denoiser(pipe)

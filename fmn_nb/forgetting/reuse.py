@@ -1,4 +1,4 @@
-"""Around `forget`: settings that suit the model, a run's own patch where it is wanted, several concepts' patches."""
+"""Around `forget`: settings that suit the model, a run's own patch if there is one, patches of several concepts."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def suited(pipe: DiffusionPipeline, preset: str) -> dict[str, Any]:
     """Settings to override for a large model, none for a small one.
 
     The presets' numbers were found on the emoji model. A large model wants a smaller learning rate and less memory:
-    gradient checkpointing, fewer retain images; for "paper" the published option that trains cross-attention alone.
+    gradient checkpointing, fewer retain images; for "paper", the published option that trains only cross-attention.
     """
     size = sum(parameter.numel() for parameter in denoiser(pipe).parameters())
     return dict(_SUITED.get(preset, {})) if size > LARGE else {}
 
 
 def saved_patch(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, seed: int, **made: Any) -> Patch | None:
-    """The patch in `folder`/patch if it forgets just this concept, with this seed, on this very model.
+    """The patch in `folder`/patch if it forgets only this concept, with this seed, on this very model.
 
     Args:
-        made: what its `info` must say besides, preset="balanced" or settings={...}.
+        made: what else its `info` must say, preset="balanced" or settings={...}.
     """
     saved = Path(folder) / "patch"
     if not (saved / "fmn.json").is_file():
@@ -59,9 +59,9 @@ def saved_patch(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, s
 
 
 def patch_for(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, preset: str, seed: int) -> Patch:
-    """The run's own patch (`saved_patch`) if it was made with this preset, else a new one, which is not saved.
+    """The run's own patch (`saved_patch`) if it was made with this preset; otherwise a new one, which is not saved.
 
-    A patch made with other steps or another rate counts too: the run that left it asked for them.
+    A patch made with other steps or another rate counts, too: its run asked for them.
     """
     return saved_patch(pipe, concept, folder, seed, preset=preset) or forget(
         pipe, concept, preset=preset, seed=seed, **suited(pipe, preset))
@@ -78,17 +78,17 @@ def forget_several(pipe: DiffusionPipeline, concepts: Sequence[Concept], way: st
     Args:
         way: "one after another" trains each patch on the model that carries the earlier ones; "apart" trains each on
             the base model (`combine` adds them up); "all at once" trains a single patch; "fused" trains them apart and
-            makes one patch of them that does on each one's prompts what it does alone and on others nothing
-            (`fmn_nb.patches.fuse`), as nearly as one change of keys and values can.
-        patches: those of the first concepts, where they are there already; the rest is made. The first patch is the
-            same one after another and apart.
+            makes one patch of them (`fmn_nb.patches.fuse`): as far as one change of keys and values can, it does on
+            each patch's prompts what that patch does alone, and nothing on others.
+        patches: patches of the first concepts, if there are any yet; the rest is made. The first patch is the same one
+            after another and apart.
         overrides: single settings of the fine-tune.
 
     Returns:
         One patch for each concept in their order, or a single one for "all at once" and "fused".
 
     Raises:
-        ValueError: an unknown way, no concepts, or one twice.
+        ValueError: an unknown way, no concepts, or a concept that occurs twice.
     """
     names = [concept.name for concept in concepts]
     if way not in WAYS or not names or len(set(names)) != len(names):
@@ -106,7 +106,7 @@ def forget_several(pipe: DiffusionPipeline, concepts: Sequence[Concept], way: st
 
 
 def _fused(pipe: DiffusionPipeline, concepts: Sequence[Concept], made: Sequence[Patch], settings: Settings) -> Patch:
-    """One patch of those made apart; kept are the world's retain prompts, or neutral ones."""
+    """One patch of those made apart; it keeps the world's retain prompts, or neutral ones."""
     kept = [*retain_prompts(pipe, concepts, None), ""]
     fused = fuse(pipe, made, [forget_prompts(pipe, concept, settings.wording) for concept in concepts], kept)
     return replace(fused, info={**made[0].info, **fused.info, "settings": settings.to_dict()})

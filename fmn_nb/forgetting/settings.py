@@ -1,6 +1,6 @@
 """What a fine-tune does, as data: every setting with its meaning, and the presets.
 
-All tuned numbers of the package's forgetting stand in this file and nowhere else. It needs no torch.
+All tuned numbers of the package's forgetting are in this file and nowhere else. It needs no torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ METHODS: dict[str, str] = {name: f"fmn_nb.forgetting.methods.{name}"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method asks for and gives, for a table beside its results.
+    """What a method needs and gives, for a table beside its results.
 
     Attributes:
-        trains: it trains weights in steps; without, it solves for them.
-        images: what images it learns from, "" for none. None of them need be given: the model draws them.
-        retain: it can hold prompts for everything else in place; whether it does is for the settings to say
+        trains: it trains weights in steps; otherwise it solves for them.
+        images: which images it learns from, "" for none. None of them must be given: the model draws them.
+        retain: it can hold prompts for everything else in place; the settings say whether it does
             (`Settings.retains`).
-        linear: its patch is a sum to the weights, so it can be scaled, added to others and given to plain diffusers
-            (as a LoRA, or folded in); a network of its own beside the layers could not.
+        linear: its patch is added to the weights, so it can be scaled, added to others and given to plain diffusers (as
+            a LoRA, or folded in); a network of its own beside the layers could not.
         source: where it was published.
     """
 
@@ -50,7 +50,7 @@ FACTS: dict[str, Facts] = {
 }
 
 Part = Literal["words", "later", "first_eot", "padding", "every_eot"]
-Few = Annotated[int, Field(ge=1, le=4096)]  # go through the model, or stand in it, at once
+Few = Annotated[int, Field(ge=1, le=4096)]  # what goes through the model, or stands in it, at once
 Many = Annotated[int, Field(ge=1, le=100_000)]  # images, or steps of one
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Whole = Annotated[int, Field(ge=0, le=100_000)]
@@ -68,13 +68,13 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """Every setting of a fine-tune. `PRESETS` holds the complete sets that have a name.
 
-    Values keep to their types: a text or a bool passes for no number; a whole number becomes a float.
+    Types are strict: a text or a bool doesn't pass for a number; a whole number becomes a float.
 
     The method:
-        method: a name in `METHODS`; its objective is what the forget set's prompts are trained on.
-        guide: what the concept gives way to, for the methods that have such a thing: "empty" (the empty prompt),
-            "without" (its prompt without it), "another" (the name of its kind that the text encoder finds most like
-            it) or a word of your own; "" for nothing. A reading given to `forget` as `towards` goes before it.
+        method: a name in `METHODS`; its objective trains the forget set's prompts.
+        guide: what the concept gives way to, for methods with a guide: "empty" (the empty prompt), "without" (its
+            prompt without it), "another" (the name of its kind that the text encoder finds most similar) or a word of
+            your own; "" for nothing. A reading given to `forget` as `towards` takes precedence.
 
     What is trained:
         train: "denoiser" (all its weights), "cross_attention" (all of its layers that look at the text),
@@ -84,47 +84,47 @@ class Settings(BaseModel):
             joint attention "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"; or the whole name of a linear layer
             beside them, such as "context_embedder", where a transformer takes in the text, and
             "time_text_embed.text_embedder.linear_1", where it takes in the pooled text (for the last two kinds).
-        rank: of the LoRA.
+        rank: the LoRA's rank.
 
     Re-steering loss:
         positions: which columns count as the concept: "words" (its own), "later" (words after it), "first_eot",
-            "padding"; or "every_eot", each end-of-text token as the published code counts them: with a
-            tokenizer that pads with it (Stable Diffusion 1.x) the padding too, else the first alone.
+            "padding"; or "every_eot", each end-of-text token as the published code counts them: also the padding if the
+            tokenizer pads with it (Stable Diffusion 1.x), otherwise only the first.
             A causal text encoder carries the concept into every later column.
         norm: "published" (one Frobenius norm over everything, Zhang et al., arXiv 2303.17591, as coded),
             "mean_square" (mean of squares in each layer, then the mean over layers), "mass" (the same of each
             pixel's summed attention on the concept's columns, so that their number doesn't matter).
         resteer_weight: factor of this loss, or of whatever objective the method has.
-        wording: of the prompts: "paper" ("a photo of X"), "plain" (with its article), "varied" (all templates of the
-            kind, and for a model of a known world the contexts in which it learned the concept).
+        wording: the prompts' wording: "paper" ("a photo of X"), "plain" (with an article), "varied" (all templates of
+            the kind, and for a model of a known world the contexts in which it learned the concept).
 
     References:
         noise_on: "images" noises reference images, "zeros" has noise alone (an option of the published code),
-            "guide" noises images of the guide's prompts, "trajectories" takes what stands in the way from noise to an
-            image when the frozen model draws the concept with guidance, each with its timestep: made once, drawn
-            from in every step.
-        reference_count: how many images (or trajectories) to generate per concept where none are given.
-        scenes: take scenes with exact masks from the model's world as references, where it is of a known one that has
-            them and no references are given; attention then counts only where the concept is.
+            "guide" noises images of the guide's prompts, "trajectories" takes the steps on the way from noise to an
+            image when the frozen model draws the concept with guidance, each with its timestep; they are made once, and
+            every step draws from them.
+        reference_count: how many images (or trajectories) to generate per concept if none are given.
+        scenes: take scenes with exact masks from the model's world as references, if it has such a world and no
+            references are given; attention then counts only where the concept is.
         reference_steps: sampling steps of generated images (references and retain set).
-        guidance: their guidance scale.
-        height, width: of the images in pixels, both 0 for the pipeline's default.
+        guidance: the guidance scale of these images.
+        height, width: the images' size in pixels, both 0 for the pipeline's default.
 
     Letting go of the concept in the prediction:
         anchor_weight: factor of the mean squared difference between what is predicted for the concept's prompt and
             what the frozen model predicts for the same prompt without the concept ("a photo" for "a photo of a cat"),
             or with the reading `towards` in its place; on the same noised references. 0 for none.
         anchor_guidance: how far beyond the anchor, away from what the frozen model predicts for the concept, the
-            target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345). So
-            do the target of a correction's pull (`towards_weight`), that of the method "esd", and for what layers
-            write that of "redirect". Without any of these it is unused.
+            target lies, in units of their difference (negative guidance: Gandikota et al., arXiv 2303.07345). It also
+            moves the targets of a correction's pull (`towards_weight`), of the method "esd" and, for what layers
+            write, of "redirect". Without any of these it is unused.
 
     Keeping the rest:
         retain_weight: factor of the retain term: mean squared difference to the frozen model's predictions; 0 for none.
         retain_batch: prompts in each step.
         retain_count: retain images to generate; 0 takes the references' latents under the retain prompts instead.
-        similar_share: share of the retain images whose prompts are spread densely over those most like the concept's
-            and thinly over the rest.
+        similar_share: share of the retain images whose prompts lie densely among those most similar to the concept's
+            and thinly among the rest.
 
     Correction:
         towards_weight: factor of the pull of the concept's prompt to what the frozen model predicts for
@@ -132,24 +132,24 @@ class Settings(BaseModel):
             without one, 0 for none.
 
     Closed forms (methods "uce" and "mace", which say what these weigh):
-        tokens: which of the concept's columns are edited: the "last" of its own, or that and all "later" ones.
+        tokens: which of the concept's columns to edit: the "last" of its own, or that one and all "later" ones.
         erase_scale: weight of an edited embedding.
         preserve_scale: weight of a kept embedding, one of the retain prompts' columns; 0 for none.
         ridge: weight of the change's own square.
-        null_space: the change is confined to directions in which the kept embeddings are smaller, in the root mean
-            square, than this share of their largest direction (after SPEED, arXiv 2503.07392); 0 for no confinement.
+        null_space: confine the change to directions in which the kept embeddings' root mean square is smaller than this
+            share of that in their largest direction (after SPEED, arXiv 2503.07392); 0 for no confinement.
 
-    Of single methods:
-        prior_weight: of the ordinary training loss on the images of the guide ("ca").
-        rounds, round_steps, probe_steps: of "robust": rounds of erasing and probing, the steps of the erasure in each,
-            and those of each textual inversion.
+    For single methods:
+        prior_weight: weight of the ordinary training loss on the images of the guide ("ca").
+        rounds, round_steps, probe_steps: for "robust": rounds of erasing and probing, the steps of each round's
+            erasure, and the steps of each textual inversion.
 
     Optimiser: AdamW (betas 0.9 and 0.999, epsilon 1e-8) with `learning_rate` and `weight_decay`; gradient norm clipped
     at `clip` (0: not clipped), `schedule` of the learning rate with `warmup` steps.
 
     Running:
         steps, batch_size (images in a step).
-        time_from, time_to: timesteps are taken from this part of the schedule (0 to 1): of 1000 from 0 on.
+        time_from, time_to: the part of the schedule, in [0, 1], that timesteps come from (there are 1000, from 0).
         time_density: "uniform", or "middle": as sigma(.05 (t - 200)) - sigma(.05 (t - 400)) of 1000, where an object
             takes form (Lu et al., arXiv 2403.06135).
         stop_mass: stop when the concept's attention mass, averaged over 5 steps, is below this share of what it
@@ -157,11 +157,11 @@ class Settings(BaseModel):
         precision: "auto" follows the pipeline's dtype; "no", "bf16", "fp16" (on a GPU).
         gradient_checkpointing: trade time for memory.
         offload: where the autoencoder and the text encoders, which run only once, wait while the denoiser trains: ""
-            where they are, "cpu" (to free a GPU) or "disk". A callback finds them in their place.
-        checkpoint_every: steps between checkpoints (used where `forget` is given a folder for them).
+            (where they are), "cpu" (to free a GPU) or "disk". A callback finds them back in place.
+        checkpoint_every: steps between checkpoints (used if `forget` gets a folder for them).
 
     Raises:
-        SettingsError: each value that can't be, and why.
+        SettingsError: each invalid value, and why it is invalid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -219,7 +219,7 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             told = []
-            for found in error.errors():  # each as a sentence: the setting's name, what it may be, and what it was
+            for found in error.errors():  # each as a sentence: the setting's name, what it may be, and what it is
                 said, name = found["msg"].removeprefix("Value error, "), ".".join(map(str, found["loc"]))
                 told.append(f"{name} {said.removeprefix('Input ')}, not {found['input']!r}" if name else said)
             raise SettingsError("; ".join(told)) from None
@@ -229,7 +229,7 @@ class Settings(BaseModel):
         if self.method not in METHODS:
             raise ValueError(f"there is no method '{self.method}'; there are {', '.join(METHODS)}")
         if not self.positions or not self.projections:
-            raise ValueError("positions and projections name at least one each, not none")
+            raise ValueError("positions and projections must each name at least one")
         if not self.time_from < self.time_to:
             raise ValueError(f"timesteps need time_from < time_to, not {self.time_from} and {self.time_to}")
         if bool(self.height) != bool(self.width):
@@ -246,14 +246,14 @@ class Settings(BaseModel):
 
     @property
     def retains(self) -> bool:
-        """Whether prompts for everything else are held in place, so words for them are needed."""
+        """Whether prompts for everything else are held in place, so that such prompts are needed."""
         if not FACTS[self.method].trains:
             return self.preserve_scale > 0 or self.null_space > 0
         return self.retain_weight > 0 or (self.method == "mace" and self.preserve_scale > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. Where the method is "fmn", settings that other methods brought along are left out at
-        their defaults, and those of "robust" for every other method: what was written before stays comparable."""
+        """Plain values for JSON. Settings at their defaults are left out if they came with other methods and the method
+        is "fmn", or if they belong to "robust" and the method doesn't: earlier files stay comparable."""
         same = {name for name in _OF_OTHERS if self.method == "fmn" and getattr(self, name) == _DEFAULTS[name].default}
         return self.model_dump(mode="json", exclude=same | (set() if self.method == "robust" else _OF_ROBUST))
 

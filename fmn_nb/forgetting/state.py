@@ -1,11 +1,11 @@
-"""Where a fine-tune stands, on disk: enough to go on as if it had never stopped.
+"""The state of a fine-tune on disk: enough to continue as if it had never stopped.
 
-    checkpoint.json            what run this is (its identity), the steps done, what was measured in each
+    checkpoint.json            which run this is (its identity), the steps done, what was measured in each
     checkpoint-N.safetensors   after step N: trained parameters, the optimiser's moments, the random generators
     latents/                   what the model drew for the references and retain images, so that it is drawn once
 
-Safetensors and JSON only, each written whole. The JSON comes after the tensors that it names, with their SHA-256, and
-the tensors before them go last: whenever the process dies, the folder holds a whole state.
+Only safetensors and JSON, each written whole. The JSON is written after the tensors that it names with their SHA-256,
+and the earlier tensors are removed last: whenever the process dies, the folder holds a whole state.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class State:
 
     Attributes:
         step: optimiser steps done.
-        measured: name -> one number per step ("losses", "masses", and "retain", "anchor", "towards" where they are).
-        seconds: wall time spent up to here.
+        measured: name -> one number per step ("losses", "masses", and "retain", "anchor", "towards" if there are any).
+        seconds: wall time spent so far.
         tensors: dotted names -> tensors.
     """
 
@@ -57,7 +57,7 @@ class State:
 class Checkpoint:
     """The checkpoint of one run in one folder, which is also a cache of the latents that the run learns from.
 
-    `identity` are JSON values that say what run this is; a folder with another identity is refused (CheckpointError).
+    `identity` holds JSON values that say which run this is; another run's folder is refused (CheckpointError).
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -74,10 +74,10 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder} holds the checkpoint of another run ({said}); use another folder")
 
     def begin(self) -> None:
-        """Note what run this is and which latents in the folder it learns from.
+        """Note which run this is and which latents in the folder it learns from.
 
-        Latents that are lost are drawn again and come out the same, unless the machine, its number of threads or a
-        library's version is another one: that is told by a warning.
+        Lost latents are drawn again and come out the same, unless the machine, its number of threads or a library's
+        version has changed: then a warning says so.
         """
         latents = sorted(file.name for file in (self.folder / LATENTS).glob("*.safetensors"))
         if not self._found.get("step"):
@@ -85,13 +85,13 @@ class Checkpoint:
         elif set(latents) - set(self._found["latents"]):
             warnings.warn(
                 f"the images that this run learns from were drawn anew beside the state of step {self._found['step']} "
-                f"in {self.folder}, because this machine, its number of threads or a library's version is another "
-                "one: the patch will be near that of the unbroken run and not the same; for the same go on where it "
-                "began",
+                f"in {self.folder}, because the machine, its number of threads or a library's version has changed: "
+                "the patch will be close to that of the unbroken run, but not the same; for the same patch, continue "
+                "where the run began",
                 stacklevel=3)
 
     def load(self) -> State | None:
-        """The last state, or None where there is none yet; CheckpointError where its files are damaged."""
+        """The last state, or None if there is none yet; CheckpointError if its files are damaged."""
         if not self._found.get("step"):
             return None
         file = self._tensors_file(self._found["step"])
@@ -105,7 +105,7 @@ class Checkpoint:
             raise CheckpointError(f"{file} is damaged ({error}); delete {self.folder} to start again") from error
 
     def save(self, state: State) -> None:
-        """Write a state, and only then remove the last one."""
+        """Write a state, and only then remove the one before."""
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
         own = self._tensors_file(state.step)
         with replacing(own) as temporary:
@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 def _checked(found: Any) -> dict[str, Any]:
-    """What stands in a state's JSON, if that can be; else a ValueError, TypeError or KeyError."""
+    """The content of a state's JSON if it is valid; otherwise a ValueError, TypeError or KeyError."""
     if not isinstance(found, dict) or not isinstance(found["identity"], dict):
         raise ValueError("it isn't a checkpoint's")
     step, latents = whole_number("step", found["step"], 0), found["latents"]
@@ -151,9 +151,9 @@ def _checked(found: Any) -> dict[str, Any]:
 
 
 def identity(task: Task, fingerprint: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with; `fingerprint` is that of the task's pipeline.
+    """What must be the same to continue from a checkpoint; `fingerprint` is that of the task's pipeline.
 
-    More steps are no other run where the schedule doesn't depend on their number.
+    More steps don't make another run if the schedule doesn't depend on their number.
     """
     free = (*_NOT_IDENTITY, "steps") if task.settings.schedule.startswith("constant") else _NOT_IDENTITY
     return {
@@ -170,14 +170,14 @@ def identity(task: Task, fingerprint: str) -> dict[str, Any]:
 
 
 def _pictures(images: Sequence[Image.Image]) -> str:
-    """Their number, and a sum over sizes and pixels: the same pictures under other file names are no other run."""
+    """Their number, and a sum over sizes and pixels: the same pictures under other names don't make another run."""
     found = digest(part for image in images for part in (f"{image.mode} {image.size}", image.tobytes()))
     return f"{len(images)} images, SHA-256 {found[:16]}"
 
 
 @torch.no_grad()
 def _tokens(pipe: DiffusionPipeline) -> dict[str, str]:
-    """Name -> a sum over its vectors, of each token that was added to the tokenizers and is no special one."""
+    """Name -> a sum over its vectors, for each token that was added to the tokenizers and isn't a special one."""
     vectors: dict[str, list[Tensor]] = {}
     for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=False):
         embedding = encoder.get_input_embeddings()

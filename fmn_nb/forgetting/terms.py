@@ -24,9 +24,9 @@ _STREAMS = {"forget": Stream.FORGET, "retain": Stream.RETAIN, "towards": Stream.
 
 
 class Terms:
-    """The terms for which there are sets: "forget", and where wanted "retain" and "towards".
+    """The terms for which there are sets: "forget", and if wanted "retain" and "towards".
 
-    `memory` is told each time a term's graph is whole, when most memory is taken.
+    `memory` takes note each time a term's graph is whole, when memory use is highest.
     """
 
     def __init__(self, task: Task, weights: Trainable, sets: Mapping[str, TrainingSet], precision: MixedPrecision,
@@ -41,8 +41,8 @@ class Terms:
                          for name, found in sets.items()}
 
     def add_gradients(self) -> dict[str, float]:
-        """Take one batch for each term and add its gradient; what was measured: losses, masses and, where they are,
-        the anchor, retain and towards terms before their weights."""
+        """Take one batch for each term and add its gradient. Returns what was measured: losses, masses and, if there
+        are any, the anchor, retain and towards terms before their weights."""
         found = self._forget()
         for name, weight in (("retain", self.settings.retain_weight), ("towards", self.settings.towards_weight)):
             if name in self.sets:
@@ -72,7 +72,7 @@ class Terms:
         return found
 
     def _seen(self, data: TrainingSet, batch: Batch, *run: Any) -> Seen:
-        """What an objective is given; `run` are the attention, prediction, concept and region of the step's own run."""
+        """What an objective gets; `run` holds the attention, prediction, concept and region of the step's own run."""
         def present(prompt: str) -> Tensor:
             with self.precision.autocast():
                 return self._predict(data, batch, self._prompts_for(data, batch, prompt)).float()
@@ -91,8 +91,8 @@ class Terms:
         return batch.prompts if prompt == "concept" else data.guide_of[batch.pairs]
 
     def _pull(self, name: str, weight: float) -> float:
-        """The set's prompts pulled to their target: retain prompts to what the frozen model does with them, the
-        concept's to the reading that is to show, on images of it."""
+        """Pull the set's prompts to their target: retain prompts to what the frozen model does with them, the concept's
+        prompts to the reading to show, on images of it."""
         data, batch = self.sets[name], self._batch(name, self.settings.retain_batch)
         target = self._target(data, batch)
         with self.precision.autocast():
@@ -101,8 +101,8 @@ class Terms:
         return float(loss.detach())
 
     def _target(self, data: TrainingSet, batch: Batch) -> Tensor:
-        """What predictions are pulled to, in float32: the frozen model's for the same prompts or the pairs' target
-        prompts, and past these by `anchor_guidance` times their distance from those for the prompts that name the
+        """The target of predictions, in float32: the frozen model's for the same prompts or the pairs' target prompts,
+        and beyond these by `anchor_guidance` times their distance from its predictions for the prompts that name the
         concept."""
         with self.weights.frozen(), self.precision.autocast():
             if data.target_of is None:

@@ -1,8 +1,8 @@
-"""Which weights a fine-tune changes, and how they stand in for the model's own only while it lasts.
+"""Which weights a fine-tune changes, and how they replace the model's own only while it lasts.
 
 The model's own parameters are never written. For whole weights, copies take their place in the modules; for a LoRA,
-peft wraps the chosen layers. Leaving `trainable` puts the very same parameters and layers back. Beside it: in which
-precision such weights can be trained, and where the pipeline's other parts wait meanwhile.
+peft wraps the chosen layers. Leaving `trainable` restores the very same parameters and layers. This file also says in
+which precision such weights can be trained, and where the pipeline's other parts wait meanwhile.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Trainable:
     Attributes:
         model: the denoiser they are in.
         parameters: for whole weights the parameter's own name; for a LoRA `MODULE.lora_A.weight` and `.lora_B.weight`.
-        originals: for whole weights the model's own parameters under the same names, else empty.
-        places: the names under which these stand in the model now: adapters and `torch.compile` change them.
+        originals: for whole weights, the model's own parameters under the same names; otherwise empty.
+        places: the current names of these parameters in the model: adapters and `torch.compile` change them.
     """
 
     model: nn.Module
@@ -56,9 +56,9 @@ class Trainable:
             self._show(self.parameters, lora=True)
 
     def change(self) -> tuple[str, dict[str, Tensor]]:
-        """(kind, tensors) of the patch that the training has made up to now, on the CPU.
+        """(kind, tensors) of the patch that the training has made so far, on the CPU.
 
-        A LoRA's B is given as scaled in use, so that any reader that takes alpha = rank gets the same change.
+        A LoRA's B is scaled as in use, so that any reader that takes alpha = rank gets the same change.
         """
         if not self.originals:
             return "lora", {name: p.detach().float().cpu().clone() for name, p in self.parameters.items()}
@@ -77,7 +77,7 @@ class Trainable:
 
 
 def check_unfused(model: nn.Module) -> None:
-    """Raise SettingsError where a model computes with fused copies of its projections, which no training reaches."""
+    """Raise SettingsError if a model computes with fused copies of its projections, which no training reaches."""
     if is_fused(model):
         raise SettingsError("the model's projections are fused, so training them would change nothing: call "
                             "unfuse_qkv_projections() on the pipeline or the model first")
@@ -90,11 +90,11 @@ def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) 
     On leaving, also after an exception, the model has its own parameters and layers again, the same objects.
 
     Args:
-        generator: of the LoRA's first factors.
+        generator: for the LoRA's first factors.
 
     Raises:
-        SettingsError: nothing matches `settings.train` and `settings.projections`, or there are peft adapters
-            where a LoRA is to be trained, or fused projections.
+        SettingsError: nothing matches `settings.train` and `settings.projections`, the model has peft adapters and a
+            LoRA should be trained, or its projections are fused.
     """
     check_unfused(model)
     inside = _lora(model, settings, generator) if settings.train == "lora" else _whole_weights(model, settings)
@@ -103,8 +103,8 @@ def trainable(model: nn.Module, settings: Settings, generator: torch.Generator) 
 
 
 def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
-    """Dotted names of the layers that "projections" and "lora" train: in each layer that looks at the text, and beside
-    these what `settings.projections` names by its whole name."""
+    """Dotted names of the layers that "projections" and "lora" train: those in each layer that looks at the text, and
+    those that `settings.projections` names by their whole names."""
     modules, layers = dict(model.named_modules()), text_layers(model)
     for projection in settings.projections:
         if not any(f"{layer}.{projection}" in modules for layer in layers) and not _is_linear(modules.get(projection)):
@@ -132,7 +132,7 @@ def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
     own = {name: (place, parameter) for name, (place, parameter) in own_parameters(model).items()
            if parameter.is_floating_point() and is_trained(name)}
     originals = {name: parameter for name, (_, parameter) in own.items()}
-    # Training needs float32 even where the model is kept in half precision.
+    # Training needs float32 even if the model is kept in half precision.
     copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in originals.items()}
     found = Trainable(model, copies, originals, {name: place for name, (place, _) in own.items()})
     try:
@@ -143,7 +143,7 @@ def _whole_weights(model: nn.Module, settings: Settings) -> Iterator[Trainable]:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Raise a SettingsError where the model carries peft's adapters."""
+    """Raise a SettingsError if the model carries peft's adapters."""
     if getattr(model, "peft_config", None) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise SettingsError("the pipeline carries adapters (a LoRA): call pipe.unload_lora_weights(), or "
                             "pipe.fuse_lora() and then pipe.unload_lora_weights(); the patch is then for the fused "
@@ -179,8 +179,8 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
 
 
 def _check_apart(layers: Mapping[str, nn.Module]) -> None:
-    """Raise SettingsError where two layers share one weight: a LoRA learns something else for each, and a patch could
-    put only one sum there."""
+    """Raise SettingsError if two layers share one weight: a LoRA learns a change for each, and a patch could put only
+    one sum there."""
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         first = owners.setdefault(id(layer.weight), name)
@@ -196,7 +196,7 @@ def _check_apart(layers: Mapping[str, nn.Module]) -> None:
 def precision_for(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
     """The precision to train in, for a pipeline whose weights have this dtype: "no", "bf16" or "fp16".
 
-    A SettingsError where it can't be trained in, or where whole weights that aren't float32 need half precision. (A
+    A SettingsError if training can't use it, or if half precision is wanted for whole weights that aren't float32. (A
     LoRA goes beside weights of any dtype.)
     """
     auto = next((name for name, half in HALVES.items() if half == dtype), "no")
@@ -217,8 +217,8 @@ def precision_for(settings: Settings, device: torch.device, dtype: torch.dtype) 
 def offloaded(pipe: DiffusionPipeline, where: str) -> Iterator[Callable[[], AbstractContextManager]]:
     """Context in which all parts but the denoiser wait in the memory of the "cpu" or on the "disk"; "" leaves them.
 
-    Yields a context in which they are back for a moment. Their tensors are the same objects with the same bits
-    afterwards, also after an exception.
+    Yields a context in which they are back for a while. Afterwards, also after an exception, their tensors are the same
+    objects with the same bits.
     """
     parts = [part for part in (getattr(pipe, "vae", None), *text_encoders(pipe)) if isinstance(part, nn.Module)]
     model = {id(tensor) for tensor in (*denoiser(pipe).parameters(), *denoiser(pipe).buffers())}

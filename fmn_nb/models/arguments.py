@@ -10,10 +10,10 @@ SEED_LIMIT = 2**63
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as an int, numpy's and torch's whole numbers too.
+    """`value` as an int; numpy's and torch's whole numbers count, too.
 
     Raises:
-        ValueError: it is none (True is none, nor is a text), or lies outside [least, most]; the text names it.
+        ValueError: it isn't one (neither is True or a text), or lies outside [least, most]; the message names it.
     """
     value = _plain(value)
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
@@ -24,7 +24,7 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
 
 
 def _plain(value: Any) -> Any:
-    """A numpy or torch scalar as Python's own number; everything else as it is."""
+    """A numpy or torch scalar as a Python number; everything else as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -32,7 +32,7 @@ def finite_number(name: str, value: Any, least: float = -math.inf) -> float:
     """`value` as a finite float.
 
     Raises:
-        ValueError: it is no number (True and texts are none), NaN, infinite, or below `least`; the text names it.
+        ValueError: it isn't a number (True and texts aren't), is NaN, infinite or below `least`; the message names it.
     """
     value = _plain(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= least:

@@ -1,10 +1,10 @@
 """A pipeline's denoiser, called the way the pipeline itself calls it, for training on single noising steps.
 
-Every training here takes the same step: latents of images, noised to random timesteps (`noisy_batch`), and what the
-denoiser predicts from them (`predict_noisy`), compared with what a perfect one would predict (`denoising_loss`) or with
-something else.
+Every training here takes the same step: it noises latents of images to random timesteps (`noisy_batch`), lets the
+denoiser predict from them (`predict_noisy`), and compares the result with what a perfect denoiser would predict
+(`denoising_loss`) or with something else.
 
-Every architecture hands its denoiser other arguments: text embeddings, pooled embeddings, sizes, masks, position ids.
+Architectures differ in the denoiser's arguments: text embeddings, pooled embeddings, sizes, masks, position ids.
 Instead of one branch per architecture, `conditions` lets the pipeline prepare them: it runs the pipeline up to its
 first call of the denoiser and keeps that call's arguments. Text is encoded once, before training.
 """
@@ -39,10 +39,10 @@ _ENCODED_AT_ONCE = 32
 class Stream(IntEnum):
     """The random streams of one seed, `seeded(seed, Stream.LORA)`.
 
-    New uses get new numbers; those that stand here stay, so that a seed goes on giving the same patch.
+    New uses get new numbers; existing numbers stay, so that a seed keeps giving the same patch.
 
-    Image number n of a generated set has the stream (seed, n), which some of these numbers meet: then an image's noise
-    and, say, a step's begin alike, which neither minds.
+    Image number n of a generated set has the stream (seed, n), which can coincide with one of these. Then an image's
+    noise and, say, a step's start alike, which does no harm.
     """
 
     RETAIN_PROMPTS = 2  # which retain prompts get an image
@@ -57,7 +57,7 @@ class Stream(IntEnum):
 
 
 class SeedOffset(IntEnum):
-    """What is added to a seed for sets of images beside the first, so that their noise is another."""
+    """What is added to a seed for sets of images after the first, so that their noise differs."""
 
     RETAIN_IMAGES = 1
     TOWARDS_IMAGES = 2
@@ -65,7 +65,7 @@ class SeedOffset(IntEnum):
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator from one or more numbers (a seed, a `Stream`); different numbers, unrelated streams.
+    """A CPU generator from one or more numbers (a seed, a `Stream`); different numbers give unrelated streams.
 
     Noise is always made on the CPU, so that a run on a GPU sees the same noise.
     """
@@ -84,7 +84,7 @@ class Latents:
 
     Attributes:
         mean, std: [images, channels, height, width] (or whatever shape the denoiser's samples have), float32, on
-            the CPU; `std` is 0 where the latents are known exactly.
+            the CPU; `std` is 0 if the latents are known exactly.
     """
 
     mean: Tensor
@@ -105,7 +105,7 @@ class Latents:
 
     @classmethod
     def joined(cls, parts: Sequence[Latents]) -> Latents:
-        """All images of several, in their order."""
+        """The images of all parts, in order."""
         return cls(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
 
@@ -121,7 +121,7 @@ class NoisyBatch:
 def noisy_batch(latents: Latents, index: Tensor, generator: torch.Generator, timesteps: tuple[int, int]) -> NoisyBatch:
     """The images with the numbers `index` [batch], each with noise and a timestep of its own.
 
-    Random numbers are taken in this order: the latents' spread, noise, timesteps (uniformly, from .. to - 1).
+    Random numbers are drawn in this order: the latents' spread, noise, timesteps (uniformly, from .. to - 1).
     """
     shape = (len(index), *latents.mean.shape[1:])
     spread = torch.randn(shape, generator=generator)
@@ -150,13 +150,14 @@ def denoising_loss(model: nn.Module, noising: Noising, batch: NoisyBatch, given:
 
 
 class Noising:
-    """How a model's training noises latents: x_t = a_t x + s_t n, and what the network is to predict from x_t.
+    """How a model's training noises latents, x_t = a_t x + s_t n, and what the network learns to predict from x_t.
 
-    Diffusion models (Ho et al., arXiv 2006.11239, eq. 4) use the scheduler's own betas, whatever sampler stands in
-    the pipeline; flow-matching models (Lipman et al., arXiv 2210.02747) have a_t = 1 - t/T, s_t = t/T.
+    Diffusion models (Ho et al., arXiv 2006.11239, eq. 4) use the scheduler's own betas, whatever sampler the pipeline
+    has; flow-matching models (Lipman et al., arXiv 2210.02747) have a_t = 1 - t/T, s_t = t/T.
 
     Raises:
-        UnsupportedPipelineError: the scheduler tells of another training, or of one that its pipeline wasn't made for.
+        UnsupportedPipelineError: the scheduler belongs to another kind of training, or to one that doesn't fit its
+            pipeline.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -166,9 +167,9 @@ class Noising:
             name, given = type(scheduler).__name__, inspect.signature(type(scheduler).__init__).parameters
             if self.kind not in ("epsilon", "v_prediction", "sample") or not {"beta_start", "beta_end"} <= set(given):
                 raise UnsupportedPipelineError(
-                    f"{name} (prediction_type {self.kind!r}) tells neither betas nor a flow, so it isn't known how "
-                    "this model's training noises: only models trained with betas or by flow matching can be trained; "
-                    "give the pipeline the scheduler that the model came with, if that is another one")
+                    f"{name} (prediction_type {self.kind!r}) tells neither betas nor a flow, so nobody knows how "
+                    "this model's training adds noise: only models trained with betas or by flow matching can be "
+                    "trained; give the pipeline the scheduler that the model came with, if that is another one")
             declared = inspect.signature(type(pipe).__init__).parameters.get("scheduler")
             if declared is not None and "FlowMatch" in str(declared.annotation):
                 raise UnsupportedPipelineError(
@@ -200,8 +201,8 @@ class Noising:
 def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, given: Conditions, index: Tensor) -> Tensor:
     """The denoiser's prediction for noisy latents [batch, ...] at timesteps [batch] of 0 to 999.
 
-    `index` [batch] says which of the prompts belongs to each row. Same shape as the latents: a predicted variance
-    (PixArt) is dropped.
+    `index` [batch] says which of the prompts belongs to each row. The prediction has the latents' shape: a predicted
+    variance (PixArt) is dropped.
     """
     sample = next(iter(inspect.signature(model.forward).parameters))  # its first argument, whatever that is called
     times = timesteps.to(noisy.device) * given.time_scale if given.time_scale != 1.0 else timesteps.to(noisy.device)
@@ -244,8 +245,8 @@ class Conditions:
 
 
 def latent_grid(given: Conditions) -> tuple[int, int] | None:
-    """(height, width) of one sample as the denoiser takes it: of latents, or, where they are packed into a sequence,
-    of its positions if their ids tell (Flux: position, row and column of each); None where nobody knows."""
+    """(height, width) of one sample as the denoiser takes it: of the latents, or, if they are packed into a sequence,
+    of its positions if their ids tell (Flux: position, row and column of each); None if nobody knows."""
     ids = given.shared.get("img_ids")
     if len(given.latent_shape) == 2 and isinstance(ids, Tensor):
         return int(ids[..., -2].max()) + 1, int(ids[..., -1].max()) + 1
@@ -260,14 +261,14 @@ def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[i
         prompts: at least one.
         size: (height, width) in pixels; the pipeline's own default if None.
         with_gradient: keep the graph from the text encoder's parameters to the embeddings.
-        like: an earlier result for the same pipeline and size, to find out about its arguments only once.
+        like: an earlier result for the same pipeline and size, so that its arguments are examined only once.
 
     Raises:
         UnsupportedPipelineError: the pipeline needs a picture to draw.
     """
     require_text_to_image(pipe)
     with borrowed(pipe):
-        if like is None:  # what doubles when there are two prompts belongs to them, all else is shared
+        if like is None:  # what doubles with two prompts belongs to them, all else is shared
             one, two = (_first_call(pipe, prompts[:1] * count, size) for count in (1, 2))
             latents, time = one.pop(next(iter(one))), float(one.pop("timestep").flatten()[0])
             rows = {n: v for n, v in one.items() if isinstance(v, Tensor) and v.ndim and len(two[n]) == 2 * len(v)}
@@ -326,8 +327,8 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, silent: bool = True) -> Iterator[DiffusionPipeline]:
-    """The pipeline for our own use: silent, without dropout, and with a copy of its scheduler, whose state changes in
-    use."""
+    """The pipeline for our own use: silent, without dropout, and with a copy of its scheduler, since use changes the
+    scheduler's state."""
     training = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
     scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = copy.deepcopy(scheduler)

@@ -1,4 +1,4 @@
-"""How a model computes: its modes and gradients for a while, mixed precision, and what it costs."""
+"""How a model computes: temporary modes and gradients, mixed precision, and cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode (no dropout: attention is to be measured as it is used); put back afterwards."""
+    """All modules in evaluation mode (no dropout: attention is measured as it is used); restored afterwards."""
     modes = [(module, module.training) for part in parts for module in part.modules()]
     try:
         for part in parts:
@@ -30,7 +30,7 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_gradients(*parts: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient; each does again afterwards what it did before."""
+    """No parameter asks for a gradient; afterwards, those that did before do so again."""
     flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
     try:
         for part in parts:
@@ -43,7 +43,7 @@ def without_gradients(*parts: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing switched on if it is wanted and off, and off again afterwards."""
+    """Gradient checkpointing is switched on if wanted (and off so far), and off again afterwards."""
     switch = wanted and not model.is_gradient_checkpointing
     try:
         if switch:
@@ -79,7 +79,7 @@ class MixedPrecision:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimiser go a step, and forget the gradients."""
+        """Let the optimiser take a step, and clear the gradients."""
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -89,7 +89,7 @@ class MixedPrecision:
 
 
 class Memory:
-    """The most memory seen: of the device's tensors on a GPU, else of the process, in bytes."""
+    """The most memory seen, in bytes: that of the device's tensors on a GPU, otherwise that of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peak, self._process = device, 0, psutil.Process()
@@ -97,7 +97,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def note(self) -> None:
-        """Look now."""
+        """Note the memory in use now."""
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -114,7 +114,7 @@ class Cost:
 
 @contextmanager
 def measured_cost(device: torch.device) -> Iterator[Cost]:
-    """Measure a block: of the device's tensors on a GPU, else of the whole process."""
+    """Measure a block; its memory is that of the device's tensors on a GPU, otherwise that of the whole process."""
     cost, memory, ended = Cost(), Memory(device), threading.Event()
 
     def look() -> None:

@@ -1,7 +1,7 @@
-"""What model this is, and what it draws depends on: sums over weights, SHA-256 in 64 hexadecimal digits.
+"""Which model this is, and what its drawings depend on: sums over weights, SHA-256 in 64 hexadecimal digits.
 
-`fingerprint` knows a base model again whatever is applied to it or beside it, so that a patch finds its model;
-`weights_checksum` and `drawing_key` tell any change.
+`fingerprint` recognises a base model whatever is applied to it or beside it, so that a patch finds its model;
+`weights_checksum` and `drawing_key` change with any change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONFIG_THAT_MATTERS = ("attention_head_dim", "num_attention_heads", "norm_num_g
 
 
 def digest(parts: Iterable[str | bytes | Tensor]) -> str:
-    """SHA-256 of texts, bytes and tensors one after another: of a tensor its bytes alone, whatever its shape."""
+    """SHA-256 of texts, bytes and tensors one after another; of a tensor only its bytes count, not its shape."""
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -38,13 +38,12 @@ def digest(parts: Iterable[str | bytes | Tensor]) -> str:
 
 
 def fingerprint(pipe: DiffusionPipeline) -> str:
-    """What model this is: a sum over the denoiser's and text encoders' weights.
+    """Which model this is: a sum over the denoiser's and text encoders' weights.
 
-    Values are rounded to float16 first, so a model has one fingerprint whether it is loaded in float32 or in
-    float16. Left out, because they don't make another base model: patches that are applied at the moment,
-    LoRA adapters beside the weights, gated layers that look at boxes, and rows of the token embedding past the
-    tokenizer's own vocabulary (learned tokens). The few configuration values that change what the weights mean are
-    included.
+    Values are rounded to float16 first, so a model has the same fingerprint whether it is loaded in float32 or in
+    float16. It leaves out what doesn't make another base model: currently applied patches, LoRA adapters beside the
+    weights, gated layers that look at boxes, and rows of the token embedding past the tokenizer's own vocabulary
+    (learned tokens). It includes the few configuration values that change what the weights mean.
     """
     encoders = (_base_weights(encoder, encoder.get_input_embeddings().weight, tokenizer.vocab_size)
                 for encoder, tokenizer in zip(text_encoders(pipe), tokenizers(pipe), strict=False))
@@ -54,8 +53,8 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
 def base_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What a patch's `info["base"]` says of the model it is made for; JSON values.
 
-    A name that holds no folder of its maker, the component, the `fingerprint`, and three about the denoiser alone,
-    whatever stands beside it: `denoiser`, a sum like the fingerprint; `signs`, a sum over the weights' signs, which
+    It holds a name without the maker's folders, the component, the `fingerprint`, and three values about the denoiser
+    alone, whatever is beside it: `denoiser`, a sum like the fingerprint; `signs`, a sum over the weights' signs, which
     every precision shares; and `coarse`, whether its values came through a precision below float16's (bfloat16,
     float8), so that only their signs can be compared.
     """
@@ -69,7 +68,7 @@ def base_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def is_base(pipe: DiffusionPipeline, base: Mapping[str, Any]) -> bool:
-    """Whether `base` (`base_of`, or a fingerprint alone as in older patches) is said of this pipeline's denoiser."""
+    """Whether `base` (`base_of`, or only a fingerprint as in older patches) describes this pipeline's denoiser."""
     if fingerprint(pipe) == base.get("fingerprint"):
         return True
     if not isinstance(base.get("denoiser"), str):
@@ -92,7 +91,7 @@ def model_name(pipe: DiffusionPipeline) -> str:
 
 def _settings(pipe: DiffusionPipeline) -> str:
     """The configuration that changes what the denoiser's weights mean."""
-    # Of the scheduler only what the network was trained to predict: users change samplers freely.
+    # From the scheduler, only what the network was trained to predict: users change samplers freely.
     settings = {key: denoiser(pipe).config.get(key) for key in _CONFIG_THAT_MATTERS}
     settings["class"] = type(denoiser(pipe)).__name__
     is_flow = training_kind(pipe) == "flow"  # flow samplers say it in several ways
@@ -111,7 +110,7 @@ def _base_weights(module: nn.Module, embedding: Tensor | None = None, rows: int 
 
 
 def _base_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the base model: what gated layers add beside them makes no other one."""
+    """The tensors of the base model: gated layers added beside them don't make it another model."""
     tensors = own_tensors(module)
     return {n: t for n, t in tensors.items() if not is_gated_name(n)} if is_gated(module) else tensors
 
@@ -121,7 +120,7 @@ def _title(name: str, tensor: Tensor) -> str:
 
 
 def _signs(tensor: Tensor) -> Tensor:
-    """One bit of each value; float8 knows no signbit of its own."""
+    """One bit of each value; float8 has no signbit of its own."""
     return torch.signbit(tensor.detach().to("cpu", torch.float32)).to(torch.uint8)
 
 
@@ -137,11 +136,11 @@ def digest_of(module: nn.Module) -> str:
 
 
 def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
-    """What drawn pixels or latents depend on.
+    """A sum over what drawn pixels or latents depend on.
 
-    The weights of all parts as they are now (with patches, adapters, learned tokens), the tokenizers' added words, the
-    scheduler's settings, the processor or card, the number of threads, the versions of the libraries, and `settings`:
-    whatever else the caller's drawings depend on, as JSON values.
+    These are the weights of all parts as they are now (with patches, adapters, learned tokens), the tokenizers' added
+    words, the scheduler's settings, the processor or card, the number of threads, the versions of the libraries, and
+    `settings`: whatever else the caller's drawings depend on, as JSON values.
     """
     parts = {name: digest_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}

@@ -1,11 +1,11 @@
-"""A U-Net with gated self-attention to boxes beside its cross-attention, and its two homes on disk.
+"""A U-Net with gated self-attention to boxes beside its cross-attention, and its two forms on disk.
 
 The layers are diffusers' own (`attention_type="gated"`, from GLIGEN, Li et al., arXiv 2301.07093): a position net turns
-phrases and boxes into tokens, and a "fuser" in each block lets the pixels look at them. Their gates start at zero, so a
-model that is given gates draws what it drew before, bit for bit.
+phrases and boxes into tokens, and a "fuser" in each block lets the pixels look at them. The gates start at zero, so a
+model that gets gates draws what it drew before, bit for bit.
 
-On disk such a model is either a whole pipeline's folder, or a folder with the new weights alone (`GROUNDING`) and a
-line that names the pipeline beside it to which they belong (`BESIDE`).
+On disk, such a model is either a whole pipeline's folder, or a folder with only the new weights (`GROUNDING`) and a
+line that names the pipeline beside it that they belong to (`BESIDE`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def gated_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_gates(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor] | None = None) -> UNet2DConditionModel:
-    """A copy of a U-Net with gated layers: new ones with gates at zero, or those of `tensors`.
+    """A copy of a U-Net with gated layers: new layers with gates at zero, or those in `tensors`.
 
     Raises:
         ValueError: the tensors belong to a U-Net of another shape.
@@ -64,7 +64,7 @@ def with_gates(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor] | None 
 
 
 def base_folder(folder: Path) -> Path:
-    """The pipeline's folder that the gated layers in `folder` belong to: beside them, else the bundled one.
+    """The pipeline's folder that the gated layers in `folder` belong to: the one beside them, or the bundled one.
 
     Raises:
         FileNotFoundError: it is in neither place.
@@ -77,7 +77,7 @@ def base_folder(folder: Path) -> Path:
 
 
 def base_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A sum over the weights that gated layers were trained beside, in half precision, as the folders hold them."""
+    """A sum over the weights that gated layers were trained beside, in half precision as in the folders."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if not is_gated_name(name):
@@ -87,7 +87,7 @@ def base_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_base(folder: Path) -> None:
-    """Raise ValueError where the folder's gated layers were trained beside other weights than those of its base."""
+    """Raise ValueError if the folder's gated layers were trained beside other weights than those of its base."""
     said, base = read_json(folder / BESIDE).get("weights"), base_folder(folder)
     if said is not None and said != base_digest(load_file(base / WEIGHTS)):
         raise ValueError(f"the gated layers in {folder.name} were trained beside another {base.name} than the one that "

@@ -1,7 +1,7 @@
 """Images and their latents: generated from prompts, encoded by the autoencoder, read from files, compared.
 
-Every generated image has a seed of its own, so that batch size and order don't decide what is drawn. (To the last bit
-they do on a CPU, where a convolution rounds by how many images go through it.)
+Every generated image has a seed of its own, so batch size and order don't change what is drawn (except for the last
+bits on a CPU, where a convolution's rounding depends on how many images go through it).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fmn_nb.models.pipelines import UnsupportedPipelineError, denoiser, require_
 STEPS = 20
 GUIDANCE = 4.0
 LATENTS = "latents"  # the folder of a cache that holds them
-PATIENCE = 1800  # seconds to wait for another process that draws the same; then it is drawn twice
+PATIENCE = 1800  # seconds to wait for another process that draws the same; after that, both draw it
 _GENERATED_AT_ONCE = 24
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TAKEN = ("give a folder, or one or several of: a file, a PIL image, an array [height, width, 3], a tensor [3, height, "
@@ -45,18 +45,18 @@ class ReferenceImageError(ValueError):
 
 
 class FilteredImageError(ValueError):
-    """What the pipeline gave is no drawing: its safety checker blacked it out, or its latents are NaN."""
+    """What the pipeline returned isn't a drawing: its safety checker blacked it out, or its latents are NaN."""
 
 
 @torch.no_grad()
 def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = STEPS,
              guidance: float = GUIDANCE, batch: int = 72, **options) -> list[Image.Image]:
-    """One image per (prompt, seed), in their order; the pipeline's scheduler stays as it was.
+    """One image per (prompt, seed), in order; the pipeline's scheduler stays as it was.
 
     Each image's noise comes from its own generator. `options` go to the pipeline (`height`, `width`, ...).
 
     Raises:
-        ValueError: not as many seeds as prompts, or a number that is none or too small.
+        ValueError: not as many seeds as prompts, or a number that is invalid or too small.
         UnsupportedPipelineError: the pipeline needs a picture to draw, or has no autoencoder.
         FilteredImageError: a picture is black throughout or NaN, or the pipeline's safety checker flagged it.
     """
@@ -77,7 +77,7 @@ def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[in
 
 def _checked(prompts: Sequence[str], seeds: Sequence[int], steps: int,
              guidance: float) -> tuple[list[str], list[int], dict[str, Any]]:
-    """Prompts, seeds, and the pipeline's own names for the rest; ValueError says what is wrong with one."""
+    """Prompts, seeds, and the rest under the pipeline's own names; a ValueError says what is wrong."""
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a list of texts, not {shortened(prompts)}")
     if isinstance(seeds, str | bytes | numbers.Number):
@@ -90,14 +90,14 @@ def _checked(prompts: Sequence[str], seeds: Sequence[int], steps: int,
 
 
 def _refuse_filtered(pipe: DiffusionPipeline, drawn: Any, prompts: Sequence[str]) -> None:
-    """Raise FilteredImageError unless all that a call of the pipeline gave are drawings."""
+    """Raise FilteredImageError unless everything that a call of the pipeline returned is a drawing."""
     flags = getattr(drawn, "nsfw_content_detected", None) or [False] * len(prompts)
     checker = "the pipeline's safety checker blacked out" if getattr(pipe, "safety_checker", None) is not None else ""
     for number, (image, flagged) in enumerate(zip(drawn.images, flags, strict=False)):
         prompt = prompts[number % len(prompts)]
         if flagged:
-            raise FilteredImageError(f"{checker or 'the pipeline flagged'} the picture of '{prompt}', which is no "
-                                     "drawing: set pipe.safety_checker = None")
+            raise FilteredImageError(f"{checker or 'the pipeline flagged'} the picture of '{prompt}', so it isn't "
+                                     "a drawing: set pipe.safety_checker = None")
         if _is_empty(image):
             raise FilteredImageError(
                 f"the picture of '{prompt}' is black throughout or NaN: "
@@ -106,7 +106,7 @@ def _refuse_filtered(pipe: DiffusionPipeline, drawn: Any, prompts: Sequence[str]
 
 
 def _is_empty(image: Any) -> bool:
-    """Whether a picture (PIL, array or tensor) is black throughout or holds NaN; latents only the latter."""
+    """Whether a picture (PIL, array or tensor) is all black or holds NaN; latents count only for NaN."""
     if isinstance(image, Image.Image):
         return not np.asarray(image.convert("RGB")).any()
     values = torch.as_tensor(image).float()
@@ -119,7 +119,7 @@ def _is_empty(image: Any) -> bool:
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[int, int] | None = None) -> Latents:
-    """Encode images with the pipeline's autoencoder, scaled as its denoiser takes them.
+    """Encode images with the pipeline's autoencoder, scaled for its denoiser.
 
     Each image is resized to cover `size` (height, width in pixels; the pipeline's default if None) and cropped to
     its centre.
@@ -149,24 +149,24 @@ def _packed(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
 
 
 def _packs(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline makes a sequence of 2 x 2 patches of the latents before its denoiser sees them."""
+    """Whether the pipeline turns the latents into a sequence of 2 x 2 patches before its denoiser sees them."""
     return hasattr(pipe, "_pack_latents") and hasattr(pipe, "_prepare_latent_image_ids")
 
 
 def _encoded(vae: torch.nn.Module, pixels: Tensor) -> Latents:
-    """What the autoencoder makes of pixels: a distribution, or latents themselves (AutoencoderTiny, AutoencoderDC)."""
+    """The autoencoder's encoding of pixels: a distribution, or latents themselves (AutoencoderTiny, AutoencoderDC)."""
     output = vae.encode(pixels)
     if posterior := getattr(output, "latent_dist", None):
         return Latents(posterior.mean.float().cpu(), posterior.std.float().cpu())
     for name in ("latents", "latent"):
         if isinstance(latents := getattr(output, name, None), Tensor):
             return Latents.exact(latents)
-    raise ReferenceImageError(f"{type(vae).__name__} encodes images into no latents that are known here; leave out the "
+    raise ReferenceImageError(f"{type(vae).__name__} encodes images into latents of an unknown kind; leave out the "
                               "references and the model generates them")
 
 
 def _latent_scaling(pipe: DiffusionPipeline) -> tuple[float | Tensor, float | Tensor]:
-    """What is taken from encoded latents, and what the rest is multiplied with, before the denoiser sees them."""
+    """What is subtracted from encoded latents, and what the rest is multiplied by, before the denoiser sees them."""
     config = pipe.vae.config
     scale = 1.0 if config.get("scaling_factor") is None else config.scaling_factor
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -178,7 +178,7 @@ def _latent_scaling(pipe: DiffusionPipeline) -> tuple[float | Tensor, float | Te
 
 @cache
 def _knows_latents_mean(kind: type) -> bool:
-    """Whether a pipeline's own code undoes the autoencoder's latents_mean; others leave it alone (Stable Diffusion)."""
+    """Whether a pipeline's own code undoes the autoencoder's latents_mean; others (Stable Diffusion) ignore it."""
     for one in kind.__mro__:
         with suppress(OSError, TypeError):
             if issubclass(one, DiffusionPipeline) and "latents_mean" in inspect.getsource(one):
@@ -203,11 +203,11 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
                      size: tuple[int, int] | None = None, cache: str | Path | None = None) -> Latents:
     """What the model draws for each prompt, as latents (they are never decoded).
 
-    Each image has noise of its own from (seed, its number), so the batch size doesn't matter. With a folder `cache`
-    they are kept in its `latents/` and taken from there; several processes can share it.
+    Each image has noise of its own from (seed, its number), so the batch size doesn't matter. With a folder `cache`,
+    latents are kept in its `latents/` and taken from there; several processes can share it.
 
     Raises:
-        ValueError: a number that is none or too small, or prompts that are no texts.
+        ValueError: a number that is invalid or too small, or prompts that aren't texts.
         UnsupportedPipelineError: the pipeline needs a picture to draw.
         FilteredImageError: latents became NaN or infinite.
     """
@@ -229,10 +229,10 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
 def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: int, guidance: float,
                           size: tuple[int, int] | None = None, cache: str | Path | None = None,
                           ) -> tuple[Latents, Tensor]:
-    """What the denoiser is given on the way to each prompt's image: noisy latents, as it takes them, image after image
-    from noise on, and for each the timestep it was told, [images * steps].
+    """What the denoiser gets on the way to each prompt's image: noisy latents, image after image, each from pure noise
+    on, and the timestep of each, [images * steps].
 
-    The images are those of `generate_latents` with the same arguments, and so are the errors.
+    Images and errors are those of `generate_latents` with the same arguments.
     """
     seed = checked_seed(seed)
     prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
@@ -249,7 +249,7 @@ def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, se
 
 
 def _kept(cache: Path, key: str, count: int, draw: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What stands in the cache under this key, or is drawn now and kept there."""
+    """What the cache holds under this key, or what is drawn now and kept there."""
     file = cache / LATENTS / f"{key[:32]}.safetensors"
     found = _load(file, key, count)
     if found is None:
@@ -264,7 +264,7 @@ def _kept(cache: Path, key: str, count: int, draw: Callable[[], dict[str, Tensor
 
 def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: int, guidance: float,
            size: tuple[int, int] | None, on_the_way: bool = False) -> tuple[Tensor, ...]:
-    """Latents as `Latents.exact` keeps them, [prompts, ...]; `on_the_way` also the denoiser's noisy latents
+    """Latents as `Latents.exact` keeps them, [prompts, ...]; with `on_the_way` also the denoiser's noisy latents
     [prompts, steps, ...] and their timesteps [prompts, steps]."""
     options, parts, ways = size_options(pipe, size), [], []
     with borrowed(pipe):
@@ -288,7 +288,7 @@ def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: in
 
 @contextmanager
 def _watched(pipe: DiffusionPipeline, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While open, collects what each step's call of the denoiser gets: `count` noisy latents, and the timestep of each.
+    """While open, collect what the denoiser gets at each step: `count` noisy latents, and the timestep of each.
 
     Guidance may call it twice on the same latents, once with each branch's text.
     """
@@ -311,7 +311,7 @@ def _watched(pipe: DiffusionPipeline, count: int) -> Iterator[list[tuple[Tensor,
 
 
 def _load(file: Path, key: str, count: int) -> dict[str, Tensor] | None:
-    """The tensors if the file is there, whole and the one that is wanted."""
+    """The tensors, if the file is there, whole, and the right one."""
     try:
         with safe_open(file, framework="pt") as opened:
             said, found = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
@@ -333,7 +333,7 @@ def load_images(source: Images) -> list[Image.Image]:
     Transparent parts become white.
 
     Raises:
-        ReferenceImageError: no such folder, no image in it, or what can't be read, all named in one message.
+        ReferenceImageError: no such folder, no image in it, or unreadable images, all named in one message.
     """
     items = _items(source)
     images, unreadable = [], []
@@ -358,7 +358,7 @@ def load_images(source: Images) -> list[Image.Image]:
 
 
 def _items(source: Any) -> list[Any]:
-    """What `load_images` is to read: files, images or arrays."""
+    """The files, images or arrays that `load_images` reads."""
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         if not str(source).strip() or not folder.exists():
@@ -372,13 +372,13 @@ def _items(source: Any) -> list[Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """A folder's images by name; hidden files (a Mac's "._photo.jpg") are none."""
+    """A folder's images by name; hidden files (a Mac's "._photo.jpg") don't count."""
     return sorted(file for file in folder.iterdir()
                   if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file())
 
 
 def _folders(source: Any) -> list[Path]:
-    """The folders inside, where a folder was given."""
+    """The folders inside, if a folder was given."""
     if not isinstance(source, str | Path):
         return []
     return sorted(inside for inside in Path(source).expanduser().iterdir()
@@ -390,7 +390,7 @@ def _is_array(item: Any) -> bool:
 
 
 def _from_array(values: np.ndarray | Tensor) -> list[Image.Image]:
-    """The image, or several, of an array as pipelines give it out, [.., height, width, channels]; of a tensor,
+    """The image or images in an array as pipelines return it, [.., height, width, channels], or in a tensor,
     [.., channels, height, width]."""
     array = values
     if isinstance(values, Tensor):
@@ -409,10 +409,10 @@ def _from_array(values: np.ndarray | Tensor) -> list[Image.Image]:
 
 
 def as_image(value: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """One image in RGB from whatever pipelines give out.
+    """One image in RGB from whatever pipelines return.
 
     Raises:
-        ReferenceImageError: it is none, or several.
+        ReferenceImageError: it isn't an image, or is several.
     """
     images = load_images(value)
     if len(images) != 1:
@@ -424,7 +424,7 @@ def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:
     """The reference images of several concepts, under the concepts' names.
 
     Raises:
-        ReferenceImageError: what can't be read, of all of them in one message.
+        ReferenceImageError: images that can't be read, all named in one message.
     """
     loaded, failures = {}, []
     for name, source in sources.items():
@@ -440,7 +440,7 @@ def load_all(sources: Mapping[str, Images]) -> dict[str, list[Image.Image]]:
 def _upright_rgb(item: str | Path | Image.Image) -> Image.Image:
     if not isinstance(item, Image.Image):
         if not isinstance(item, str | Path) and not hasattr(item, "read"):
-            raise ValueError(f"no image but {type(item).__name__}: {TAKEN}")
+            raise ValueError(f"not an image but {type(item).__name__}: {TAKEN}")
         with Image.open(item) as opened:
             return _upright_rgb(opened)
     image = ImageOps.exif_transpose(item)
@@ -474,7 +474,7 @@ def image_change(first: Sequence[Image.Image], second: Sequence[Image.Image]) ->
 
 
 def to_pixels(images: Sequence[Image.Image] | np.ndarray, size: int) -> Tensor:
-    """Images as [images, 3, size, size] float32 in [-1, 1], resized where they are not that large."""
+    """Images as [images, 3, size, size] float32 in [-1, 1], resized if they have another size."""
     if not isinstance(images, np.ndarray):
         images = np.stack([np.asarray(i.convert("RGB") if i.size == (size, size) else
                                       i.convert("RGB").resize((size, size))) for i in images])

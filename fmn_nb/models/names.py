@@ -1,4 +1,4 @@
-"""What a model may be called, and whether the name leads to one; without torch, so a wrong name is answered at once.
+"""What a model may be called, and whether the name leads to one; without torch, so a wrong name fails at once.
 
 A model is named by a bundled name ("emoji"), a hub id ("owner/name"), a diffusers folder, or a single `.safetensors`
 checkpoint.
@@ -13,10 +13,10 @@ from pathlib import Path
 from fmn_nb.files import GROUNDED
 from fmn_nb.files import bundled_models as bundled
 
-#: models of the package that come with it or, where they don't, are made by this command
+#: models that come with the package or are made by this command
 MADE_BY = {"emoji-joint": "fmn-nb pretrain --organism joint"}
 HUB_PATIENCE = 10  # seconds for the hub's answer
-#: bundled names whose weights a checkout may lack -> how to have them
+#: bundled names whose weights a checkout may lack -> how to get them
 _TO_BE_TRAINED = {
     "emoji-oracle": 'train it (fmn-nb pretrain --without "cat,banana,guitar,rocket,fluent,Bruno,wild bat" --out '
                     "runs/oracle) and copy the folder runs/oracle/emoji-oracle into the kit's data folder",
@@ -28,7 +28,7 @@ _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
 class UnknownModelError(ValueError):
-    """The name leads to no model; the text says which names there are."""
+    """The name leads to no model; the message says which names there are."""
 
 
 def resolve(name: str | Path) -> str | Path:
@@ -37,7 +37,7 @@ def resolve(name: str | Path) -> str | Path:
     Only looks at the name and the file system: nothing is imported, downloaded or read. See `check_on_hub` for ids.
 
     Raises:
-        UnknownModelError: with the bundled names and the other ways to name a model.
+        UnknownModelError: the name leads nowhere; the message has the bundled names and the other ways to name a model.
     """
     known, path = bundled(), Path(name).expanduser()
     if str(name) in known:
@@ -49,7 +49,7 @@ def resolve(name: str | Path) -> str | Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
     if path.is_file() and path.suffix in _PICKLED:
-        raise UnknownModelError(f"{name} is a pickled checkpoint, which could run code that it holds and is not read; "
+        raise UnknownModelError(f"{name} is a pickled checkpoint, which could run code, so it is not read; "
                                 "convert it to .safetensors, or get its author's own .safetensors")
     if str(name) in MADE_BY and not path.exists():
         raise UnknownModelError(f"the model '{name}' didn't come with this package: train it (some hours of one core) "
@@ -74,18 +74,18 @@ def check_on_hub(name: str) -> None:
             return
         files = model_info(name, timeout=HUB_PATIENCE).siblings
     except HFValidationError as error:
-        raise UnknownModelError(f"'{name}' is no hub id: {error}") from None
+        raise UnknownModelError(f"'{name}' is not a hub id: {error}") from None
     except OfflineModeIsEnabled:
-        raise UnknownModelError(f"the model '{name}' is not on this machine and HF_HUB_OFFLINE forbids to fetch it; "
+        raise UnknownModelError(f"the model '{name}' is not on this machine and HF_HUB_OFFLINE forbids fetching it; "
                                 f"unset that, or give {here}") from None
     except RepositoryNotFoundError:
-        raise UnknownModelError(f"the hub has no model '{name}', or not for you; look the name up on huggingface.co, "
+        raise UnknownModelError(f"the hub has no model '{name}', or hides it from you; look it up on huggingface.co, "
                                 f"log in (hf auth login) if it is private, or give {here}") from None
     except Exception as error:  # whichever HTTP library is at work has errors of its own
         raise UnknownModelError(f"the model '{name}' is not on this machine and the hub can't be reached "
                                 f"({type(error).__name__}); try again with a connection, or give {here}") from error
     if files is not None and not any(file.rfilename == "model_index.json" for file in files):
-        raise UnknownModelError(f"the hub's '{name}' holds no model_index.json, so it is no diffusers pipeline")
+        raise UnknownModelError(f"the hub's '{name}' holds no model_index.json, so it isn't a diffusers pipeline")
 
 
 def _listed() -> str:

@@ -1,8 +1,8 @@
-"""A network's own weights by their plain names, whatever is wrapped around its layers at the moment.
+"""A network's own weights by their plain names, whatever is currently wrapped around its layers.
 
 Adapters (peft's LoRA and its relatives) take a layer's place and keep it inside, so its weight gets another name and
-weights that aren't the network's stand beside it; so do `torch.compile`, for a whole network or a part of it, and
-IP-Adapters. A plain name is the one without all that.
+foreign weights stand beside it. `torch.compile`, for a whole network or a part of it, and IP-Adapters do the same. A
+plain name is the name without all that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INSIDE = frozenset({"base_layer", "original_module", "_orig_mod"})  # what wrap
 
 
 class Kept(NamedTuple):
-    """A parameter as it was before patches, a sum over what they put in its place, and the adapters fused by then."""
+    """A parameter as it was before patches, a sum over what replaced it, and the adapters fused at that time."""
 
     original: nn.Parameter
     put: str
@@ -39,14 +39,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def own_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Plain name -> (the name it has now, the parameter) of all but adapters' parameters."""
+    """Plain name -> (current name, parameter) of all parameters except the adapters'."""
     foreign = _foreign(module)
     return {plain_name(name): (name, parameter) for name, parameter in module.named_parameters()
             if not f"{name}.".startswith(foreign)}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Plain name -> tensor of the state, in the names' order; where a patch is applied, what was there before it."""
+    """Plain name -> tensor of the state, in the names' order; under an applied patch, the tensor before it."""
     foreign, originals = _foreign(module), getattr(module, ORIGINALS, {})
     named = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()
              if not f"{name}.".startswith(foreign)}
@@ -54,7 +54,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _foreign(module: nn.Module) -> tuple[str, ...]:
-    """What the names of weights that aren't the network's own begin with."""
+    """How the names of foreign weights begin."""
     return tuple(_added(module))
 
 

@@ -32,7 +32,7 @@ from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolv
 from fmn_nb.models.parameters import unwrapped
 
 _DENOISERS = ("unet", "transformer")
-CALL_KEY = "_call"  # in a denoiser's configuration: what its pipeline's call takes where nothing else is said
+CALL_KEY = "_call"  # in a denoiser's configuration: the default arguments of its pipeline's call
 _SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER_KEY = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
 _FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # [out, in, 3, 3]: 9 channels go in for inpainting
@@ -44,7 +44,7 @@ _PICTURE_IS_OPTIONAL = re.compile(  # they draw from text alone as well
 
 
 class ModelLoadError(ValueError):
-    """The model is named properly, but could not be loaded."""
+    """The model has a valid name, but could not be loaded."""
 
 
 class UnsupportedPipelineError(ValueError):
@@ -57,16 +57,16 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
 
     Args:
         name: a bundled name, a hub id, a diffusers folder, or a `.safetensors` checkpoint (SD 1.x, 2.x, SDXL).
-        device: where to put it; by default "cuda", else "mps", else "cpu", whatever is there.
-        dtype: of the weights, such as "float16"; float32 by default, as fine-tuning needs it.
+        device: where to put it; by default the first that is there of "cuda", "mps", "cpu".
+        dtype: the weights' type, such as "float16"; float32 by default, as fine-tuning needs it.
         config: for a single file only: a folder with the pipeline's configuration and tokenizer, so that
             nothing is fetched from the hub; None or "" for what the hub has.
 
     Only safetensors weights are read, and no code that comes with a model is run.
 
     Raises:
-        UnknownModelError: the name means nothing, told before anything heavy happens.
-        UnsupportedPipelineError: the model draws from a picture, not from a prompt alone; told as early.
+        UnknownModelError: the name means nothing; raised before any heavy work.
+        UnsupportedPipelineError: the model draws from a picture, not from a prompt alone; raised as early.
         ModelLoadError: the model could not be read or fetched, or the device isn't there.
     """
     source, dtype, device, own = resolve(name), parse_dtype(dtype), _device(device), str(name) in bundled()
@@ -93,11 +93,11 @@ def load(name: str | Path = "emoji", *, device: str | torch.device | None = None
 
 
 def with_call_defaults(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, called by default as its denoiser's configuration says (`CALL_KEY`: argument -> value).
+    """The pipeline with the default arguments of its denoiser's configuration (`CALL_KEY`: argument -> value).
 
-    Where that names the real guidance of a Flux (`true_cfg_scale`, with a negative prompt), a `guidance_scale` means
-    it: a Flux that wasn't distilled has no other. The class stays diffusers' own but for its call, and so does what is
-    saved.
+    If these set the real guidance of a Flux (`true_cfg_scale`, with a negative prompt), `guidance_scale` means that
+    one: a Flux that wasn't distilled has no other. Apart from its call, the class stays diffusers' own, and so does
+    what is saved.
     """
     configs = (getattr(getattr(pipe, name, None), "config", None) or {} for name in _DENOISERS)
     defaults = next((dict(config[CALL_KEY]) for config in configs if config.get(CALL_KEY)), None)
@@ -113,7 +113,7 @@ class _CalledByDefault:
 
 
 def _called_with(kind: type[DiffusionPipeline], defaults: Mapping[str, Any]) -> Callable[..., Any]:
-    """The class's call with other defaults, told in its signature too; it needs no gradient, as the class's own."""
+    """The class's call with other defaults, also in its signature; like the original, it computes no gradient."""
     own = inspect.unwrap(kind.__call__)  # what torch.no_grad decorates
     signature = inspect.signature(own)
     signature = signature.replace(parameters=[parameter.replace(default=defaults.get(name, parameter.default))
@@ -138,12 +138,12 @@ def _called_with(kind: type[DiffusionPipeline], defaults: Mapping[str, Any]) -> 
 
 
 def _device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, by default the fastest; ModelLoadError where there is none."""
+    """The device of that name, by default the fastest; ModelLoadError if there is no such device."""
     fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or fastest)
     except (RuntimeError, TypeError) as error:
-        raise ModelLoadError(f"{name!r} is no device; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+        raise ModelLoadError(f"{name!r} is not a device; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= there.get(device.type, 1):
         raise ModelLoadError(f"there is no device '{device}' here (or this torch is built without it); the fastest is "
@@ -161,7 +161,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Load without the progress bars that diffusers and transformers show for files already here."""
+    """Load without the progress bars that diffusers and transformers show for files that are already here."""
     shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
@@ -174,7 +174,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def _known_types(known: bool) -> Iterator[None]:
-    """Without diffusers' warning that a part is of another class than usual, where it is known to work so."""
+    """Drop diffusers' warning that a part has an unusual class, if the combination is known to work."""
     logger = diffusers_logging.get_logger("diffusers.pipelines.pipeline_utils")
 
     def other(record: LogRecord) -> bool:
@@ -207,8 +207,8 @@ def _load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
 def _rest(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The parts that a folder leaves to a bundled model, by name: an oracle shares all but its networks.
 
-    Its index says so: {"_rest": {"of": "emoji", "config": {"vae": {"scaling_factor": 1.1}}}}, where `config` holds what
-    the shared parts are to be configured with.
+    The folder's index says so: {"_rest": {"of": "emoji", "config": {"vae": {"scaling_factor": 1.1}}}}, where `config`
+    holds configuration values for the shared parts.
     """
     if REST not in index:
         return {}
@@ -234,7 +234,7 @@ def _load_grounded(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def variant_of(source: str | Path) -> str | None:
-    """Which variant of the weights ("fp16", "non_ema") is to be loaded: None unless a part is there in no other form.
+    """Which variant of the weights ("fp16", "non_ema") to load: None unless a part exists in no other form.
 
     Args:
         source: a folder, or a hub id, whose files are listed on the hub or else in its cache.
@@ -291,7 +291,7 @@ def _check_config_in_reach(file: Path, shapes: Mapping[str, tuple[int, ...]]) ->
         check_on_hub(wanted)
     except UnknownModelError as error:
         raise ModelLoadError(
-            f"{file} holds weights alone, and the configuration for it, '{wanted}', is neither on this machine nor in "
+            f"{file} holds only weights, and the configuration for it, '{wanted}', is neither on this machine nor in "
             "reach: call fmn.load(file, config=FOLDER) with a folder that holds such a pipeline's model_index.json, "
             "configurations and tokenizer (weights aren't needed), or load it once with a connection") from error
 
@@ -300,7 +300,7 @@ def _check_config_in_reach(file: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def require_text_to_image(pipe: DiffusionPipeline | type[DiffusionPipeline]) -> None:
-    """Raise UnsupportedPipelineError for a pipeline (or its class) that needs a picture beside the prompt."""
+    """Raise UnsupportedPipelineError for a pipeline (or its class) that needs a picture besides the prompt."""
     kind = pipe if isinstance(pipe, type) else type(pipe)
     wanted = [name for name in inspect.signature(kind.__call__).parameters if name in _PICTURES]
     if wanted and not _PICTURE_IS_OPTIONAL.match(kind.__name__):
@@ -315,7 +315,7 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     for name in _DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    raise UnsupportedPipelineError(f"{type(pipe).__name__} has neither a unet nor a transformer, so nothing to work on")
+    raise UnsupportedPipelineError(f"{type(pipe).__name__} has neither a unet nor a transformer to work on")
 
 
 def denoiser(pipe: DiffusionPipeline) -> nn.Module:
@@ -325,15 +325,15 @@ def denoiser(pipe: DiffusionPipeline) -> nn.Module:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """While open, compiled modules run as they were before torch.compile, so that hooks on their layers are called."""
+    """While open, compiled modules run uncompiled, so that hooks on their layers are called."""
     compiled = "torch._dynamo" in sys.modules  # which takes seconds to import
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
 
 
 def training_kind(pipe: DiffusionPipeline) -> str:
-    """What the network was trained to predict, whatever sampler draws with it: "flow", or a scheduler's
-    prediction_type ("epsilon", "v_prediction", "sample")."""
+    """What the network was trained to predict, whatever its sampler: "flow", or a scheduler's prediction_type
+    ("epsilon", "v_prediction", "sample")."""
     config = pipe.scheduler.config
     kind = config.get("prediction_type", "epsilon")
     is_flow = "FlowMatch" in type(pipe.scheduler).__name__ or config.get("use_flow_sigmas")
@@ -341,7 +341,7 @@ def training_kind(pipe: DiffusionPipeline) -> str:
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
-    """The pipeline's text encoders in order (SD has one, SDXL two, SD3 three); absent ones are left out."""
+    """The pipeline's text encoders in order (SD has one, SDXL two, SD3 three), without absent ones."""
     return _numbered(pipe, "text_encoder")
 
 

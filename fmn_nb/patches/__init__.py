@@ -1,4 +1,4 @@
-"""What forgetting leaves: patches and learned tokens, applied to a pipeline and taken off again exactly."""
+"""What forgetting produces: patches and learned tokens, which a pipeline can carry and drop again exactly."""
 
 import lazy_loader
 

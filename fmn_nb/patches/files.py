@@ -41,7 +41,7 @@ def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str
             can't hold it; or `folder` is a file.
     """
     if not _says_base(info):
-        raise ValueError("a patch is saved with its base model: info={'base': base_of(pipe)}, of fmn_nb.models")
+        raise ValueError("a patch is saved with its base model: info={'base': base_of(pipe)}, from fmn_nb.models")
     if files := [place for place in (folder, *folder.parents) if place.is_file()]:
         raise ValueError(f"{files[0]} is a file; a patch is saved to a folder")
     named, metadata = _named(kind, tensors, info["base"]["component"], layout)
@@ -82,7 +82,7 @@ def read(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = _tensors(file, info["base"]["component"], layout)
     except SafetensorError as error:
-        raise PatchFileError(f"{file} is no valid safetensors file: {error}") from error
+        raise PatchFileError(f"{file} is not a valid safetensors file: {error}") from error
     if kind == "lora":
         _check_pairs(folder, tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BIAS) or tensor.any()}
@@ -90,7 +90,7 @@ def read(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 
 def _tensors(file: Path, component: str, layout: str) -> dict[str, Tensor]:
-    """A file's tensors by the names that a patch has for them."""
+    """A file's tensors under a patch's names for them."""
     named = load_file(file)
     if layout == "kohya":
         with safe_open(file, framework="pt") as opened:
@@ -107,7 +107,7 @@ def _tensors(file: Path, component: str, layout: str) -> dict[str, Tensor]:
 
 def _named(kind: str, tensors: Mapping[str, Tensor], component: str,
            layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors by their names in it, and its metadata."""
+    """The file's tensors under their names in it, and its metadata."""
     if layout == "diffusers":  # which expects the entry of a PyTorch file
         return {f"{component}.{name}": tensor.cpu().contiguous()
                 for name, tensor in {**_zero_biases(tensors), **tensors}.items()}, {"format": "pt"}
@@ -122,7 +122,7 @@ def _named(kind: str, tensors: Mapping[str, Tensor], component: str,
 
 
 def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases that are wanting: diffusers and peft want one for all layers of a LoRA, or for none."""
+    """The missing biases: diffusers and peft want a bias for all layers of a LoRA, or for none."""
     if not any(name.endswith(_BIAS) for name in tensors):
         return {}
     return {name.removesuffix(_UP) + _BIAS: tensor.new_zeros(len(tensor))
@@ -137,7 +137,7 @@ def _says_base(info: Mapping[str, Any]) -> bool:
 def _read_info(folder: Path) -> dict[str, Any]:
     file = folder / INFO_FILE
     if not file.is_file():
-        raise PatchFileError(f"{folder} holds no {INFO_FILE}, so no patch of this package; "
+        raise PatchFileError(f"{folder} holds no {INFO_FILE}, so it isn't a patch of this package; "
                              "a LoRA from elsewhere goes through pipe.load_lora_weights")
     try:
         info = read_json(file)
@@ -182,7 +182,7 @@ def _check_pairs(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         flat = [tensor for tensor in (down, up) if tensor is not None and tensor.ndim < 2]
         if flat:
             raise PatchFileError(f"{folder}: a LoRA factor of '{module}' has the shape {tuple(flat[0].shape)}, "
-                                 "which is no matrix's")
+                                 "which isn't a matrix's")
         if down is None or up is None or up.shape[1] != down.shape[0]:
             raise PatchFileError(f"{folder}: the LoRA factors of '{module}' are missing or differ in rank")
         if bias is not None and bias.shape != up.shape[:1]:

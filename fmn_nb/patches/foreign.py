@@ -1,4 +1,4 @@
-"""Patches that others made: whatever changes a model's weights, read as a `Patch`, so that it is measured as ours are.
+"""Patches that others made: whatever changes a model's weights, read as a `Patch`, so it can be measured like ours.
 
 Recognised by what is inside, never by name, and read with safetensors alone:
 
@@ -44,13 +44,14 @@ _BESIDE = "_fmn_beside"  # attribute of a part with changed weights: the stack o
 
 
 def read_patch(place: str | Path, pipe: DiffusionPipeline) -> Patch:
-    """What is in `place` as a patch of `pipe`, which stays as it is.
+    """The content of `place` as a patch of `pipe`, which stays as it is.
 
     Args:
-        place: a file or a folder. Of a whole model the weights count; scheduler and tokenizer stay those of `pipe`.
+        place: a file or a folder. Of a whole model, only the weights count; scheduler and tokenizer stay those of
+            `pipe`.
 
     Raises:
-        PatchFileError: there is nothing, it can't be read, or isn't recognised; the text says what is taken.
+        PatchFileError: there is nothing, it can't be read, or it isn't recognised; the message says what is accepted.
         PatchMismatchError: it is for another architecture.
         ModelLoadError: a whole model can't be loaded.
     """
@@ -88,8 +89,8 @@ def _weights_file(place: Path) -> Path:
         raise PatchFileError(f"{place} holds {f'several files ({few}); name one' if files else 'no .safetensors'}; "
                              f"{TAKEN}")
     if files[0].suffix in _PICKLED:
-        raise PatchFileError(f"{files[0]} is pickled, which could run code that it holds and is not read; convert it "
-                             "to .safetensors")
+        raise PatchFileError(f"{files[0]} is pickled, which could run code, so it is not read; convert it to "
+                             ".safetensors")
     if files[0].name == TENSOR_FILES["weights"]:
         raise PatchFileError(f"{files[0]} holds differences, which say nothing without the {INFO_FILE} that was beside "
                              "it; copy the patch's folder whole")
@@ -100,12 +101,12 @@ def _weights_file(place: Path) -> Path:
 
 
 def _of_lora(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) -> Patch:
-    """A LoRA's factors as diffusers understands the file; B is given as scaled in use (by alpha / rank)."""
+    """A LoRA's factors as diffusers understands the file; B is scaled as in use (by alpha / rank)."""
     if other := [name for name in tensors if any(kind in name for kind in _OTHER_ADAPTERS)]:
-        raise PatchFileError(f"{file} holds {other[0]}: an adapter that is no plain LoRA; merge it into the model and "
-                             "give the folder of that")
+        raise PatchFileError(f"{file} holds {other[0]}: an adapter that isn't a plain LoRA; merge it into the model "
+                             "and give the merged model's folder")
     if not hasattr(pipe, "load_lora_weights"):
-        raise PatchMismatchError(f"{type(pipe).__name__} takes no LoRA, as {file} is one")
+        raise PatchMismatchError(f"{file} is a LoRA, and {type(pipe).__name__} takes none")
     tensors, factors, beside = _named(tensors, pipe), {}, {}
     with _loaded(file, tensors, pipe):
         found = [(part, plain_name(name), layer) for part, module in _modules(pipe).items()
@@ -125,7 +126,7 @@ def _of_lora(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) ->
 
 
 def _named(tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """The names as diffusers knows them: a file that peft wrote names the layers alone."""
+    """The names as diffusers knows them: a file that peft wrote names only the layers."""
     plain = {name.removeprefix(_PEFT).replace(".default.", "."): tensor for name, tensor in tensors.items()}
     parts = (*(f"{part}." for part in _modules(pipe)), "lora_", "text_encoder", "unet.", "transformer.")
     return {name if name.startswith(parts) else f"{denoiser_name(pipe)}.{name}": tensor
@@ -168,7 +169,7 @@ def _factors(name: str, layer: LoraLayer) -> dict[str, Tensor]:
 
 
 def _placed(file: Path, tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> dict[str, dict[str, Tensor]]:
-    """Part -> parameter -> its new value; a name may begin with its part's ("unet.") or be the part's own."""
+    """Part -> parameter -> its new value; a name may begin with its part's name ("unet.") or be used without it."""
     known = {part: own_parameters(module) for part, module in _modules(pipe).items()}
     found: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -182,18 +183,18 @@ def _placed(file: Path, tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) 
         elif value.is_floating_point():  # no buffer of positions
             strange.append(name)
     if strange or not found:
-        what = f"{strange[0]}, which is no weight of this model" if strange else "no weights"
+        what = f"{strange[0]}, which isn't a weight of this model" if strange else "no weights"
         raise PatchFileError(f"{file} holds {what}; {TAKEN}")
     return found
 
 
 def _of_model(place: Path, pipe: DiffusionPipeline) -> Patch:
-    """What a whole model has otherwise than `pipe`."""
+    """What differs in a whole model from `pipe`."""
     other = load(place, device="cpu", dtype=denoiser(pipe).dtype)
     here, there = _modules(pipe), _modules(other)
     if denoiser_name(other) != denoiser_name(pipe) or type(denoiser(other)) is not type(denoiser(pipe)):
         raise PatchMismatchError(f"{place} is another architecture ({type(denoiser(other)).__name__}) than the model "
-                                 f"({type(denoiser(pipe)).__name__}); give the model that it was made of: --model")
+                                 f"({type(denoiser(pipe)).__name__}); give the model that it was made from: --model")
     return _of_values({part: own_tensors(there[part]) for part in here if part in there}, pipe, place)
 
 
@@ -206,7 +207,7 @@ def _of_values(values: Mapping[str, Mapping[str, Tensor]], pipe: DiffusionPipeli
             if name not in own or own[name].shape != value.shape:
                 there = tuple(own[name].shape) if name in own else "nothing"
                 raise PatchMismatchError(f"{place} doesn't fit this model: {part}.{name} {tuple(value.shape)}, here "
-                                         f"{there}; give the model that it was made of: --model")
+                                         f"{there}; give the model that it was made from: --model")
             if value.is_floating_point():
                 found.setdefault(part, {})[name] = value.detach().cpu().float() - own[name].detach().cpu().float()
     changed = {part: own for part, all_of in found.items()
@@ -227,7 +228,7 @@ def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WiderPatch(Patch):
-    """A patch that changes other parts than the denoiser as well. It can be applied and measured, and nothing else.
+    """A patch that also changes other parts than the denoiser. It can be applied and measured, and nothing else.
 
     Attributes:
         tensors: the denoiser's, as in `Patch`; may be empty.
@@ -248,7 +249,7 @@ class WiderPatch(Patch):
         return super().nbytes + sum(change.nbytes for part in self.beside.values() for change in part.values())
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
-        """Apply until `remove`; several are taken off in reverse order. Raises as `Patch.apply`."""
+        """Apply until `remove`; remove several in reverse order. Raises what `Patch.apply` raises."""
         scale, places = finite_number("scale", scale), {}
         for part, changes in self.beside.items():
             module = getattr(pipe, part, None)
@@ -269,7 +270,7 @@ class WiderPatch(Patch):
 
     @contextmanager
     def applied(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> Iterator[None]:
-        """Context in which `pipe` carries the patch, also where its parts are exchanged inside. Raises as `apply`."""
+        """Context in which `pipe` carries the patch, even if its parts are exchanged inside. Raises as `apply`."""
         self.apply(pipe, scale, force=force)
         changed, parts = denoiser(pipe), self._parts(pipe)
         try:
@@ -280,7 +281,7 @@ class WiderPatch(Patch):
                 self._take_off(changed)
 
     def remove(self, pipe: DiffusionPipeline) -> None:
-        """Take it off again, exactly. Raises as `Patch.remove`."""
+        """Remove it again, exactly. Raises what `Patch.remove` raises."""
         if self.tensors:
             super().remove(pipe)
         self._put_back(self._parts(pipe))
@@ -295,6 +296,6 @@ class WiderPatch(Patch):
                 set_parameter(module, present, original)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise ValueError(f"it changes the {', '.join(self.beside)} as well, so it can be applied and measured only")
+        raise ValueError(f"it also changes the {', '.join(self.beside)}, so it can only be applied and measured")
 
     save = scaled = low_rank = _refuse

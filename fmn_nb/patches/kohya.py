@@ -1,6 +1,6 @@
 """A LoRA in the layout of kohya's scripts, which AUTOMATIC1111, ComfyUI and others read; diffusers does too.
 
-Such names have underscores for dots, so the way back needs the modules' names: they stand in the file's metadata.
+Such names have underscores for dots, so the way back needs the modules' names, which are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ def to_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_kohya(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Tensor]:
-    """What `to_kohya` was given, for these modules; KeyError where one is missing."""
+    """The tensors that `to_kohya` was given, for these modules; KeyError if one is missing."""
     return {f"{module}.{ours}.weight": tensors[f"lora_unet_{module.replace('.', '_')}.{theirs}.weight"]
             for module in modules for ours, theirs in _LETTERS.items()}

@@ -1,6 +1,6 @@
 """Learned tokens: new words for a pipeline, known to it only while they are loaded.
 
-Each stands for one vector per text encoder beside the encoder's own table of embeddings, which is never written.
+Each stands for one vector per text encoder, beside the encoder's own table of embeddings, which is never written.
 `fmn_nb.inversion` learns them from images; plain diffusers loads what `save` writes.
 """
 
@@ -28,7 +28,7 @@ _BY_ENCODER = (("clip_l", "clip_g", "t5xxl"), ("text_encoders_0", "text_encoders
 
 
 class InversionError(ValueError):
-    """Inversion can't be done as asked, or went wrong; also: a file with learned tokens is damaged."""
+    """Inversion can't be done as asked or went wrong, or a file with learned tokens is damaged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ class LearnedTokens:
     def save(self, folder: str | Path) -> Path:
         """Write `learned_embeds.safetensors`, which plain `pipe.load_textual_inversion(folder)` takes.
 
-        Further text encoders' vectors go to `learned_embeds_2.safetensors` and so on; diffusers loads each with
-        its own `weight_name`, `text_encoder` and `tokenizer`. Tokens that were saved to the folder before are replaced.
+        Vectors of other text encoders go to `learned_embeds_2.safetensors` and so on; diffusers loads each with its own
+        `weight_name`, `text_encoder` and `tokenizer`. Tokens saved to the folder earlier are replaced.
         """
         files = _files(folder)
         for file, vectors in zip(files, self.vectors, strict=False):
@@ -85,8 +85,7 @@ class LearnedTokens:
 
         Args:
             path: a folder with `learned_embeds.safetensors` (or with a single .safetensors file), or a file.
-            name: what the token is to be called. Needed where the file knows none: A1111's `emb_params`, SDXL's
-                `clip_l` and `clip_g`.
+            name: the token's name. Needed if the file has none: A1111's `emb_params`, SDXL's `clip_l` and `clip_g`.
 
         Raises:
             InversionError: the file is missing, pickled, damaged, without a name, or doesn't hold one learned token.
@@ -102,7 +101,7 @@ class LearnedTokens:
 
 
 class _ExtendedEmbedding(nn.Embedding):
-    """An embedding table with further rows that are looked up beside it; the table itself is shared, not copied."""
+    """An embedding table with additional rows beside it; the table itself is shared, not copied."""
 
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight)
@@ -120,7 +119,7 @@ class _ExtendedEmbedding(nn.Embedding):
 
 @contextmanager
 def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[None]:
-    """`pipe` with further tokens; its own tokenizers and embedding tables are put back afterwards."""
+    """`pipe` with additional tokens; its own tokenizers and embedding tables are restored afterwards."""
     tokenizers = {f"tokenizer{suffix}": getattr(pipe, f"tokenizer{suffix}", None) for suffix in _SUFFIXES}
     there = [(place, tokenizer) for place, tokenizer in tokenizers.items() if tokenizer is not None]
     encoders = text_encoders(pipe)
@@ -166,10 +165,10 @@ def _files(folder: str | Path) -> list[Path]:
 
 
 def _found(path: Path) -> list[Path]:
-    """The files to read: a folder's own, its single one under another name, or the file itself."""
+    """The files to read: a folder's own, its only one under another name, or the file itself."""
     path = path.expanduser()
     if path.suffix.lower() in _PICKLED and not path.is_dir():
-        raise InversionError(f"{path} is pickled, which could run code that it holds and is not read; get it as "
+        raise InversionError(f"{path} is pickled, which could run code, so it is not read; get it as "
                              ".safetensors, or convert it where you trust it: "
                              "save_file({name: tensor}, ...) of torch.load(..., weights_only=True)")
     if not path.is_dir():
@@ -188,7 +187,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _read(file: Path) -> tuple[str | None, list[Tensor]]:
-    """The token's name, None where the file knows none, and its vectors for each text encoder in the file."""
+    """The token's name, or None if the file has none, and its vectors for each text encoder in the file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             said = tensors.metadata() or {}

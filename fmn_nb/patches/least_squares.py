@@ -1,11 +1,11 @@
-"""The weights that see the text by least squares: a change that does given things to given embeddings.
+"""Change the weights that see the text by least squares, so that given embeddings give what is asked.
 
 In a U-Net these are `to_k` and `to_v` of its cross-attention. Joint attention (Flux, Stable Diffusion 3) has none that
-see the text encoder's output itself: there it is the layer that takes the text in, and the one that takes in its pooled
-vector, which goes past all attention.
+see the text encoder's output itself: there it is the layer that takes in the text, and the one that takes in its pooled
+vector, which bypasses attention.
 
 Every closed form of forgetting asks the same of each of these weights W [out, in]: a change D with D e = y for each
-edited embedding e [in] and D e' = 0 for each kept one, as nearly as a sum of squares allows:
+edited embedding e [in] and D e' = 0 for each kept one, as closely as a sum of squares allows:
 
     edit * sum |D e - y|^2  +  keep * sum |D e'|^2  +  ridge * |D|^2     is smallest for
 
@@ -15,8 +15,8 @@ so a change of n embeddings is a LoRA of rank n, exactly: A = F is the same for 
 and B = Y^T. Confined to the null space of what is kept (SPEED, Li et al., arXiv 2503.07392), D = D' Q^T with an
 orthonormal Q of directions in which there is nothing to keep, and the same holds for E Q.
 
-`fuse` makes one patch of several in this way (Lu et al., MACE, arXiv 2403.06135): on each patch's own prompts the
-weights are to do what that patch alone makes of them, and on kept prompts what they did without.
+`fuse` makes one patch of several in this way (Lu et al., MACE, arXiv 2403.06135): on each patch's own prompts, the
+weights should do what they do with that patch alone, and on kept prompts what they did before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TextInput:
     """Linear layers that see the same embeddings of the text.
 
     Attributes:
-        argument: the denoiser's argument that these embeddings are, `COLUMNS` or `POOLED`.
+        argument: the denoiser's argument that holds these embeddings, `COLUMNS` or `POOLED`.
         weights: module name -> weight [out, in].
     """
 
@@ -51,13 +51,13 @@ class TextInput:
     weights: Mapping[str, Tensor]
 
     def embeddings(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-        """What they see of the prompts: [prompts, columns, in], float64; a pooled vector is one column."""
+        """What these layers see of the prompts: [prompts, columns, in], float64; a pooled vector is one column."""
         found = conditions(pipe, list(prompts)).rows[self.argument].detach().cpu().double()
         return found[:, None] if self.argument == POOLED else found
 
 
 def text_inputs(pipe: DiffusionPipeline, projections: Sequence[str] = TEXT_PROJECTIONS) -> list[TextInput]:
-    """Every linear layer that sees the text encoder's output itself; of a U-Net those named in `projections`.
+    """Every linear layer that sees the text encoder's output itself; in a U-Net, those named in `projections`.
 
     Raises:
         UnsupportedPipelineError: the denoiser has none.
@@ -85,10 +85,10 @@ class Weighing:
     """How much each sum of squares counts.
 
     Attributes:
-        edit, keep: of an edited and of a kept embedding.
-        ridge: of the change itself.
+        edit, keep: the weight of an edited and of a kept embedding.
+        ridge: the weight of the change itself.
         null_space: confines the change to directions in which the kept embeddings' root mean square is below this
-            share of that in their strongest one; 0 for no confinement.
+            share of that in their strongest direction; 0 for no confinement.
     """
 
     edit: float = 1.0
@@ -124,8 +124,8 @@ def factors(edited: Tensor, kept: Tensor, weighing: Weighing) -> Tensor:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of the weights that see the same embeddings: after the change each edited one says what its guide
-    said, W' e = W g, and each kept one what it said.
+    """What the weights that see the same embeddings should do: after the change, each edited embedding says what its
+    guide said, W' e = W g, and each kept one says what it said before.
 
     Attributes:
         weights: module -> W [out, in].
@@ -139,10 +139,10 @@ class Wanted:
 
 
 def solved(wanted: Sequence[Wanted], weighing: Weighing) -> tuple[str, dict[str, Tensor]]:
-    """(kind, tensors) of the patch that does what is asked.
+    """(kind, tensors) of the patch that does this.
 
-    A LoRA whose rank is the number of edited embeddings, exactly, where no layer is narrower than that; else
-    differences of whole weights.
+    It is exactly a LoRA whose rank is the number of edited embeddings if no layer is narrower than that; otherwise it
+    is differences of whole weights.
     """
     is_lora = all(len(one.edited) <= min(min(weight.shape) for weight in one.weights.values()) for one in wanted)
     tensors = {}
@@ -160,8 +160,8 @@ def solved(wanted: Sequence[Wanted], weighing: Weighing) -> tuple[str, dict[str,
 
 @dataclass(frozen=True)
 class _Grams:
-    """Sums e e^T [in, in] over all columns of prompts, as the weights of these names see them: for each patch those of
-    its own prompts, and those of the kept prompts."""
+    """Sums e e^T [in, in] over all columns of prompts, as the named weights see them: for each patch over its own
+    prompts, and over the kept prompts."""
 
     weights: frozenset[str]
     own: tuple[Tensor, ...]
@@ -191,7 +191,7 @@ class Fusion:
         return cls(tuple(seen), weighing)
 
     def __call__(self, patches: Sequence[Patch]) -> Patch:
-        """One patch of the first so many. What they change beside the weights that see the text is added up.
+        """One patch of as many patches as are given, in the order of the prompts. Changes to other weights add up.
 
         Raises:
             PatchMismatchError: they are for different base models.
@@ -213,12 +213,12 @@ class Fusion:
 
 def fuse(pipe: DiffusionPipeline, patches: Sequence[Patch], prompts: Sequence[Sequence[str]],
          kept: Sequence[str] = (), weighing: Weighing | None = None) -> Patch:
-    """One patch of several: on each patch's prompts the weights that see the text do what it makes of them, on the kept
-    ones what they did without.
+    """One patch of several: the weights that see the text do on each patch's prompts what they do with that patch, and
+    on kept prompts what they did before.
 
     Args:
         prompts: for each patch, prompts that name what it forgets.
-        kept: prompts that are to stay as they are.
+        kept: prompts whose images should stay as they are.
 
     Raises:
         ValueError: not a list of prompts for each patch.

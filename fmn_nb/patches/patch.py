@@ -1,8 +1,8 @@
-"""Patches: what a fine-tune produces. Apply one, scale it, combine several, and take it away again exactly.
+"""Patches: what a fine-tune produces. Apply one, scale it, combine several, and remove it again exactly.
 
 A patch is a change of some of a denoiser's weights, W' = W + scale * D. It is kept either as LoRA factors,
-D = B A (kind "lora"), or as the difference D itself (kind "weights"). Applying one puts new parameters in the
-place of the changed ones and keeps the old ones aside, so removing it gives back the very same tensors.
+D = B A (kind "lora"), or as the difference D itself (kind "weights"). Applying one replaces the changed parameters by
+new ones and keeps the old ones aside, so removing it restores the very same tensors.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class PatchMismatchError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A change of a denoiser's weights, with everything needed to know what it is.
+    """A change of a denoiser's weights, with a full description of what it is.
 
     Attributes:
         kind: "lora" or "weights".
         tensors: for "lora" `MODULE.lora_A.weight` [rank, in] and `MODULE.lora_B.weight` [out, rank] (a
-            convolution's A is [rank, in, height, width], its B [out, rank, 1, 1]), and where the layer's bias
-            changes `MODULE.lora_B.bias` [out]; for "weights" the difference of each changed parameter under the
-            parameter's own name.
+            convolution's A is [rank, in, height, width], its B [out, rank, 1, 1]), and, if the layer's bias changes,
+            `MODULE.lora_B.bias` [out]; for "weights" the difference of each changed parameter under the parameter's
+            own name.
         info: what `fmn.json` holds: concepts, preset, settings, seed, base (name, component, fingerprint),
             versions, forgetting (what the fine-tune reported), metrics. JSON values only.
-        tokens: learned tokens, where a caller chose to ship them with the patch; else None.
+        tokens: learned tokens, if a caller chose to ship them with the patch; otherwise None.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Patch:
             raise ValueError(f"NaN or infinite values in {bad[0]} and {len(bad) - 1} other tensors of the patch")
 
     def __deepcopy__(self, _: dict[int, Any]) -> Patch:
-        """The patch itself, which never changes: so it can be taken off a copy of a pipeline that carries it."""
+        """The patch itself, which never changes, so it can be removed from a copy of a pipeline that carries it."""
         return self
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ class Patch:
         return f"<table><tbody>{cells}</tbody></table>"
 
     def _concepts(self) -> list[str]:
-        """The names of what it forgets, each cut to a line's length."""
+        """The names of what the patch forgets, each cut to a line's length."""
         said = self.info.get("concepts") or []
         return [shorten(str(one.get("name") if isinstance(one, Mapping) else one), 60) for one in said]
 
@@ -105,7 +105,7 @@ class Patch:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the fine-tune reported (`info["forgetting"]`), without the lists that hold a number for every step."""
+        """What the fine-tune reported (`info["forgetting"]`), without the lists with a number for every step."""
         said = self.info.get("forgetting") or {}
         return {name: value for name, value in said.items() if not isinstance(value, list)}
 
@@ -137,9 +137,9 @@ class Patch:
         Args:
             half: store the tensors as float16; `half_error` in `fmn.json` states what that loses, as a share of the
                 norm of all tensors.
-            tokens: learned tokens to ship beside the patch; by default none ever are, and those that an earlier patch
-                shipped from this folder go.
-            layout: of the names in a LoRA's file: "diffusers", or "kohya" for AUTOMATIC1111, ComfyUI and others.
+            tokens: learned tokens to ship with the patch; none by default, and then an earlier patch's tokens are
+                removed from the folder.
+            layout: the naming in a LoRA's file: "diffusers", or "kohya" for AUTOMATIC1111, ComfyUI and others.
 
         Raises:
             ValueError: a value is too large for float16, `info` doesn't say the base model, `folder` is a file, or the
@@ -172,7 +172,7 @@ class Patch:
 
     @contextmanager
     def applied(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> Iterator[None]:
-        """Context in which `pipe` carries the patch, `scale` times (0 none, 1 as trained, beyond: stronger).
+        """Context in which `pipe` carries the patch, `scale` times (0: none, 1: as trained, more: stronger).
 
         Raises:
             PatchMismatchError: the patch was made for another base model (unless `force`), or doesn't fit.
@@ -187,13 +187,13 @@ class Patch:
             self._take_off(changed)
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
-        """Apply for good, until `remove`. Raises as `applied`; the pipeline is then left as it was."""
+        """Apply the patch until `remove`. Raises what `applied` raises; the pipeline is then left as it was."""
         scale = finite_number("scale", scale)
         self._check_fits(pipe, force)
         _rebuild(denoiser(pipe), [*applied_patches(pipe), (self, scale)], self.changed())
 
     def remove(self, pipe: DiffusionPipeline) -> None:
-        """Take the patch off again, exactly (bit for bit), whatever else is applied.
+        """Remove the patch again, exactly (bit for bit), whatever else is applied.
 
         Raises:
             ValueError: it isn't applied to this pipeline.
@@ -218,7 +218,7 @@ class Patch:
         return replace(self, tensors=tensors, info={**self.info, "scale": self.info.get("scale", 1.0) * factor})
 
     def with_metrics(self, metrics: Mapping[str, Any]) -> Patch:
-        """The same patch; its `fmn.json` says what was measured with it (`Report.to_metrics`). JSON values only."""
+        """The same patch, whose `fmn.json` says what was measured with it (`Report.to_metrics`); JSON values only."""
         return replace(self, info={**self.info, "metrics": dict(metrics)})
 
     def low_rank(self, rank: int, *, biases: bool = True) -> Patch:
@@ -229,7 +229,7 @@ class Patch:
         ||D - B A||_F / ||D||_F over all parameters, dropped ones included.
 
         Raises:
-            ValueError: the rank is no whole number from 1, or nothing is left.
+            ValueError: the rank isn't a whole number from 1, or nothing is left.
         """
         rank = whole_number("rank", rank, 1)
         differences, tensors, lost, whole = dict(self.differences()), {}, 0.0, 0.0
@@ -258,7 +258,7 @@ class Patch:
         """Refuse a wrong pipeline before anything is touched."""
         module, base = denoiser(pipe), self.info.get("base", {})
         component, here = base.get("component", denoiser_name(pipe)), denoiser_name(pipe)
-        # These two first: they are quickly mended, and there is no right fingerprint without.
+        # These two first: they are quickly fixed, and until then the fingerprint is wrong.
         if is_fused(module):
             raise PatchMismatchError("projections are fused, so a patch would have no effect: unfuse_qkv_projections()")
         if away := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
@@ -270,7 +270,7 @@ class Patch:
             raise PatchMismatchError(
                 f"the patch was made for the base model {base.get('name', '')} with fingerprint "
                 f"{base['fingerprint']}, this one has {fingerprint(pipe)}; load that model{older}, or pass force=True "
-                "to apply the patch all the same where its shapes fit")
+                "to apply the patch anyway if its shapes fit")
         if component != here:
             raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
         own = own_parameters(module)
@@ -293,7 +293,7 @@ def combine(patches: Sequence[Patch], weights: Sequence[float] | None = None) ->
 
     Raises:
         PatchMismatchError: they are not all for the same base model.
-        ValueError: there is none, or the weights are not one each.
+        ValueError: there are no patches, or not one weight for each.
     """
     if isinstance(patches, Patch) or not all(isinstance(patch, Patch) for patch in patches):
         raise ValueError("combine takes a list of patches, combine([one, other]); a folder is read by Patch.load")
@@ -348,7 +348,7 @@ def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[s
     """Give the parameters in `touched` the values that the patches in `stack` ask for; all or none.
 
     Raises:
-        ChangedWeightsError: something else changed one of them, so that its original can't be told any more.
+        ChangedWeightsError: something else changed one of them, so its original value is lost.
     """
     own, kept = own_parameters(module), dict(getattr(module, ORIGINALS, {}))
     check_reachable(module, own, touched)
@@ -384,7 +384,7 @@ def _rebuild(module: nn.Module, stack: list[tuple[Patch, float]], touched: set[s
 
 
 def _totals(stack: Iterable[tuple[Patch, float]], names: Collection[str]) -> dict[str, Tensor]:
-    """Parameter name -> what the patches in `stack` add to it. At scale 0 nothing, not a sum that rounds to it."""
+    """Parameter name -> what the patches in `stack` add to it. At scale 0 it is nothing, not a sum that rounds to 0."""
     return _summed((name, scale * difference) for patch, scale in stack if scale
                    for name, difference in patch.differences() if name in names)
 
@@ -399,6 +399,6 @@ def _values_before(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter]
     if lost := sorted(name for name, value in values.items() if value is None):
         raise ChangedWeightsError(
             f"something else changed {lost[0]} and {len(lost) - 1} other weights while they were patched (a LoRA fused "
-            "in, a training, weights loaded), so the patch can't be taken off exactly; nothing was touched: undo that "
+            "in, a training, weights loaded), so the patch can't be removed exactly; nothing was touched: undo that "
             "change first (unfuse_lora()), or load the model anew")
     return values

@@ -1,9 +1,9 @@
-"""Whether a model's own weights can be put back exactly in place of patched ones, whatever happened meanwhile.
+"""Whether a model's own weights can replace patched ones again exactly, whatever happened meanwhile.
 
-At removal, what stands in a weight is compared with what patches put there. Where both are the same the original comes
-back. Where they differ, what people usually do to a pipeline is tried on what was put there (it was moved to another
-precision; adapters were fused into it, or taken out again): if that gives just what stands there, the same is done to
-the original. Anything else can't be undone exactly and is told before a weight is touched.
+At removal, a weight's current value is compared with what patches put there. If both are the same, the original comes
+back. If they differ, we try on the patched value what people usually do to a pipeline (move it to another precision,
+fuse adapters into it or take them out again): if that gives exactly the current value, the same is done to the
+original. Anything else can't be undone exactly, and an error says so before a weight is touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NARROW = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class ChangedWeightsError(ValueError):
-    """Something else changed patched weights, so the model's own can't be put back exactly; nothing was touched."""
+    """Something else changed patched weights, so the model's own can't be restored exactly; nothing was touched."""
 
 
 def check_reachable(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter]], names: Collection[str]) -> None:
@@ -44,15 +44,15 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def fused_adapters(module: nn.Module, present: str) -> tuple[str, ...]:
-    """The adapters that are fused into the parameter that is called `present` now."""
+    """The adapters fused into the parameter whose current name is `present`."""
     return tuple(getattr(_layer(module, present), "merged_adapters", ()))
 
 
 def value_before(module: nn.Module, present: str, now: nn.Parameter, kept: Kept, difference: Tensor) -> Tensor | None:
-    """The original's values as they would be without a patch; None where what stands there can't be explained.
+    """The original's values as they would be without a patch; None if the current value can't be explained.
 
     Args:
-        difference: what the patches that are applied add to the original.
+        difference: what the applied patches add to the original.
     """
     own = kept.original.detach()
     if digest([now]) == kept.put:
@@ -67,7 +67,7 @@ def value_before(module: nn.Module, present: str, now: nn.Parameter, kept: Kept,
 
 
 def patched(original: Tensor, difference: Tensor) -> Tensor:
-    """The original with a difference, in the original's own precision."""
+    """The original plus a difference, in the original's own precision."""
     return (original.float() + difference.to(original.device)).to(original.dtype)
 
 
@@ -78,7 +78,7 @@ def _layer(module: nn.Module, present: str) -> nn.Module | None:
 
 
 def _histories(layer: nn.Module | None, fused: tuple[str, ...], dtype: torch.dtype) -> Iterator[list]:
-    """What may have been done to a weight: lists of dtypes it was cast to and tensors that were added to it."""
+    """What may have happened to a weight: lists of dtypes it was cast to and tensors added to it."""
     casts = [[dtype], *([narrow, dtype] for narrow in _NARROW if narrow != dtype)]
     yield from casts
     if layer is None or not hasattr(layer, "get_delta_weight"):

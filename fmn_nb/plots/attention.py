@@ -1,7 +1,7 @@
 """Attention in figures and in words: one map, a sheet of many, two compared, the matrices that they come from.
 
-Every function returns a figure and shows nothing by itself. Its attribute `words` says what it shows, for whom the
-figure isn't enough; `describe` and `comparison` say it of maps without a figure.
+Every function returns a figure and shows nothing by itself. Its attribute `words` says what it shows, for those who
+can't see it; `describe` and `comparison` describe maps without a figure.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fmn_nb.files import replacing
 from fmn_nb.models import as_image
 from fmn_nb.plots.style import MAP_COLOURS, MATRIX_COLOURS, InlineFigure, as_png, new_figure
 
-MAX_SHEET = 8  # panels along a side, beyond which a sheet shows evenly spaced ones
+MAX_SHEET = 8  # panels along a side; of more, a sheet shows evenly spaced ones
 DOWN, ACROSS = ("upper", "middle", "lower"), ("left", "centre", "right")
 
 
 def attention_map(values: np.ndarray, title: str = "attention", limit: float | None = None) -> InlineFigure:
-    """One map [height, width] with its scale, from 0 to `limit` (its own maximum where None)."""
+    """One map [height, width] with its scale, from 0 to `limit` (by default its own maximum)."""
     figure, (axes,) = new_figure(3.4, 2.9)
     _show_map(axes, values, title, limit or float(values.max()))
     figure.words = describe(values, title)
@@ -60,7 +60,7 @@ def overlay(image: Image.Image | np.ndarray | torch.Tensor, values: np.ndarray, 
 
 
 def map_picture(values: np.ndarray, image: Image.Image | None = None, side: int = 256) -> Image.Image:
-    """A map's colours, from its lowest to its highest value; before it the image, if given, with the map laid over it.
+    """A map in colours, from its lowest to its highest value; if an image is given, with the map over it on the left.
 
     It has no axes and needs no figure, so that an explorer answers at once.
 
@@ -87,8 +87,8 @@ def map_picture(values: np.ndarray, image: Image.Image | None = None, side: int 
 def token_panel(attention: AttentionRecord, *, image: int = 0, branch: str = "cond", **choice: object) -> InlineFigure:
     """One map for each token of an image's text (begin, words, end, and all padding together), on one scale.
 
-    The scale ends at the largest value of the words. A map that goes beyond, often the padding's, is drawn from its own
-    lowest to its own highest value, which its title names.
+    The scale ends at the largest value of the words. A map that exceeds it, often the padding's, is drawn from its own
+    lowest to its own highest value, and its title gives these.
     """
     text = attention.text(image, branch)
     shown = [(text.label(column), [column]) for column in sorted(text.begin + text.words + text.first_eot)]
@@ -113,7 +113,7 @@ def token_panel(attention: AttentionRecord, *, image: int = 0, branch: str = "co
 
 
 def _within(name: str, values: np.ndarray, limit: float) -> tuple[np.ndarray, str]:
-    """A map [height, width] and its title; beyond `limit`, the map stretched over the scale, and between what."""
+    """A map [height, width] and its title; beyond `limit`, the map stretched over the scale, and its range."""
     title, low, high = f"{name}\n{values.mean():.1%}", float(values.min()), float(values.max())
     if high <= limit:
         return values, title
@@ -145,7 +145,7 @@ def head_sheet(attention: AttentionRecord, phrase: str | Concept, *, image: int 
 
 def _by_layer(attention: AttentionRecord, phrase: str | Concept, axis: str, values: list[int],
               **choice: object) -> InlineFigure:
-    """A sheet with a row for each layer, and a column for each step or head; empty where a layer has no such head."""
+    """A sheet with a row for each layer and a column for each step or head; empty if a layer has no such head."""
     layers, values = _spread(attention.layers), _spread(values)
     rows = [[attention.select(phrase, layer=layer, **{axis: value}, **choice)
              if axis == "step" or value in attention.heads[layer] else None for value in values] for layer in layers]
@@ -155,7 +155,7 @@ def _by_layer(attention: AttentionRecord, phrase: str | Concept, axis: str, valu
 
 
 def _spread(items: Sequence) -> list:
-    """The items, or evenly spaced ones where there are more than a sheet holds."""
+    """The items, or evenly spaced ones if there are more than a sheet holds."""
     if len(items) <= MAX_SHEET:
         return list(items)
     return [items[index] for index in np.linspace(0, len(items) - 1, MAX_SHEET).round().astype(int)]
@@ -200,7 +200,7 @@ def qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Seq
     """One head of one layer as matrices: Q, K, the scores Q K^T / sqrt(d), A = softmax of each row, V and O = A V.
 
     Args:
-        query: [pixels, d]; evenly spaced pixels are shown where there are more than `rows`.
+        query: [pixels, d]; of more than `rows` pixels, evenly spaced ones are shown.
         key, value: [tokens, d].
         tokens: a label for each key.
 
@@ -317,7 +317,7 @@ def _name(phrase: str | Concept) -> str:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 def describe(attention_map: np.ndarray, name: str = "the phrase") -> str:
-    """A sentence on a map [height, width]: how much there is, where its peak is, how concentrated it is.
+    """A sentence on a map [height, width]: how much attention there is, where its peak is, how concentrated it is.
 
     Raises:
         ValueError: not a two-dimensional map.

@@ -1,4 +1,4 @@
-"""Drawn diagrams: what goes into what, in cross-attention, a map, re-steering, an evaluation, and other ways to forget.
+"""Diagrams of what goes into what, in cross-attention, a map, re-steering, an evaluation, and other ways to forget.
 
 A diagram is a table of boxes and arrows; `diagram` draws it on white paper, which dark pages show as a sheet.
 """
@@ -14,7 +14,7 @@ _FILLS = {"given": "#eef2f6", "computed": "#ffffff", "asked": "#fdf0d5"}
 
 
 class Box(NamedTuple):
-    """A box at a place of the grid (column from the left, row from the top): what it holds, and its part."""
+    """A box at a place of the grid (column from the left, row from the top), with its content and its part."""
 
     column: float
     row: float
@@ -23,7 +23,7 @@ class Box(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """Boxes by name, arrows as "from to" with what stands beside them, and the same in words."""
+    """Boxes by name, arrows as "from to" with their labels, and the same in words."""
 
     boxes: dict[str, Box]
     arrows: dict[str, str]

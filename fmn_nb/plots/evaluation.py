@@ -52,7 +52,7 @@ def collateral_figure(collateral: pd.DataFrame, most: int = 12) -> InlineFigure:
 
 
 def _who_lost(axes: Axes, losses: Sequence[str]) -> str:
-    """The losses in words. Where there are none the figure itself says so: nothing would be seen in it."""
+    """The losses in words. If there are none, the figure itself says so, since it would show nothing."""
     if losses:
         return f"Lost accuracy: {'; '.join(losses)}."
     axes.text(0.5, 0.6, "nobody lost anything", ha="center", va="center", transform=axes.transAxes, style="italic",
@@ -75,8 +75,8 @@ def _dots(axes: Axes, names: Sequence[str], before: Sequence[float], after: Sequ
 def similarity_figure(collateral: pd.DataFrame, concept: str) -> InlineFigure:
     """Change of accuracy of each name of the concept's domain against its similarity to the concept.
 
-    The up to four that lost most are named; where nobody did, the most similar. Raises ValueError where no
-    similarity is known.
+    It names up to four that lost most, or, if none lost, the most similar one. Raises ValueError if no similarity is
+    known.
     """
     rows = collateral.dropna(subset=["similarity"])
     if rows.empty or "change" not in rows:
@@ -124,7 +124,7 @@ def attention_figure(by_layer: pd.DataFrame) -> InlineFigure:
 def success_figure(attacks: Sequence[Any]) -> InlineFigure:
     """A row for each attack: the share before it (hollow) and after it (filled), with the latter's 95% interval.
 
-    A skipped attack's row says so and has no dots. `attacks` are `fmn_nb.attacks.Attack`; ValueError where there are
+    A skipped attack's row says so and has no dots. `attacks` are `fmn_nb.attacks.Attack`; ValueError if there are
     none.
     """
     if not attacks:
@@ -168,7 +168,7 @@ def relearning_figure(tables: Mapping[str, pd.DataFrame], title: str = "fine-tun
 def floor_figure(attacks: pd.DataFrame) -> InlineFigure:
     """What attacks achieve on the forgetting model (filled), an oracle (hollow) and the unchanged model (a stroke).
 
-    `attacks` is `OracleReport.attacks`: a row for each attack and budget. Raises ValueError where it is empty.
+    `attacks` is `OracleReport.attacks`: a row for each attack and budget. Raises ValueError if it is empty.
     """
     if attacks.empty:
         raise ValueError("no attacks to show")
@@ -238,7 +238,7 @@ def curves(report: Mapping[str, Any], over: int = 5, method: str = "fmn") -> Inl
     """What a fine-tune measured in each step (thin, with dots), and its mean over the last `over` steps (thick).
 
     Args:
-        report: a patch's `info["forgetting"]`: lists of numbers under "losses", "masses" and, where the fine-tune had
+        report: a patch's `info["forgetting"]`: lists of numbers under "losses", "masses" and, if the fine-tune had
             these terms, "anchor", "retain" and "towards".
         over: how many steps the thick line averages.
         method: the patch's (`info["settings"]["method"]`), which names its loss.

@@ -1,7 +1,7 @@
 """The look of every figure: figures that a notebook shows by themselves, one palette, grids of images, names of layers.
 
-Groups have the colours of Okabe and Ito's palette, which colour-blind readers tell apart, and each a marker that says
-the same. Maps and matrices are viridis and cividis, which keep their order for every kind of colour vision and in grey.
+Groups have the colours of Okabe and Ito's palette, which colour-blind readers can tell apart, and each its own marker.
+Maps and matrices use viridis and cividis, which keep their order for every kind of colour vision and in grey.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class InlineFigure(Figure):
     settings for the whole session.
 
     Attributes:
-        words: what the figure shows, in a sentence or two, for those to whom the figure says nothing; "" where the
-            function that made it leaves that to a table.
+        words: what the figure shows, in a sentence or two, for those who can't see it; "" if the function that made it
+            leaves that to a table.
     """
 
     words: str = ""
 
     def __repr__(self) -> str:
-        """The words: what a notebook keeps beside the picture, and what shows where pictures don't."""
+        """The words: what a notebook keeps beside the picture, and what is shown without pictures."""
         return self.words or super().__repr__()
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str] | None]:
-        """With few colours, a quarter of the bytes in a notebook; and the words, as the picture's alt in nbconvert."""
+        """The figure with few colours, a quarter of the bytes in a notebook, and the words as nbconvert's alt text."""
         buffer = io.BytesIO()
         with Image.open(io.BytesIO(as_png(self))) as full:
             few_colours(full, 128).save(buffer, format="PNG", optimize=True)
@@ -49,7 +49,7 @@ class InlineFigure(Figure):
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1,
                **shared: object) -> tuple[InlineFigure, list[Axes]]:
-    """An empty figure of that many inches and its axes row by row; nothing overlaps, and pyplot has no trace of it.
+    """An empty figure of this size in inches and its axes row by row; nothing overlaps, and pyplot keeps no trace.
 
     `shared` goes to `Figure.subplots`.
     """

@@ -1,8 +1,7 @@
 """Forgetting against keeping in one figure, whether its points are a model's variants, concepts or a sweep's runs.
 
-To the right stands what is forgotten, upwards what is kept; the aim is the upper right corner. A group of points has a
-colour and a marker. The sweep's two other figures, along a parameter and against a cost, show their points the same
-way.
+Further right is more forgotten, higher is more kept; the aim is the upper right corner. A group of points has a colour
+and a marker. The sweep's two other figures, along a parameter and against a cost, show their points in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 
 from fmn_nb.plots.style import InlineFigure, look, new_figure
 
-NAMED = 5  # so many points of each preset are named: those furthest from the corner
+NAMED = 5  # this many points of each preset are named: those furthest from the corner
 CORNER = 0.12  # a point nearer than this to its ceiling needs no name
 MOST_INSIDE, COLUMNS_BELOW = 12, 4  # entries of a legend inside the axes; columns of one below them
 NAMES = {"ua": "forgotten: UA", "ira": "kept nearby: IRA", "cra": "kept elsewhere: CRA", "h": "harmonic mean: H",
@@ -71,7 +70,7 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
 
 
 def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
-    """What each preset costs and gives: a point for each; H upwards with its 95% interval over concepts, to the right
+    """What each preset costs and gives, one point each: H upwards with its 95% interval over concepts; to the right,
     the seconds of forgetting in one panel and the patch's bytes in the other.
 
     Args:
@@ -102,11 +101,11 @@ def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
 
 def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | None = None,
                        along: str | None = None) -> InlineFigure:
-    """Two panels, UA to the right in both: IRA upwards in one, CRA in the other. A point a run, with both intervals.
+    """Two panels with UA to the right: IRA upwards in one, CRA in the other. One point per run, with both intervals.
 
     Args:
         by: the column of `runs` whose values have a colour each.
-        along: the column in whose order the points of a colour are joined.
+        along: the column whose order joins the points of a colour.
 
     Raises:
         ValueError: no run has UA, IRA and CRA.
@@ -133,7 +132,7 @@ def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | Non
 
 
 def _legend(axes: Axes, place: str = "best", title: str | None = None) -> None:
-    """A legend inside the axes, or below the figure where it would cover the points."""
+    """A legend inside the axes, or below the figure if it would cover the points."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) <= MOST_INSIDE:
         axes.legend(fontsize=8, loc=place, title=title)
@@ -150,9 +149,9 @@ def _square(kept: str = NAMES["kept"], least: float = 0.0) -> dict[str, object]:
 
 
 def _points(axes: Axes, points: pd.DataFrame, line: str = "none") -> None:
-    """Each group's points in its look, and their names in its colour.
+    """Draw each group's points in its look, and their names in its colour.
 
-    Columns group, x, y, name and, where there are intervals, x_low, x_high and so on.
+    Columns: group, x, y, name and, if there are intervals, x_low, x_high and so on.
     """
     for number, (group, rows) in enumerate(points.groupby("group", sort=False)):
         colour, marker = look(number)
@@ -173,7 +172,7 @@ def measure_along(measures: pd.DataFrame, runs: pd.DataFrame, measure: str, alon
     """A measure after forgetting along a parameter, with each run's interval; a dashed line for the mean before.
 
     Raises:
-        ValueError: no finished run has the measure, or `along` is no column of the runs.
+        ValueError: no finished run has the measure, or the runs have no column `along`.
     """
     table = _axis(measures, measure, "y")
     runs = runs[runs.index.isin(table.index)]

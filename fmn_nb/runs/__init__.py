@@ -1,4 +1,4 @@
-"""Notebooks in batches: runs, sweeps, their folders, metrics and pages, and what works on this machine."""
+"""Notebooks in batches: runs, sweeps, their folders, metrics and pages, and the check of this machine."""
 
 import lazy_loader
 

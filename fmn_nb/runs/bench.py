@@ -1,4 +1,4 @@
-"""A notebook's bench: what several notebooks begin with, and what they do with each figure."""
+"""A notebook's bench: how several notebooks begin, and what they do with each figure."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORACLE = "emoji-oracle"
-STAND_IN = "emoji", "cat"  # the model and the concept to show things on where the chosen model can't
-JOINT = "emoji-joint"  # the stand-in of what is shown on joint attention
+STAND_IN = "emoji", "cat"  # the model and the concept to show things on if the chosen model can't
+JOINT = "emoji-joint"  # the stand-in for what is shown on joint attention
 #: what a notebook may need of its model -> whether a pipeline has it
 NEEDS: dict[str, Callable[[DiffusionPipeline], bool]] = {
     "judge": lambda pipe: world_of(pipe) is not None,
@@ -35,12 +35,12 @@ NEEDS: dict[str, Callable[[DiffusionPipeline], bool]] = {
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a notebook was asked for, and the model and concept on which it can show everything.
+    """What a notebook was asked for, and a model and concept on which it can show everything.
 
     Attributes:
         pipe, target, folder: the chosen model, the concept, and the run's folder.
-        bench, subject: the same model and concept where the model has what the notebook needs, else a bundled model
-            that has it and "cat".
+        bench, subject: the same model and concept if the model has what the notebook needs; otherwise "cat" and a
+            bundled model that has it.
         cache: the folder that keeps what the unchanged model draws, or None.
     """
 
@@ -66,7 +66,7 @@ class Lesson:
         return Session.of(self.bench, **sampling)
 
     def oracle(self) -> tuple[DiffusionPipeline | None, str]:
-        """The bundled oracle, "" where it never learned the bench's concept; else None, and why there is none."""
+        """The bundled oracle and "" if it never learned the bench's concept; otherwise None, and why there is none."""
         try:
             pipe = load(ORACLE)
         except UnknownModelError as missing:
@@ -75,14 +75,14 @@ class Lesson:
         return (None, reason) if reason else (pipe, "")
 
     def patch(self, preset: str, seed: int) -> Patch:
-        """The bench's patch: the run's own where an earlier notebook left it, else a new one."""
+        """The bench's patch: the run's own if an earlier notebook left it, otherwise a new one."""
         return patch_for(self.bench, self.subject, self.folder, preset, seed)
 
     def keep(self, name: str, figure: Figure, alt: str = "") -> Figure:
-        """Save a figure among the run's images, described by `alt` or by its own words, and give it back to be shown.
+        """Save a figure among the run's images, described by `alt` or by its own words, and return it to be shown.
 
         Raises:
-            ValueError: neither `alt` nor the figure says what is to be seen.
+            ValueError: neither `alt` nor the figure says what it shows.
         """
         save_image(self.folder, name, figure, alt=alt or getattr(figure, "words", ""))
         return figure

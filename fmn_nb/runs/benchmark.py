@@ -1,13 +1,13 @@
 """The results table of all concepts by one command: `fmn-nb benchmark`.
 
-A job forgets one concept with one preset and one seed (`fmn_nb.runs.measure`). Here: which jobs there are, and what is
-made of their results. Killed at any moment and started again, the command goes on where it stood and ends in the same
-table.
+A job forgets one concept with one preset and one seed (`fmn_nb.runs.measure`). This file says which jobs there are, and
+makes the table of their results. Killed at any moment and started again, the command continues where it was and ends in
+the same table.
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
     OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
     OUT/excess.csv                      what attacks find above an oracle's floor, where there was one
-    OUT/*.png                           forgetting against keeping, every concept a point; what each preset costs
+    OUT/*.png                           forgetting against keeping, one point per concept; what each preset costs
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "settings.yaml"
 TABLE_FILE, RESULTS_FILE, EXCESS_FILE = "results.csv", "results.json", "excess.csv"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
-TUNED_ON = "tuned_on"  # in the settings file: the concepts by which its settings were chosen, in no mean
+TUNED_ON = "tuned_on"  # in the settings file: the concepts that its settings were chosen on, left out of means
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
 SCHEMA = 1
-#: of every row, with its 95% interval beside it
+#: every row's figures with a 95% interval beside them
 SHARES = ("ua", "ira", "cra", "h")
 #: what differs between two machines, or two runs on one
 COSTS = ("seconds", "peak_memory_bytes")
@@ -63,8 +63,8 @@ class Job:
     """One concept, one preset, one seed.
 
     Attributes:
-        towards: for an ambiguous word the reading that is to show instead (a correction), else None.
-        settings: the preset's, with the overrides that were asked for.
+        towards: for an ambiguous word, the reading to show instead (a correction); otherwise None.
+        settings: the preset's settings with the overrides asked for.
         draws: it draws all references and retain images itself, so that its seconds say what the preset costs (jobs of
             the first seed); others take what an earlier job drew. The patch is the same.
     """
@@ -88,7 +88,7 @@ class Job:
         return "word" if self.towards else self.concept.kind
 
     key = name  # what a worker knows it by
-    heeds_stop = False  # it has nothing to keep: a worker is ended in the middle of it
+    heeds_stop = False  # it has nothing to keep, so a worker is ended in the middle of it
 
     @property
     def out(self) -> Path:
@@ -103,10 +103,10 @@ def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Seq
 
     Args:
         vocabulary: the names of the model's world.
-        concepts: names or groups (objects, styles, identities, words); all four groups where empty.
+        concepts: names or groups (objects, styles, identities, words); by default all four groups.
         presets: names of presets, or of variants that `overrides` define.
-        overrides: preset -> settings to replace (`read_overrides`). One that says which "preset" it changes is a
-            variant, with a name of its own; one that names "seeds" is made with these alone, of those asked for.
+        overrides: preset -> settings to replace (`read_overrides`). An entry that says which "preset" it changes is a
+            variant with a name of its own; an entry with "seeds" uses only these of the seeds asked for.
 
     Raises:
         ValueError: an unknown name, size or seed, or nothing to do; the text lists what there is.
@@ -114,7 +114,7 @@ def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Seq
     """
     overrides, seeds = overrides or {}, [checked_seed(seed) for seed in dict.fromkeys(seeds)]
     if size not in REPEATS:
-        raise ValueError(f"{size!r} is no size of evaluation; choose quick or full")
+        raise ValueError(f"{size!r} is not a size of evaluation; choose quick or full")
     if unused := [name for name in overrides if name not in presets]:
         raise SettingsError(f"settings for '{unused[0]}', which isn't asked for; presets: {', '.join(presets)}")
     settings = {preset: settings_of(preset, overrides.get(preset, {})) for preset in presets}
@@ -123,12 +123,12 @@ def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Seq
             for seed in seeds for concept, towards in known for preset in settings
             if seed in overrides.get(preset, {}).get(_SEEDS, seeds)]
     if not jobs:
-        raise ValueError(f"nothing to do: no preset is made with the seeds {seeds}, by its settings")
+        raise ValueError(f"nothing to do: by their settings, none of the presets uses the seeds {seeds}")
     return jobs
 
 
 def _concepts(vocabulary: Vocabulary, wanted: Sequence[str]) -> list[tuple[Concept, str | None]]:
-    """The concepts that are meant, groups spelled out and each once, ambiguous words with their other reading."""
+    """The wanted concepts, with groups spelled out and each once, ambiguous words with their other reading."""
     groups = {"objects": vocabulary.objects, "styles": vocabulary.styles, "identities": vocabulary.names,
               "words": tuple(vocabulary.readings)}
     kinds = vocabulary.concepts()
@@ -151,16 +151,16 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
                    presets: Sequence[str] = tuple(PRESETS)) -> dict[str, dict[str, Any]]:
     """Settings to replace, preset -> name -> value, from a YAML or JSON file and from texts "preset.name=value".
 
-    The file may hold more presets than are asked for (["all"] asks for everything in it); the texts, which replace what
-    the file says, may not. Settings under another name are a variant of the preset that they name:
+    The file may hold more presets than are asked for (["all"] asks for everything in it); the texts, which override the
+    file, may not. Settings under another name are a variant of the preset that they name:
 
-        tuned_on: [cat]       # concepts by which the settings were chosen (`tuned_on`)
+        tuned_on: [cat]       # concepts that the settings were chosen on (`tuned_on`)
         paper:
           learning_rate: 1e-4
         paper-words:
           preset: paper
           positions: [words]
-          seeds: [0]          # whatever seeds are asked for, it is made with this one alone
+          seeds: [0]          # whatever seeds are asked for, it uses only this one
 
     Raises:
         SettingsError: the file or a text isn't of this shape, names an unknown preset, or gives a variant a name that
@@ -176,8 +176,8 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
         if str(preset) not in PRESETS:
             raise SettingsError(f"no preset '{preset}'; there are {', '.join(PRESETS)}")
         if not re.fullmatch(r"[\w.-]+", str(name)) or name == EVERYTHING or (name in PRESETS and preset != name):
-            raise SettingsError(f"'{name}' is no name for a variant of '{preset}': letters, digits, '.', '-' and '_', "
-                                f"but not {EVERYTHING} or another preset's")
+            raise SettingsError(f"'{name}' can't name a variant of '{preset}': use letters, digits, '.', '-' and '_', "
+                                f"but not {EVERYTHING} or another preset's name")
     if list(presets) != [EVERYTHING]:
         content = {preset: settings for preset, settings in content.items() if preset in presets}
     for text in single:
@@ -190,7 +190,7 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
 
 
 def tuned_on(file: Path | None) -> list[str]:
-    """The concepts by which a settings file's settings were chosen, as it says; none where it says nothing."""
+    """The concepts that a settings file says its settings were chosen on; none if it says nothing."""
     return list((read_yaml(file) or {}).get(TUNED_ON, ())) if file is not None else []
 
 
@@ -199,24 +199,24 @@ def tuned_on(file: Path | None) -> list[str]:
 
 def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping[str, Any], limit: int | None = None,
                   workers: int = 1, log: Callable[[str], None] = print) -> Path:
-    """Do what is not done yet, at most `limit` jobs, and write the table of all that is done; returns its file.
+    """Do the jobs that are not done yet, at most `limit`, and write the table of all done jobs; returns its file.
 
     Args:
-        out: the folder of the table, the figures and how they were made.
-        made: goes into results.json, such as the command and the concepts of `tuned_on`.
-        workers: how many jobs at a time, which share the cores; one is done in this process.
-        log: told a line for each job.
+        out: the folder of the table, the figures and the record of how they were made.
+        made: what goes into results.json, such as the command and the concepts of `tuned_on`.
+        workers: how many jobs run at a time and share the cores; a single one runs in this process.
+        log: gets a line for each job.
 
     Raises:
-        BenchmarkError: some jobs failed (after the others were done and the table written); they are tried again
-            when started again. Also when nothing at all is done.
+        BenchmarkError: some jobs failed (after the others were done and the table written); the next start tries them
+            again. Also if nothing at all is done.
         Stopped: a KeyboardInterrupt came; what is done is kept.
     """
     from fmn_nb.runs.executors import executed
 
     def finished() -> str:
         done = sum(bench.stored(job) is not None for job in jobs)
-        return f"{done} of {len(jobs)} jobs finished; the same command goes on"
+        return f"{done} of {len(jobs)} jobs finished; the same command continues"
 
     todo, failures = [job for job in jobs if bench.stored(job) is None][:limit], []
     log("\n".join(schedule(bench, jobs, workers, limit)))
@@ -241,9 +241,9 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
 
 
 def schedule(bench: Bench, jobs: Sequence[Job], workers: int = 1, limit: int | None = None) -> list[str]:
-    """What is to be done, and how long it takes by the jobs of the same presets that were ever done in the work folder.
+    """What there is to do and how long it will take, judging by done jobs of the same presets in the work folder.
 
-    A line for each preset and one for all.
+    It has a line for each preset and one for all.
     """
     from fmn_nb.runs.progress import readable_time
 
@@ -274,7 +274,7 @@ def _described(job: Job, result: Mapping[str, Any]) -> str:
 
 def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapping[str, Any],
                    told: Mapping[str, Any]) -> Path:
-    """The table of the jobs that are done as CSV, how it was made as JSON, and the figures."""
+    """Write the table of the done jobs as CSV, how it was made as JSON, and the figures."""
     from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 
     table = table_of(found, made.get(TUNED_ON, ()))
@@ -300,9 +300,9 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
 
 def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
     """A row per job: concept, kind, preset, seed, figures with 95% intervals, costs, what the method needs; whether it
-    drew all images itself, so that its seconds say everything, and whether settings were tuned on its concept.
+    drew all images itself, so that its seconds are complete, and whether settings were tuned on its concept.
 
-    Empty cells: not measured.
+    An empty cell means not measured.
     """
     import pandas as pd
 
@@ -374,13 +374,12 @@ def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, 
 
 
 def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each preset, over all concepts and by kind: how many, each figure's mean over concepts, and which reached the
-    smallest share of its ceiling; over all, how it differs from every other preset (`against`).
+    """For each preset, over all concepts and by kind: how many there are, each figure's mean over concepts, and which
+    concept reached the smallest share of its ceiling; over all, how it differs from every other preset (`against`).
 
-    Concepts that settings were tuned on count only where there are no others. Seconds are those of jobs that drew all
-    images themselves, where there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
-    averaged first): they say how much the mean depends on which concepts are forgotten, and are left out for a single
-    concept.
+    Concepts that settings were tuned on count only if there are no others. Seconds are those of jobs that drew all
+    images themselves, if there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
+    averaged first): they say how much the mean depends on which concepts are forgotten. A single concept has none.
     """
     if "tuned_on" in table and not table["tuned_on"].all():
         table = table[~table["tuned_on"]]
@@ -401,9 +400,10 @@ def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
-    """Other preset -> this one's figures minus the other's, on the concepts and seeds that both were made with.
+    """Other preset -> this one's figures minus the other's, on the concepts and seeds that both have.
 
-    The mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over concepts.
+    It is the mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over
+    concepts.
     """
     pairs = table.set_index(["concept", "seed"])
     own, found = pairs[pairs["preset"] == preset], {}

@@ -63,7 +63,7 @@ def python() -> Check:
 
 
 def packages() -> Check:
-    """The dependencies are there, and in the versions that this package asks for."""
+    """The dependencies are there, in versions that this package accepts."""
     from packaging.requirements import Requirement
 
     missing, other = [], []
@@ -98,7 +98,7 @@ def _untested() -> list[str]:
 
 
 def constraints_file() -> Path:
-    """constraints.txt, which stands beside data/ in a checkout and in a wheel."""
+    """constraints.txt, which is beside data/ in a checkout and in a wheel."""
     return data_dir().parent / "constraints.txt"
 
 
@@ -134,16 +134,16 @@ def machine() -> Check:
 
 
 def kernel() -> Check:
-    """Kernels start, and import this very package; a note where JupyterLab starts another Python than runs do."""
+    """Kernels start and import this very package; a note if JupyterLab starts another Python than runs do."""
     try:
         theirs = Path(ask_kernel("import fmn_nb; print(fmn_nb.__file__)"))
     except Exception as error:  # noqa: BLE001  a kernel can fail in as many ways as its system
-        return Check("kernel", "failed", f"it starts, but gives no answer: {type(error).__name__}: {error}",
+        return Check("kernel", "failed", f"it starts, but doesn't answer: {type(error).__name__}: {error}",
                      f"see what it says: {sys.executable} -m ipykernel; then pip install -c constraints.txt .")
     ours = Path(fmn_nb.__file__)
     if theirs.resolve() != ours.resolve():
         return Check("kernel", "failed", f"notebooks import {theirs}, this command {ours}",
-                     "install the one that is meant into this environment, and unset PYTHONPATH where it names another")
+                     "install the right one into this environment, and unset PYTHONPATH if it names another")
     if (other := _other_kernel()) is not None:
         return Check("kernel", "note", f"runs start this Python, JupyterLab's kernel python3 starts {other}",
                      f"for JupyterLab: {sys.executable} -m ipykernel install --sys-prefix --name python3")
@@ -151,7 +151,7 @@ def kernel() -> Check:
 
 
 def _other_kernel() -> str | None:
-    """What the installed kernel python3 starts, where that is not this Python."""
+    """What the installed kernel python3 starts, if that is not this Python."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     try:
@@ -164,7 +164,7 @@ def _other_kernel() -> str | None:
 
 
 def widgets() -> Check:
-    """Widgets can be shown in JupyterLab, where that is installed."""
+    """Widgets can be shown in JupyterLab, if that is installed."""
     version = metadata.version("ipywidgets")
     try:
         lab = metadata.version("jupyterlab")
@@ -196,7 +196,7 @@ def data() -> Check:
 
 
 def named_model(name: str) -> Check:
-    """The model that was asked about can be loaded, where it is small; else, is here or can be had on the hub."""
+    """The model asked about can be loaded if it is small; a large one is here or available on the hub."""
     try:
         place = resolve(name)
         if isinstance(place, str):
@@ -220,11 +220,11 @@ def named_model(name: str) -> Check:
     found = f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights" + (
         f", as {variant} variants" if variant else "")
     if size <= _MOST_LOADED and (fault := _fault_in_loading(name)):
-        return Check("model", "failed", fault, "get the model's folder again, or mend what this line names")
+        return Check("model", "failed", fault, "get the model's folder again, or fix what this line names")
     if untrained := _fault_in_training(place):
         return Check("model", "note", f"{found}: it draws and is recorded, but can't forget", untrained)
     if size > _MOST_LOADED:
-        return Check("model", "note", f"{found}, too many to be tried here", "the first run loads them")
+        return Check("model", "note", f"{found}, too many to try here", "the first run loads them")
     return Check("model", "ok", f"{found}, loaded")
 
 
@@ -235,7 +235,7 @@ def _variant(folder: Path) -> str | None:
 
 
 def _fault_in_training(place: Path) -> str | None:
-    """Why the model in a folder can't be trained, by its scheduler; None where it can."""
+    """Why the model in a folder can't be trained, judging by its scheduler; None if it can."""
     import diffusers
 
     from fmn_nb.models import Noising, UnsupportedPipelineError
@@ -250,7 +250,7 @@ def _fault_in_training(place: Path) -> str | None:
 
 
 def _fault_in_loading(name: str) -> str | None:
-    """What `load` says of a model that it can't load, in one line; None where it can."""
+    """What `load` says about a model that it can't load, in one line; None if it can."""
     from fmn_nb.models.pipelines import load
 
     try:
@@ -262,7 +262,7 @@ def _fault_in_loading(name: str) -> str | None:
 
 
 def _folder_of(part: str, place: Path, index: dict) -> Path:
-    """Where a part of the model in the folder `place` stands: there, or in the bundled model that has the rest."""
+    """Where a part of the model in the folder `place` is: there, or in the bundled model that has the rest."""
     shared = bundled_models().get(index.get(REST, {}).get("of"))
     return place / part if shared is None or (place / part).is_dir() else shared / part
 

@@ -3,7 +3,7 @@
 Every worker takes one run at a time, and its kernels their own processes, so workers are started with one thread.
 All workers must see the sweep's folder under the same path, or its URL. A worker that dies is replaced, and its run is
 tried again; only a run that takes its worker down each time is given up. Workers end with the process that started
-them, and kernels with their workers, whatever ended these. Where the sweep is stopped, its runs are asked to stop.
+them, and kernels with their workers, however these end. If the sweep is stopped, its runs are asked to stop.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from distributed import Client
 
 Attempt = Callable[[Plan], str | None]
-Outcome = tuple[Plan, str | None]  # a run and its error, None when it is finished
+Outcome = tuple[Plan, str | None]  # a run and its error; None if it is finished
 ATTEMPTS = 3  # how often a run may take its worker down with it
-ASK_EVERY = 1.0  # seconds between two questions how many workers there are
-QUICK, HANDFUL = 5, 10  # where a worker had more than so many runs in that time, it gets so many at once
-WORKER_PATIENCE = 60  # seconds for a scheduler that exists to have its first worker
+ASK_EVERY = 1.0  # seconds between two checks of how many workers there are
+QUICK, HANDFUL = 5, 10  # a worker that finished more than QUICK runs in that time gets HANDFUL at once
+WORKER_PATIENCE = 60  # seconds for an existing scheduler to get its first worker
 STOP_PATIENCE = 3.0  # seconds that runs get to stop; they take about one
 KILLED = f"its worker process was killed {ATTEMPTS} times (out of memory?); look at memory limits"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by which a user says how threads wait
-SPINS = "300"  # fewer cost a process that is alone, more those beside each other (tests/speed/bench_runs.py cores)
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # with these, a user says how threads wait
+SPINS = "300"  # fewer slow a process that is alone, more slow those that run together (tests/speed/bench_runs.py cores)
 
 
 def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: str | None = None,
@@ -57,12 +57,12 @@ def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: st
 
     Args:
         attempt: executes one run and returns its error; it is called in a worker.
-        workers: how many runs at a time, where workers are started here.
-        scheduler: the address of an existing scheduler; it wins over `block`.
-        block: the specification's cluster: `kind` ("local" where there is none, "slurm", or "scheduler" with an
-            `address`), `gpu: true` (a run takes its worker's one "GPU" resource, so that two runs never share a card),
-            and whatever the cluster's class takes.
-        begun: is told of every run that a worker gets.
+        workers: how many runs at a time, if workers are started here.
+        scheduler: the address of an existing scheduler; it takes precedence over `block`.
+        block: the specification's cluster: `kind` ("local" by default, "slurm", or "scheduler" with an `address`),
+            `gpu: true` (a run takes its worker's one "GPU" resource, so that two runs never share a card), and whatever
+            the cluster's class takes.
+        begun: is called with every run that a worker gets.
 
     Raises:
         SweepError: the scheduler, the cluster's package, or workers that could take the runs are not there.
@@ -97,10 +97,10 @@ def executed(todo: Iterable[Plan], attempt: Attempt, workers: int, scheduler: st
 
 def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], tries: int,
              begun: Callable[[Plan], Any]) -> Iterator[Outcome]:
-    """Submit a run for each worker, and the next ones when some end; very quick ones go by handfuls.
+    """Submit a run for each worker, and more when some end; very quick ones go in handfuls.
 
-    A worker that dies counts against every run it holds. So those that Dask gives up are tried again one at a
-    time, `tries` times, and only the one that takes its worker down with it each time is given up.
+    A worker that dies counts against every run it holds. So the runs that Dask gives up are tried again one at a time,
+    `tries` times, and only the run that takes its worker down each time is given up.
     """
     from distributed import KilledWorker, as_completed
 
@@ -148,7 +148,7 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
 
 
 def _stop(client: Client, under_way: Mapping[Any, list[Plan]]) -> None:
-    """Ask the runs that workers hold to stop, and give those that heed it the time that it takes."""
+    """Ask the runs that workers hold to stop, and give those that heed it the time they need."""
     from distributed import wait
 
     heeding = {future: [plan.out for plan in plans if getattr(plan, "heeds_stop", True)]
@@ -202,7 +202,7 @@ def _local(options: Mapping[str, Any], workers: int, slots: int, gpu: bool) -> I
 
 
 def _end_workers(cluster: Any) -> None:
-    """End the cluster's processes at once, whatever they compute: asked to, a busy one would go on for seconds."""
+    """End the cluster's processes at once, whatever they compute: if only asked, a busy one would go on for seconds."""
     for nanny in cluster.workers.values():
         nanny.auto_restart = False
         if nanny.pid:
@@ -211,7 +211,7 @@ def _end_workers(cluster: Any) -> None:
 
 
 def _slurm(options: dict[str, Any], gpu: bool) -> AbstractContextManager[Any]:
-    """One worker a Slurm job, and one run at a time in it, which has all the job's cores."""
+    """One worker per Slurm job, with one run at a time, which has all the job's cores."""
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
@@ -221,7 +221,7 @@ def _slurm(options: dict[str, Any], gpu: bool) -> AbstractContextManager[Any]:
 
 
 def _check_workers(client: Client, address: str, gpu: bool) -> None:
-    """An existing scheduler has workers that can take the runs; nothing would ever start otherwise."""
+    """Check that an existing scheduler has workers that can take the runs; otherwise nothing would ever start."""
     start = f"dask worker {address} --nthreads 1" + (' --resources "GPU=1"' if gpu else "")
     try:
         client.wait_for_workers(1, timeout=WORKER_PATIENCE)
@@ -233,7 +233,7 @@ def _check_workers(client: Client, address: str, gpu: bool) -> None:
 
 
 def _cards(workers: int) -> list[str] | None:
-    """The cards of this machine, one for each worker; None where there is none. SweepError if there are too few."""
+    """The cards of this machine, one for each worker; None if there are none. SweepError if there are too few."""
     import torch
 
     count = torch.cuda.device_count()
@@ -244,9 +244,9 @@ def _cards(workers: int) -> list[str] | None:
 
 
 def _on_worker(attempt: Attempt, cards: list[str] | None, sharing: bool, plans: list[Plan]) -> list[str | None]:
-    """Execute runs in a Dask worker, whose kernels get the worker's share of the cores, and its own card.
+    """Execute runs in a Dask worker, whose kernels get the worker's share of the cores and its own card.
 
-    `sharing`: the worker was started by somebody else, so its share has to be found out.
+    `sharing`: somebody else started the worker, so its share must be found out.
     """
     from distributed import get_worker
 
@@ -262,13 +262,13 @@ def _on_worker(attempt: Attempt, cards: list[str] | None, sharing: bool, plans: 
 
 
 def dask_setup(worker: Any) -> None:
-    """Dask calls this in a local worker that starts."""
+    """Dask calls this in each local worker at its start."""
     leave_signals_to_parent()
     atexit.register(gc.freeze)  # the last garbage collection takes long, and frees what the system frees anyway
 
 
 def _own_share() -> dict[str, str]:
-    """This worker's thread variables: of the cores it was given, or of the machine's, shared with its neighbours."""
+    """This worker's thread variables: for the cores it was given, or the machine's, shared with its neighbours."""
     from dask.system import CPU_COUNT
     from distributed import get_client, get_worker
 
@@ -303,16 +303,16 @@ def threads_each(workers: int) -> int:
 
 
 def thread_variables(threads: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that numeric libraries read, at most `threads` each; what the environment says is kept if lower."""
+    """The variables that numeric libraries read, at most `threads` each; lower values in the environment stay."""
     given = {name: environment.get(name, "") for name in THREADS}
     return {name: str(min(int(one), threads) if one.isdigit() and int(one) else threads) for name, one in given.items()}
 
 
 def patient_threads(environment: Mapping[str, str]) -> dict[str, str]:
-    """How long OpenMP's threads spin while they wait, unless the environment says how they are to wait.
+    """How long OpenMP's threads spin while they wait, unless the environment says how they should wait.
 
-    By default they spin for long, which is ruinous where others use the cores: the spinning keeps away the thread that
-    is waited for. This short they cost a process that is alone next to nothing, and two beside each other share the
+    By default they spin for a long time, which is ruinous if others use the cores: the spinning keeps away the thread
+    that they wait for. This short spinning costs a process that is alone next to nothing, and two processes share the
     cores. The number of threads, and so every result, stays the same.
     """
     return {} if any(environment.get(name) for name in _WAITING) else {"GOMP_SPINCOUNT": SPINS}

@@ -1,6 +1,6 @@
-"""The folder of a run and that of a sweep: the names of the files in them, what these say, and both as tables.
+"""The folders of a run and of a sweep: the names of their files, what these say, and both as tables.
 
-What was left is read as it is: failed and unfinished runs have their rows, and whatever can't be read is told.
+Reading takes what is there: failed and unfinished runs have their rows, and whatever can't be read is reported.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _NO_MEASURES = ("ci95", "skipped", "images", "features")
 
 
 class StateError(ValueError):
-    """A run.json that can't be read, or isn't what a run leaves."""
+    """A run.json can't be read, or isn't what a run leaves."""
 
 
 class Executed(Section):
-    """What run.json says of one notebook."""
+    """What run.json says about one notebook."""
 
     status: Text
     seconds: Amount = None
@@ -57,7 +57,7 @@ class Executed(Section):
 
 
 class RunSettings(Section):
-    """What a run is known by."""
+    """What identifies a run."""
 
     model: Text
     concept: Text
@@ -82,7 +82,7 @@ class State(Section):
 class RunFolder:
     """One run's folder: executed notebooks, `images/`, `metrics.json`, `report.html`, and `run.json` with its state.
 
-    Reading takes what is there: of a run that has not begun, state and metrics are empty.
+    Reading takes what is there: state and metrics of a run that has not begun are empty.
     """
 
     STATE, METRICS, IMAGES = "run.json", "metrics.json", "images"
@@ -102,27 +102,27 @@ class RunFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What run.json says; empty where there is none, or none that can be read."""
+        """What run.json says; empty if it is missing or can't be read."""
         return _read_or_empty(self.state_file)
 
     def checked_state(self) -> dict[str, Any]:
-        """What run.json says, held against its schema (`State`). StateError, naming the place, where it breaks it."""
+        """What run.json says, checked against its schema (`State`). StateError names the place that breaks it."""
         try:
             State.model_validate(state := read_json(self.state_file))
             return state
         except ValidationError as error:
-            raise StateError(f"{self.state_file} is no run's state: {first_fault(error, self.STATE)}") from None
+            raise StateError(f"{self.state_file} is not a run's state: {first_fault(error, self.STATE)}") from None
         except (OSError, ValueError) as error:
             raise StateError(str(error)) from None
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json says; empty where there is none, or none that can be read."""
+        """What metrics.json says; empty if it is missing or can't be read."""
         return _read_or_empty(self.metrics_file)
 
     @property
     def status(self) -> str | None:
-        """What the run's own file says of it."""
+        """What the run's own file says about it."""
         return self.state.get("status")
 
     def images(self) -> dict[str, Path]:
@@ -130,7 +130,7 @@ class RunFolder:
         return {path.stem: path for path in sorted((self.path / self.IMAGES).glob("[!.]*.png"))}
 
     def executed(self, notebook: str) -> str | None:
-        """The file of an executed notebook, whole or failed, by the notebook's file name; None where neither is."""
+        """The file of an executed notebook, whole or failed, by the notebook's file name; None if there is neither."""
         names = (notebook, notebook.removesuffix(".ipynb") + ".failed.ipynb")
         return next((name for name in names if (self.path / name).exists()), None)
 
@@ -138,7 +138,7 @@ class RunFolder:
         """The run as one flat row: folder, settings, parameters, status, seconds, error, and a finished run's figures.
 
         Args:
-            state: what run.json says, where that was read already.
+            state: what run.json says, if it was read already.
 
         Raises:
             ValueError, OSError, KeyError, TypeError: run.json or a finished run's metrics.json isn't whole.
@@ -154,7 +154,7 @@ class RunFolder:
         return row
 
     def earlier_row(self, plan: Plan, retry_failed: bool) -> Row | None:
-        """The row of a planned run that an earlier attempt finished, or saw fail and is not to retry; else None."""
+        """The row of a planned run that an earlier attempt finished, or that failed and isn't retried; else None."""
         state = self.state
         try:
             if state.get("status") == "failed" and not retry_failed:
@@ -188,11 +188,11 @@ def _read_or_empty(path: Path) -> dict[str, Any]:
 def record(out: str | os.PathLike[str], sections: dict[str, Any]) -> dict[str, Any]:
     """Merge `sections` into `out/metrics.json` and return the whole.
 
-    A section given again replaces the one that stood there, so that a rerun leaves no stale figure; only the
-    reasons under "skipped" add up. A reason goes when its section comes, or when None is given for it. Numpy and
-    torch scalars become plain numbers. The file is replaced in one step. Raises MetricsError, before anything is
-    written, for an unknown section, a NaN or an infinity (a metric that could not be computed is left out, with its
-    reason under "skipped") and for what JSON cannot hold.
+    A section given again replaces the earlier one, so that a rerun leaves no stale figure; only the reasons under
+    "skipped" add up. A reason goes when its section comes, or when None is given for it. Numpy and torch scalars become
+    plain numbers. The file is replaced in one step. Raises MetricsError, before anything is written, for an unknown
+    section, a NaN or an infinity (leave out a metric that could not be computed, with its reason under "skipped") and
+    for what JSON cannot hold.
     """
     unknown = sorted(set(sections) - set(SECTIONS))
     if unknown:
@@ -213,13 +213,13 @@ def save_image(out: str | os.PathLike[str], name: str, image: Image | Figure, al
     """Write `out/images/NAME.png` with its description inside (PNG text "Description") and return its path.
 
     The report groups images by the first word of their name: `before...`, `after...`, `attention...`, others.
-    `image` is a PIL image or a matplotlib figure; `alt` says in words what is to be seen, for readers who
-    cannot see it. Raises ValueError for an empty `alt` or a name that is no plain file name.
+    `image` is a PIL image or a matplotlib figure; `alt` says in words what it shows, for readers who cannot see it.
+    Raises ValueError for an empty `alt` or a name that isn't a plain file name.
     """
     if not alt.strip():
-        raise ValueError(f"image '{name}' needs a description: alt says in words what is to be seen")
+        raise ValueError(f"image '{name}' needs a description: say in alt what it shows")
     if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
-        raise ValueError(f"'{name}' is no image name: letters, digits, '-' and '_' only")
+        raise ValueError(f"'{name}' can't name an image: use only letters, digits, '-' and '_'")
     path = Path(out) / RunFolder.IMAGES / f"{name}.png"
     with replacing(path) as temporary:
         if hasattr(image, "savefig"):
@@ -243,7 +243,7 @@ def row_of(folder: str, settings: Mapping[str, Any], parameters: dict[str, Any],
 
 
 def failed_row(plan: Plan, error: str) -> Row:
-    """The row of a planned run that failed, whatever it left."""
+    """The row of a planned run that failed, whatever it left behind."""
     return row_of(plan.out.name, plan.settings, plan.parameters, "failed", error)
 
 
@@ -263,7 +263,7 @@ def write_table(folder: Path, rows: Iterable[Row]) -> list[Path]:
 
 
 class SweepReadingError(ValueError):
-    """The folder holds no sweep, or none that can be read; the text says what was looked for."""
+    """The folder holds no sweep, or none that can be read; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -271,14 +271,14 @@ class SweepResults:
     """What a sweep left.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         planned: how many runs its specification has.
         varied: names of the settings and parameters that differ between its runs.
         notebooks: what one run executes.
-        runs: a row a run, by the name of its folder: status (done, failed, unfinished), seconds, error, settings,
+        runs: a row per run, by the name of its folder: status (done, failed, unfinished), seconds, error, settings,
             parameters, and every figure of its `metrics.json` under its flat name ("after.ua", "forgetting.seconds").
-        specification: what was asked for, as it stood in the sweep's file, but for the cluster.
-        notes: what couldn't be read, and how it was made up for.
+        specification: what was asked for, as in the sweep's file, without the cluster.
+        notes: what couldn't be read, and what was read instead.
     """
 
     folder: Path
@@ -314,17 +314,17 @@ class SweepResults:
         return table.dropna(subset=["value"]).reset_index(drop=True)
 
     def label(self, run: str) -> str:
-        """A run by what sets it apart: "concept cat, steps 5"; its folder's name where nothing does."""
+        """What sets a run apart: "concept cat, steps 5"; its folder's name if nothing does."""
         row = self.runs.loc[run]
         return ", ".join(f"{name} {_readable(row.get(name))}" for name in self.varied) or run
 
     def images(self, run: str) -> dict[str, Path]:
-        """The run's images by name, in alphabetical order; none where they weren't kept."""
+        """The run's images by name, in alphabetical order; none if they weren't kept."""
         return RunFolder(self.folder / run).images()
 
 
 def read_sweep(folder: str | Path) -> SweepResults:
-    """Read the folder that `fmn-nb sweep` wrote, whatever became of it.
+    """Read the folder that `fmn-nb sweep` wrote, in whatever state it is.
 
     Raises:
         SweepReadingError: no such folder, or no readable `sweep.json` in it.
@@ -371,7 +371,7 @@ def _listed(folder: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _found(folder: Path, known: set[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The runs that have a folder and no row, and what couldn't be read of them."""
+    """The runs that have a folder but no row, and what couldn't be read of them."""
     import pandas as pd
 
     rows, notes = [], []

@@ -21,18 +21,18 @@ from fmn_nb.runs.executors import patient_threads
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path: systems take 103 or 107
 _SOCKET = "fmn-12345678/kernel-ipc-5"  # what comes below the folder of temporary files
 _SOCKETS = "kernel-ipc-*"
-GRACE = 0.5  # seconds that a running cell has to end by itself
+GRACE = 0.5  # seconds for a running cell to end by itself
 
 
 class _ThisPython:
     @cached_property
     def kernel_spec(self) -> KernelSpec:
-        """What starts ipykernel in this process's own Python; installed kernelspecs are not looked at."""
+        """The spec that starts ipykernel in this process's own Python; installed kernelspecs are ignored."""
         return KernelSpec(**get_kernel_dict(), env=patient_threads(os.environ))
 
 
 class OwnKernel(_ThisPython, AsyncKernelManager):
-    """A manager of one kernel, as nbclient wants it."""
+    """A manager of one kernel, as nbclient needs it."""
 
 
 class _BlockingKernel(_ThisPython, KernelManager):
@@ -43,7 +43,7 @@ class _BlockingKernel(_ThisPython, KernelManager):
 def kernel_transport() -> Iterator[tuple[Path, dict[str, Any]]]:
     """A private folder and kernel manager settings: Unix sockets in it, since another kernel can take a TCP port.
 
-    A socket's path may be so long and no longer. Where no folder is short enough, TCP has to do.
+    The length of a socket's path is limited. If no folder is short enough, TCP is used.
     """
     place = _socket_place()
     with tempfile.TemporaryDirectory(prefix="fmn-", dir=place, ignore_cleanup_errors=True) as folder:
@@ -52,7 +52,7 @@ def kernel_transport() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _socket_place() -> str | None:
-    """The first folder for temporary files that is short enough for sockets; None where there is none."""
+    """The first folder for temporary files that is short enough for sockets; None if there is none."""
     if os.name != "posix":
         return None
     usual = [os.path.join(os.sep, *parts) for parts in (("tmp",), ("var", "tmp"), ("dev", "shm"))]
@@ -67,7 +67,7 @@ def end_kernel(folder: Path, waited: float) -> None:
     """Interrupt the kernel whose connection file is in `folder`; after `GRACE` seconds, kill it and its children.
 
     Args:
-        waited: seconds since it was first asked; call again until whoever waits for the kernel is through.
+        waited: seconds since it was first asked; call again until whoever waits for the kernel is done.
     """
     for kernel in _kernels(folder):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -88,7 +88,7 @@ def _kernels(folder: Path) -> list[psutil.Process]:
 
 
 def ask_kernel(code: str, patience: float = 60) -> str:
-    """What `code` prints in a new kernel that starts in an empty folder, as a run's does; it is always ended again.
+    """What `code` prints in a new kernel that starts in an empty folder, as a run's does; the kernel is always ended.
 
     RuntimeError or TimeoutError when it does not start, or does not answer within `patience` seconds; RuntimeError
     when the code fails there.

@@ -1,8 +1,8 @@
 """The job of a benchmark: forget one concept with one preset and one seed, and measure.
 
-Measured are UA, IRA, CRA and H (`fmn_nb.evaluation.measures`), for an ambiguous word the share of images with the
-reading that is to show instead, what it cost, and, where wanted, whether concept inversion brings the concept back, and
-what all attacks find above an oracle's floor. What the unchanged model draws for several jobs is drawn once.
+It measures UA, IRA, CRA and H (`fmn_nb.evaluation.measures`), for an ambiguous word the share of images with the
+reading to show instead, the cost, and, if wanted, whether concept inversion brings the concept back, and what all
+attacks find above an oracle's floor. What the unchanged model draws for several jobs is drawn once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _COSTS = ("steps", "seconds", "stopped_because", "trainable_parameters", "patch_
 
 @lru_cache(maxsize=4)
 def _session(model: str, sampling: Sampling) -> Session:
-    """The session with a model of a known world, once a process."""
+    """The session with a model of a known world, made once per process."""
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
     return Session.of(pipe, **vars(sampling))
@@ -54,7 +54,7 @@ def _session(model: str, sampling: Sampling) -> Session:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all jobs share: the model, and where their results lie. It can be sent to a worker.
+    """What all jobs share: the model, and where their results go. It can be sent to a worker.
 
     Attributes:
         work: a folder with one file for each job that is done (whole or absent), and what the unchanged model draws.
@@ -89,18 +89,18 @@ class Bench:
                 "guidance": sampling.guidance, "batch": sampling.batch or images_at_once(pipe)}
 
     def made_from(self, job: Job) -> dict[str, Any]:
-        """What a job's result depends on, attack apart."""
+        """What a job's result depends on, apart from the attack."""
         said = {name: value for name, value in vars(job).items() if name != "draws"}
         return {"schema": SCHEMA, "algorithm": ALGORITHM, **said, "concept": asdict(job.concept),
                 "settings": job.settings.to_dict(), **self.shared}
 
     def file_of(self, job: Job) -> Path:
-        """Where a job's result stands. One made from something else has another file, so a stale one never counts."""
+        """The file of a job's result. A result made from something else has another file, so stale ones never count."""
         key = hashlib.sha256(json.dumps(self.made_from(job), sort_keys=True).encode()).hexdigest()
         return self.work / f"{job.name}-{key[:10]}.json"
 
     def stored(self, job: Job) -> dict[str, Any] | None:
-        """The job's result if it is there, and holds the attack where one is wanted."""
+        """The job's result if it is there, and holds the attack if one is wanted."""
         if not (file := self.file_of(job)).is_file():
             return None
         result = read_json(file)
@@ -128,7 +128,7 @@ class Bench:
         return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source}
 
     def attempt(self, job: Job) -> str | None:
-        """Do the job and keep its result; the error's text where it failed."""
+        """Do the job and keep its result; returns the error's text if it fails."""
         try:
             write_json(self.file_of(job), forget_and_measure(self, job))
         except (RuntimeError, ValueError, OSError) as error:
@@ -166,8 +166,8 @@ def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
 
 
 def facts_of(settings: Settings, patch: Patch) -> dict[str, Any]:
-    """What a method asks for and gives: whether it needs images of anything, words for what is to be kept, and whether
-    its patch is linear (a sum to the weights), and of which kind.
+    """What a method needs and gives: whether it needs images or prompts for what to keep, and whether its patch is
+    linear (added to the weights), and of which kind.
     """
     said = FACTS[settings.method]
     return {"needs_images": bool(said.images), "needs_retain_words": settings.retains, "linear_patch": said.linear,

@@ -1,7 +1,7 @@
-"""What is measured: one table of metrics, and from it the schema of `metrics.json` (schema 1).
+"""The metrics: one table, and made from it the schema of `metrics.json` (schema 1).
 
-A metric's name, its title and meaning, which way is better and what values it can have stand here and nowhere else: the
-check of a run's figures, a run's page and the command's table are made from it. A new metric is a new line.
+A metric's name, title and meaning, which way is better and what values it can have are here and nowhere else: the check
+of a run's figures, a run's page and the command's table are made from this table. A new metric is a new line.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class Section(BaseModel):
-    """A part of metrics.json: what it names is absent or of its type, never null; whatever else it holds may stay."""
+    """A part of metrics.json: what it names is absent or has its type, never null; anything else in it may stay."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -72,7 +72,7 @@ class Section(BaseModel):
 
 
 class Forgetting(Section):
-    """What the fine-tune was and cost."""
+    """The fine-tune and its cost."""
 
     steps: Count
     seconds: Amount
@@ -139,7 +139,7 @@ SECTIONS = tuple(field.alias or name for name, field in Content.model_fields.ite
 
 
 class MetricsError(ValueError):
-    """A metrics.json that breaks the schema, or a value that has no place in one."""
+    """A metrics.json breaks the schema, or a value has no place in one."""
 
 
 def validate(metrics: Any, sections: tuple[str, ...] = ()) -> None:
@@ -158,7 +158,7 @@ def validate(metrics: Any, sections: tuple[str, ...] = ()) -> None:
 
 _FAULTS = {
     "missing": "is missing",
-    "extra_forbidden": "is no key that is known here",
+    "extra_forbidden": "is not a known key",
     "literal_error": "must be {expected}",
     "less_than_equal": "must be at most {le:g}",
     "greater_than_equal": "must be at least {ge:g}",
@@ -176,7 +176,7 @@ _FAULTS = {
 
 
 def first_fault(error: ValidationError, whole: str) -> str:
-    """The first thing that is wrong, in one line: its place ("after.ua"; `whole` where it is everything), and why."""
+    """The first fault, in one line: its place ("after.ua"; `whole` if it is everything), and why it is one."""
     fault = error.errors(include_url=False)[0]
     where, cause = ".".join(map(str, fault["loc"])) or whole, fault.get("ctx", {})
     if fault["type"] == "value_error":  # raised by a check of ours, which says it all
@@ -186,10 +186,10 @@ def first_fault(error: ValidationError, whole: str) -> str:
 
 
 def plain(value: Any, where: str) -> Any:
-    """`value` in JSON's own types, numpy and torch scalars among them; `where` is the dotted name that an error tells.
+    """`value` in JSON's own types, converting numpy and torch scalars; `where` is the dotted name for errors.
 
     Raises:
-        MetricsError: a NaN, an infinity, or what JSON has no word for.
+        MetricsError: a NaN, an infinity, or what JSON can't hold.
     """
     if isinstance(value, dict):
         return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
@@ -216,6 +216,6 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def comparison(before: dict[str, Any], after: dict[str, Any], metrics: tuple[Metric, ...] = METRICS,
                ) -> list[tuple[Metric, Any, Any]]:
-    """(metric, value before, value after) of all that either side has; None where one side has none."""
+    """(metric, value before, value after) of every metric that either side has; None for a missing value."""
     return [(one, before.get(one.name), after.get(one.name)) for one in metrics
             if one.name in before or one.name in after]

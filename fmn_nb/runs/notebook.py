@@ -1,4 +1,4 @@
-"""One notebook executed: papermill's own way, with less beside the cells and one error for all that can fail."""
+"""Execute one notebook as papermill does, with less overhead and one error for everything that can fail."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from fmn_nb.runs.plan import Notebook
 
 ENGINE = "fmn-nb"
-LOOK_EVERY = 0.1  # seconds between two looks whether a running notebook was asked to stop
-SAVE_EVERY = 5.0  # seconds; papermill saves twice a cell, which takes longer than many a cell
-#: Python's last collection of a kernel full of models takes a second and frees what the system frees anyway. What was
-#: registered to be done at the end, by notebooks and libraries, is done all the same.
+LOOK_EVERY = 0.1  # seconds between two checks of whether a running notebook was asked to stop
+SAVE_EVERY = 5.0  # seconds; papermill saves twice per cell, which takes longer than many a cell
+#: Python's last collection of a kernel full of models takes a second and frees what the system frees anyway. What
+#: notebooks and libraries registered to be done at the end is still done.
 QUICK_END = "--IPKernelApp.exec_lines=__import__('atexit').register(__import__('gc').freeze)"
 
 #: A kernel that is ended while it waits says so as an error; so does one whose sockets close before its last flush.
@@ -35,7 +35,7 @@ KERNEL_OPTIONS = [QUICK_END, QUIET_END, QUIET]
 
 
 class RunError(RuntimeError):
-    """A notebook failed: which, in which cell, with what error, and where the executed notebook lies.
+    """A notebook failed: which, in which cell, with what error, and where the executed notebook is.
 
     It survives pickling (its fields are its arguments), so that a sweep's worker can hand it back.
     """
@@ -55,8 +55,8 @@ def execute_notebook(notebook: Notebook, out: Path, position: Position | None = 
 
     Meanwhile `position` says where it is, and `look` is called every `LOOK_EVERY` seconds.
 
-    The result is `out/NAME.ipynb`. After an error it is `out/NAME.failed.ipynb` instead, and a RunError; likewise when
-    a signal, or `ask_to_stop`, ends it: a KeyboardInterrupt.
+    The result is `out/NAME.ipynb`. After an error it is `out/NAME.failed.ipynb` instead, and a RunError is raised; if a
+    signal or `ask_to_stop` ends it, a KeyboardInterrupt.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -166,7 +166,7 @@ def _sections(cells: list[Any]) -> list[str]:
 def without_slow_formats() -> None:
     """Keep jsonschema, which papermill imports, from preparing formats that no notebook has.
 
-    It takes 1.4 s for them, to compile grammars of internationalised addresses. Only for processes that are this
-    package's own: its command and a sweep's workers.
+    Compiling grammars of internationalised addresses for them takes 1.4 s. This is only for the package's own
+    processes: its command and a sweep's workers.
     """
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  as if it were not installed

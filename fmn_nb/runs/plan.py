@@ -1,7 +1,7 @@
 """A run, checked before anything starts: which notebooks, with which parameters, in which folder.
 
 A notebook's parameter is one line of its cell tagged `parameters`: a literal, typed and commented. The comment may end
-in the allowed range or choices, which readers, papermill's help and this module all understand:
+with the allowed range or choices, which readers, papermill's help and this module all understand:
 
     steps: int = 35                 # fine-tuning steps [1..100000]
     learning_rate: float = 2e-6     # AdamW's learning rate [0..1]
@@ -46,7 +46,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 _RANGE = re.compile(r"\[\s*([^\[\]]+?)\s*\.\.\s*([^\[\]]*?)\s*\]\s*$")
 _CHOICES = re.compile(r"\{([^{}]+)\}\s*$")
 _OPTIONAL = re.compile(r"Optional\[(.+)\]$")
-#: limits of the parameters that notebooks share, for cells that don't state their own
+#: limits of the parameters that notebooks share, for cells that don't state them
 SHARED_LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "steps": (0, 1_000_000),
@@ -61,7 +61,7 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One declared parameter; `limits` are inclusive, `choices` empty where any value goes."""
+    """One declared parameter; `limits` are inclusive, and `choices` are empty if any value is allowed."""
 
     name: str
     type: str
@@ -125,8 +125,8 @@ class Parameter:
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
     """Name -> parameter, in the order of the notebook's cell tagged `parameters`.
 
-    Raises ParameterError when the file is no notebook that can be executed, or a line there is no typed literal, since
-    its values could not be checked.
+    Raises ParameterError if the file isn't an executable notebook, or if a line there isn't a typed literal, since its
+    values could not be checked.
     """
     import nbformat
     from papermill import inspect_notebook
@@ -136,10 +136,10 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
         inspected = inspect_notebook(notebook)
     except Exception as error:  # noqa: BLE001  nbformat, jsonschema and papermill each have several for a broken file
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ParameterError(f"{notebook} is no notebook that can be executed ({cause[:200]}); open it in "
+        raise ParameterError(f"{notebook} is not an executable notebook ({cause[:200]}); open it in "
                              "JupyterLab, choose the Python kernel and save it") from error
     overlooked = [name for name in _assigned(notebook) if name not in inspected]
-    if overlooked:  # papermill passes over what it cannot parse
+    if overlooked:  # papermill skips what it cannot parse
         raise ParameterError(
             f"{notebook.name}: papermill cannot read the parameter '{overlooked[0]}'; write it on one line, as in "
             "'steps: int = 35  # fine-tuning steps', with no second '=' in the comment"
@@ -155,7 +155,7 @@ def _assigned(notebook: Path) -> list[str]:
     try:
         tree = ast.parse("".join(cells[0]["source"]))
     except SyntaxError as error:
-        raise ParameterError(f"{notebook.name}: the parameters cell is no Python: {error}") from None
+        raise ParameterError(f"{notebook.name}: the parameters cell is not valid Python: {error}") from None
     return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
 
 
@@ -171,7 +171,7 @@ def _declared(notebook: str, raw: Mapping[str, str]) -> Parameter:
     try:
         default = ast.literal_eval(raw["default"])
     except (ValueError, SyntaxError):
-        raise ParameterError(f"{notebook}: the default of '{name}' is no literal: {raw['default']}") from None
+        raise ParameterError(f"{notebook}: the default of '{name}' is not a literal: {raw['default']}") from None
     limits, choices = _limits(notebook, name, text), _CHOICES.search(text)
     parameter = Parameter(
         name, base, default, text, optional is not None, limits or SHARED_LIMITS.get(name),
@@ -192,7 +192,7 @@ def _limits(notebook: str, name: str, text: str) -> tuple[float, float] | None:
         low, high = (int(one) if re.fullmatch(r"-?\d+", one) else float(one) for one in (found[1], found[2] or "inf"))
         return low, high
     except ValueError:
-        raise ParameterError(f"{notebook}: '{name}' has a range that is no pair of numbers: {found[0]}") from None
+        raise ParameterError(f"{notebook}: '{name}' has a range that isn't a pair of numbers: {found[0]}") from None
 
 
 def check_parameters(declared: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def check_parameters(declared: Mapping[str, Parameter], values: Mapping[str, Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint in brackets, after a space, at the name that `word` looks like; empty where it looks like none."""
+    """A hint in brackets, after a space, at the name that `word` resembles; empty if it resembles none."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
@@ -230,8 +230,8 @@ COURSE_RUN = ("01", "02", "03", "04")
 _SDXL_PART = "conditioner.embedders.1."  # of a single file's weights: the second text encoder
 _SDXL_CONFIGURATIONS = ("stabilityai/stable-diffusion-xl-base-1.0",)  # what diffusers takes for single files
 _SD_CONFIGURATIONS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1")
-SHARED_CACHE = ".cache"  # inside a run's or a sweep's folder: what its notebooks draw with the unchanged model, once
-#: what every run is known by; notebooks get those that they declare
+SHARED_CACHE = ".cache"  # inside a run's or a sweep's folder: what its notebooks draw once with the unchanged model
+#: what identifies every run; notebooks get those that they declare
 SETTINGS: dict[str, Parameter] = {
     "model": Parameter("model", "str", "emoji"),
     "concept": Parameter("concept", "str", "cat"),
@@ -242,7 +242,7 @@ SETTINGS: dict[str, Parameter] = {
 
 
 class RequestError(ValueError):
-    """A run that cannot start as asked; the text says why and what there is instead."""
+    """A run cannot start as asked; the message says why and what there is instead."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: its settings, further parameters, absolute folder and notebooks in order."""
+    """A checked run: its settings, other parameters, absolute folder and notebooks in order."""
 
     settings: dict[str, Any]
     parameters: dict[str, Any]
@@ -267,7 +267,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """A readable name: concept, preset and seed, and the model where it is not the bundled one."""
+        """A readable name: concept, preset and seed, and the model if it is not the bundled one."""
         parts = [] if self.settings["model"] == "emoji" else [Path(self.settings["model"]).name]
         parts += [self.settings["concept"], self.settings["preset"], f"seed{self.settings['seed']}"]
         return "-".join(_slug(part) for part in parts)
@@ -291,11 +291,11 @@ def plan_run(
     """Check a run's request and return its plan; nothing is written.
 
     notebooks: numbers ("03", "1-4"), names ("03_forget") or paths of .ipynb files, in the order of execution.
-    out: the run's folder; default `runs/` and a readable name, with a hash where `parameters` has something.
+    out: the run's folder; by default `runs/` and a readable name, with a hash if `parameters` has something.
     within: instead of `out`, the folder of a sweep, which gives each of its runs the folder NAME-HASH and one `cache`
-        for all of them; a run alone has its own. Comparisons with other presets (`compare`) are for a reader, so no run
-        makes them unless `parameters` say so. Neither is a part of a run's key: what is measured stays the same.
-    parameters: values for notebook parameters, "config" among them, the folder of a single file's configuration;
+        for all of them; a single run has its own. Comparisons with other presets (`compare`) are for a reader, so no
+        run makes them unless `parameters` say so. Neither is part of a run's key: what is measured stays the same.
+    parameters: values for notebook parameters, among them "config", the folder of a single file's configuration;
         `texts`: the same as typed on a command line, parsed by type.
     settings: model, concept, kind (None: found out), preset, seed.
 
@@ -361,7 +361,7 @@ def _parameters(path: Path, changed: int) -> dict[str, Parameter]:
 
 @lru_cache(maxsize=256)
 def _promises(path: Path, changed: int) -> dict[str, tuple[str, ...]]:
-    """What the notebook's metadata (`"fmn": {"needs": [], "gives": [], "metrics": []}`) says of its files."""
+    """What the notebook's metadata (`"fmn": {"needs": [], "gives": [], "metrics": []}`) says about its files."""
     said = read_json(path)["metadata"].get("fmn", {})
     return {name: tuple(said.get(name, ())) for name in ("needs", "gives", "metrics")}
 
@@ -379,7 +379,7 @@ def find_notebooks(names: str | Iterable[str]) -> list[Path]:
 
 
 def _ranged(name: str) -> list[str]:
-    """The numbers of a range such as "1-4" whose ends are there; else `name` alone."""
+    """The numbers of a range such as "1-4" whose ends exist; otherwise only `name`."""
     course, ends = list(course_notebooks()), [end.zfill(2) for end in name.split("-")]
     if len(ends) != 2 or not all(end in course for end in ends):
         return [name]
@@ -410,8 +410,8 @@ def measuring_notebooks() -> dict[str, Path]:
 def check_settings(settings: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
     """All settings, defaults filled in, with types, model and concept checked.
 
-    `config`, a folder with what is wanted beside a single file's weights, stands for what the hub has of that.
-    RequestError, ParameterError or UnknownModelError for the first that is wrong.
+    `config`, a folder with what a single file's weights need beside them, replaces what the hub has.
+    RequestError, ParameterError or UnknownModelError for the first fault.
     """
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
@@ -433,13 +433,13 @@ def check_settings(settings: Mapping[str, Any], config: Any = None) -> dict[str,
 
 def _check_config(config: Any) -> None:
     if not (Path(str(config)).expanduser() / "model_index.json").is_file():
-        raise RequestError(f"config is no folder with a model_index.json: {shortened(config)}; give one that holds a "
-                           "pipeline's configuration and tokenizer (weights aren't needed)")
+        raise RequestError(f"config is not a folder with a model_index.json: {shortened(config)}; give one that holds "
+                           "a pipeline's configuration and tokenizer (weights aren't needed)")
 
 
 @lru_cache(maxsize=256)  # sweeps ask a thousand times; a refusal is never kept
 def _check_single_file(file: Path) -> None:
-    """RequestError unless what diffusers wants beside a single file's weights is on this machine or on the hub."""
+    """RequestError unless what diffusers needs beside a single file's weights is on this machine or on the hub."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -454,15 +454,15 @@ def _check_single_file(file: Path) -> None:
         except UnknownModelError as error:
             faults.append(error)
     raise RequestError(
-        f"{file} holds weights alone; their configuration and tokenizer ({source}) are neither on this machine nor in "
+        f"{file} holds only weights; their configuration and tokenizer ({source}) are neither on this machine nor in "
         "reach: give a folder that holds them with --config (weights aren't needed), or load it once with a "
         "connection") from faults[-1]
 
 
 def check_concept(model: str, concept: str, kind: str | None) -> str:
-    """The concept's kind; RequestError when the model is of a world that holds no such concept, or not of this kind."""
+    """The concept's kind; RequestError if the model's world has no such concept, or has it as another kind."""
     if not concept.strip() or not concept.isprintable() or len(concept) > 100:
-        raise RequestError(f"{shortened(concept)} is no concept: give one to a hundred printable characters")
+        raise RequestError(f"{shortened(concept)} is not a concept: give one to a hundred printable characters")
     vocabulary = vocabulary_of(Path(resolve(model)))
     if vocabulary is None:
         return kind or "object"
@@ -477,7 +477,7 @@ def check_concept(model: str, concept: str, kind: str | None) -> str:
 
 
 def _check_folder(plan: Plan) -> None:
-    """The folder is new, empty, or holds the same run."""
+    """Check that the folder is new, empty, or holds the same run."""
     out = plan.out
     if out.exists() and not out.is_dir():
         raise RequestError(f"{out} is a file; give a folder for the run")
@@ -491,7 +491,7 @@ def _check_folder(plan: Plan) -> None:
 
 
 def _check_needs(plan: Plan) -> None:
-    """What a notebook needs is in the folder, or an earlier notebook makes it."""
+    """Check that what a notebook needs is in the folder, or that an earlier notebook makes it."""
     given: set[str] = set()
     for notebook in plan.notebooks:
         missing = [name for name in notebook.needs if name not in given and not (plan.out / name).exists()]
@@ -503,7 +503,7 @@ def _check_needs(plan: Plan) -> None:
 
 
 def _check_same_run(plan: Plan, state: Mapping[str, Any]) -> None:
-    """Figures of two different runs must not meet in one folder."""
+    """Check that figures of two different runs don't meet in one folder."""
     before = {**state["settings"], **state["parameters"]}
     now = {**plan.settings, **plan.parameters}
     for name in (*before, *now):

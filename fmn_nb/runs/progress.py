@@ -1,4 +1,4 @@
-"""How far a run or a sweep is: live lines in a terminal, plain ones in a log."""
+"""The progress of a run or a sweep: live lines in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Self, TextIO
 
 from fmn_nb.runs.folder import Row
 
-TOO_LITTLE = 3.0  # seconds of an earlier run's cells from which no pace is to be had
-QUIET = 30.0  # seconds without a line after which a log gets one for the next section
+TOO_LITTLE = 3.0  # seconds of an earlier run's cells that are too few to tell the pace
+QUIET = 30.0  # seconds without a line, after which a log gets one for the next section
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Position:
         self.cell, self.cells, self.section = cell, cells, section
 
     def seconds_left(self, earlier: list[float]) -> float | None:
-        """What the rest takes by the seconds that an earlier run's cells took and by the pace so far; None: unknown."""
+        """The time left, judging by the seconds of an earlier run's cells and by the pace so far; None if unknown."""
         if not self.cell or len(earlier) != self.cells:
             return None
         before, rest = sum(earlier[:self.cell - 1]), sum(earlier[self.cell:])
@@ -45,7 +45,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Where:
-    """A moment of a run: which of its notebooks, where in it, how long for, and, where known, how much longer."""
+    """A moment of a run: which notebook, where in it, for how long, and, if known, how much longer."""
 
     number: int
     notebooks: int
@@ -73,7 +73,7 @@ Tell = Callable[[Where], None]
 
 
 def earlier_seconds(out: Path, notebook: str) -> list[float]:
-    """Seconds of each cell of the notebook when it was last executed in `out` or a folder beside it; empty: never."""
+    """Seconds of each of the notebook's cells at its last execution in `out` or a folder beside it; empty if none."""
     found: list[tuple[float, Path]] = []
     for path in out.parent.glob(f"*/{notebook}"):
         with suppress(OSError):
@@ -97,7 +97,7 @@ class RunProgress:
         self._when = 0.0
 
     def __call__(self, where: Where) -> None:
-        """Tell where the run is; called as often as one likes."""
+        """Tell where the run is; may be called any number of times."""
         if where.state != "running":
             self._say(str(where))
         elif self.stream.isatty():
@@ -121,16 +121,16 @@ class RunProgress:
         print(line, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 class SweepProgress:
-    """How far a sweep is: a line a run on `stream` (none where it is None).
+    """The progress of a sweep: a line per run on `stream` (none if it is None).
 
-    In a terminal the runs under way stand below them, each with its clock, and a bar at the end.
+    In a terminal, the current runs are below them, each with its clock, and a bar at the end.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -143,12 +143,12 @@ class SweepProgress:
         return cls(sys.stderr)
 
     def start(self, total: int, finished: list[Row], workers: int) -> None:
-        """The sweep begins: `finished` are the rows of those of its `total` runs that are through already."""
+        """The sweep begins: `finished` holds the rows of those of its `total` runs that are done already."""
         done = len(finished)
         self.total, self.before, self.done = total, done, done
         self.enough = max(3, workers)  # runs to see before the time left means anything
         self.started = time.monotonic()
-        self.say(f"{total} runs, {done} of them through already")
+        self.say(f"{total} runs, {done} of them done already")
         if self.stream is not None and self.stream.isatty():
             from tqdm import tqdm
 
@@ -174,7 +174,7 @@ class SweepProgress:
             self.bar.update()
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """A line of its own, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(line, file=self.stream)
         elif self.stream is not None:
@@ -205,7 +205,7 @@ class SweepProgress:
 
 
 def _line(stream: TextIO, shown: str = "{desc}", **options: Any) -> Any:
-    """A line of text at a terminal's end that can be written anew, cut at its width."""
+    """A line of text at a terminal's end that can be rewritten, cut at the terminal's width."""
     from tqdm import tqdm
 
     return tqdm(file=stream, bar_format=shown, dynamic_ncols=True, leave=False, **options)
@@ -219,7 +219,7 @@ def _told(row: Row) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, "1:12"; hours before them where there are any."""
+    """Minutes and seconds, "1:12", with hours before them if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 NOT_ON_A_PAGE = "not-on-a-page"  # tag of notebook 07's cells that need a reader: exercises, the explorer
-WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; beside it stands a sentence that doesn't
+WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a kernel; a sentence beside it doesn't
 CHANGED, ATTENDED, OTHERS = "Before and after", "Where the concept's attention goes", "More figures"
 #: nbconvert's colours have too little contrast, and its links are told apart from text by colour alone
 READABLE = """
@@ -41,7 +41,7 @@ _PAGE_ALONE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% end
 
 
 class ReportError(ValueError):
-    """A folder that holds neither a run nor a sweep, or a sweep of which there is nothing to show."""
+    """A folder holds neither a run nor a sweep, or a sweep without anything to show."""
 
 
 def write_report(folder: Path, notebooks: bool = False) -> Path:
@@ -51,7 +51,7 @@ def write_report(folder: Path, notebooks: bool = False) -> Path:
         notebooks: also write each of a run's executed notebooks as a page beside it; that takes seconds.
 
     Raises:
-        ReportError: it holds neither, or a sweep without a measured run.
+        ReportError: the folder holds neither, or a sweep without a measured run.
         StateError, MetricsError: the run's run.json or metrics.json isn't what a run leaves.
         RunError: notebook 07 failed on the sweep.
     """
@@ -79,10 +79,10 @@ def _sweep_page(folder: Path) -> str:
         raise ReportError(str(error)) from error
     shown = [f"after.{one.name}" for one in METRICS if one.is_fraction]
     if not set(shown) <= set(results.runs) or not len(results.done.dropna(subset=shown)):
-        raise ReportError(f"no finished run in {folder} has UA, IRA, CRA and H to be shown; notebook 04 measures them")
+        raise ReportError(f"no finished run in {folder} has UA, IRA, CRA and H to show; notebook 04 measures them")
     notebook = course_notebooks().get("07")
     if notebook is None:
-        raise ReportError("notebook 07 is not there, which makes the page; reinstall from a complete checkout")
+        raise ReportError("notebook 07, which makes the page, is not there; reinstall from a complete checkout")
     with tempfile.TemporaryDirectory() as figures:
         values = {"sweep": str(folder.resolve()), "out": figures}
         executed = execute_notebook(Notebook(notebook, values), folder.resolve())
@@ -110,7 +110,7 @@ def _read(executed: Path) -> NotebookNode:
 
 
 def for_a_page(content: NotebookNode) -> NotebookNode:
-    """Take from an executed notebook what only a kernel can show, and give each picture words; return it.
+    """Remove from an executed notebook what only a kernel can show, and give each picture words; return it.
 
     Not all of nbconvert's templates write an alt text, so the picture becomes HTML that has one.
     """
@@ -145,7 +145,7 @@ def _page_of(run: RunFolder, executed: str) -> Path:
 
 
 def _to_read(run: RunFolder, notebook: str) -> str | None:
-    """The file that shows an executed notebook best: its page, unless it is older than what it shows."""
+    """The file that shows an executed notebook best: its page, unless the page is older than the notebook."""
     if (executed := run.executed(notebook)) is None:
         return None
     page = _page_of(run, executed)
@@ -186,7 +186,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
 
 
 def _patch_kind(patch: Path) -> str | None:
-    """"lora" or "weights"; None where the folder holds no patch that can be read."""
+    """"lora" or "weights"; None if the folder holds no readable patch."""
     try:
         return read_json(patch / "fmn.json")["kind"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -194,7 +194,7 @@ def _patch_kind(patch: Path) -> str | None:
 
 
 def verdict(concept: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What was forgotten and what was kept, in a sentence with its 95% intervals; empty where UA wasn't measured."""
+    """What was forgotten and what was kept, in a sentence with 95% intervals; empty if UA wasn't measured."""
     if "ua" not in after:
         return ""
 
@@ -227,7 +227,7 @@ def _skipped(metrics: dict[str, Any]) -> dict[str, str]:
 def grouped_figures(images: dict[str, Path]) -> list[dict[str, Any]]:
     """A run's images under their headings, each with its description and its bytes as a data URI.
 
-    "Before and after" is the one figure that pairs them, where there is one; else one of each beside the other.
+    "Before and after" is the one figure that pairs them, if there is one; otherwise one of each, side by side.
     """
     by_name = {prefix: [path for name, path in images.items() if name.startswith(prefix)]
                for prefix in ("pairs", "before", "after", "attention")}
@@ -240,7 +240,7 @@ def grouped_figures(images: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 def _shown(path: Path) -> dict[str, Any]:
-    """A PNG as a data URI, what its text says is to be seen (else its name), its width, whether it has few pixels."""
+    """A PNG as a data URI, its description (or else its name), its width, and whether it has few pixels."""
     from PIL import Image
 
     content = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -263,7 +263,7 @@ def format_figure(value: Any) -> str:
 
 
 def format_size(count: Any) -> str:
-    """A number of bytes in kB or MB (powers of 1000); what is no number stays as it is."""
+    """A number of bytes in kB or MB (powers of 1000); what isn't a number stays as it is."""
     if isinstance(count, bool) or not isinstance(count, int | float) or abs(count) > 1e15:
         return format_figure(count)
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

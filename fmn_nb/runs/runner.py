@@ -51,10 +51,10 @@ def run(
 ) -> Path:
     """Execute the course's notebooks on one concept and return the run's folder.
 
-    Everything is checked before anything starts (see `plan_run`): a ValueError that says what is wrong. A failing
-    notebook is a RunError. What an earlier call finished in the same folder stays and isn't repeated, unless `again`.
-    `progress` is told ten times a second where the run is (a `Where`, whose text is a line); `settings` are kind (by
-    default the concept's own), preset ("balanced"), seed (0) and steps (None leaves the preset's number).
+    Everything is checked before anything starts (see `plan_run`); a ValueError says what is wrong. A failing notebook
+    raises RunError. What an earlier call finished in the same folder stays and isn't repeated, unless `again`. Ten
+    times a second, `progress` hears where the run is (a `Where`, whose text is a line); `settings` are kind (by default
+    the concept's own), preset ("balanced"), seed (0) and steps (None leaves the preset's number).
     """
     steps = settings.pop("steps", None)
     parameters = dict(parameters or {}) | ({} if steps is None else {"steps": steps})
@@ -66,9 +66,9 @@ def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fr
             patience: float = 0) -> Path:
     """Execute what is not finished of a checked plan and return its folder.
 
-    One process at a time works in a folder: after `patience` seconds in vain, RequestError. `again` repeats finished
-    notebooks; `fresh` first removes whatever an earlier attempt left there. A KeyboardInterrupt, or `ask_to_stop`, ends
-    it as Stopped: what was executed is kept, and run.json says "stopped".
+    One process at a time works in a folder: another waits `patience` seconds, then raises RequestError. `again` repeats
+    finished notebooks; `fresh` first removes whatever an earlier attempt left there. A KeyboardInterrupt or
+    `ask_to_stop` ends the run as Stopped: what was executed is kept, and run.json says "stopped".
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     with stoppable([plan.out]), _alone_in(plan.out, patience):
@@ -88,18 +88,19 @@ def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fr
             state.stopped()
             RunFolder(plan.out).tidy()
             command = "the same command without --again" if again and state.finished else "the same command"
-            raise Stopped(f"{state.finished} of {len(plan.notebooks)} notebooks finished; {command} goes on") from None
+            said = f"{state.finished} of {len(plan.notebooks)} notebooks finished; {command} continues"
+            raise Stopped(said) from None
         shutil.rmtree(plan.out / SHARED_CACHE, ignore_errors=True)
     return plan.out
 
 
 def is_finished(plan: Plan) -> bool:
-    """Whether nothing of the plan is left to be executed in its folder."""
+    """Whether nothing of the plan is left to execute in its folder."""
     return RunFolder(plan.out).status == "done" and _finished_notebooks(plan) == len(plan.notebooks)
 
 
 def _finished_notebooks(plan: Plan) -> int:
-    """How many of the plan's notebooks, counted from its first, are finished in its folder just as it asks for them."""
+    """How many of the plan's notebooks, from the first on, are finished in its folder exactly as it asks for them."""
     folder = RunFolder(plan.out)
     state, metrics = folder.state, folder.metrics
     for number, notebook in enumerate(plan.notebooks):
@@ -116,7 +117,7 @@ def _finished_notebooks(plan: Plan) -> int:
 
 
 def _print_of(notebook: Notebook) -> dict[str, Any]:
-    """What run.json knows a notebook by: its content and its parameters' values."""
+    """What identifies a notebook in run.json: its content and its parameters' values."""
     return {"sha256": hashlib.sha256(notebook.path.read_bytes()).hexdigest(), "values": notebook.values}
 
 
@@ -182,7 +183,7 @@ def _explain_absent(plan: Plan) -> None:
 
 
 def _check_promises(plan: Plan, state: _State) -> None:
-    """Every file and metric that the notebooks promise is there, and metrics.json follows its schema."""
+    """Check that every file and metric that the notebooks promise is there, and that metrics.json fits its schema."""
     last = plan.notebooks[-1]
     for notebook in plan.notebooks:
         missing = [name for name in notebook.gives if not (plan.out / name).exists()]

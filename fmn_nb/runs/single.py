@@ -1,7 +1,7 @@
 """One patch and one score, without notebooks: what `fmn-nb forget` and `fmn-nb evaluate` do.
 
-Results of one command never take the place of another's: each says in its file what it was asked for, and a folder that
-was asked for something else is refused.
+Results of one command never replace another's: each file says what was asked for, and a folder whose file says
+something else is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PatchRequest:
     """What `fmn-nb forget` is asked for, checked; `settings` are those that replace the preset's.
 
     Raises:
-        ValueError: one of the kinds that `check_settings` and `settings_for` tell, before anything heavy.
+        ValueError: one that `check_settings` or `settings_for` raises, before any heavy work.
     """
 
     concept: str
@@ -65,17 +65,17 @@ class PatchRequest:
                    references=None if references is None else str(references.expanduser().resolve()))
 
     def stated(self) -> dict[str, Any]:
-        """As `fmn.json` says it."""
+        """The request as `fmn.json` states it."""
         return json.loads(json.dumps(vars(self)))
 
     @property
     def folder(self) -> Path:
-        """Where the patch goes if nobody says."""
+        """Where the patch goes by default."""
         return PATCHES / Plan(vars(self), {}, Path()).name
 
 
 def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
-    """Forget, and save the patch to `out`; killed and started again it goes on from its last checkpoint.
+    """Forget, and save the patch to `out`; killed and started again, it continues from its last checkpoint.
 
     Args:
         again: replace whatever patch is there.
@@ -96,7 +96,7 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
 
     pipe = load(request.model)
     pipe.set_progress_bar_config(disable=True)
-    said = f"the same command goes on from {checkpoint}"
+    said = f"the same command continues from {checkpoint}"
     with telling(lambda: said if any(checkpoint.glob("*.safetensors")) else ""):
         patch = forget(pipe, Concept(request.concept, kind=request.kind), preset=request.preset, seed=request.seed,
                        references=request.references, towards=request.towards, checkpoint=checkpoint,
@@ -108,7 +108,7 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
 
 
 def _check_free(out: Path, files: Sequence[str], request: Any, again: bool) -> None:
-    """Raise a RequestError where one of `files` is in `out` and the first doesn't say that it was for `request`."""
+    """Raise a RequestError if one of `files` is in `out` and the first doesn't say that it was for `request`."""
     if out.exists() and not out.is_dir():
         raise RequestError(f"{out} is a file; give a folder")
     there = [name for name in files if (out / name).exists()]
@@ -168,7 +168,7 @@ def score(what: Path, request: Mapping[str, Any], out: Path | None = None, again
     pipe = load(settings["model"])
     pipe.set_progress_bar_config(disable=True)
     patch = read_patch(what, pipe)
-    with patch.applied(pipe):  # what doesn't fit is told before anything is drawn
+    with patch.applied(pipe):  # a patch that doesn't fit is refused before anything is drawn
         pass
     concept = Concept(settings["concept"], kind=settings["kind"])
     with tqdm(desc="drawing", unit="image", leave=False, disable=None) as bar:  # None: unless it is a terminal

@@ -29,7 +29,7 @@ Values = Annotated[list[Any], Field(min_length=1)]
 
 
 class Cluster(BaseModel):
-    """Where the workers are; whatever else is given goes to the cluster's class (`fmn_nb.runs.executors`).
+    """Where the workers are; anything else goes to the cluster's class (`fmn_nb.runs.executors`).
 
     `gpu`: a run takes its worker's one "GPU" resource, so that two runs never share a card.
     """
@@ -63,14 +63,14 @@ class Specification(BaseModel):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if isinstance(self.notebook, list):
-            raise ValueError("notebook is a single one's name; for a list, did you mean 'notebooks'?")
+            raise ValueError("notebook is the name of a single one; for a list, did you mean 'notebooks'?")
         if self.notebooks and self.notebook is not None:
             raise ValueError("give either notebook or notebooks, not both")
         if (self.grid is None) == (self.listed is None):
             raise ValueError("give either grid (every combination) or list (the runs one by one)")
         count = math.prod(map(len, (self.grid or {}).values()))
         if count > MOST_RUNS:
-            raise ValueError(f"the grid makes {count:,} runs; at most {MOST_RUNS:,} are taken")
+            raise ValueError(f"the grid makes {count:,} runs; at most {MOST_RUNS:,} are allowed")
         both = sorted({name for one in self.listed or [self.grid] for name in one if name in self.fixed})
         if both:
             raise ValueError(f"'{both[0]}' is fixed and varied; give it once")
@@ -92,7 +92,7 @@ class Specification(BaseModel):
 class Sweep:
     """A validated sweep: its absolute folder, its runs in order, and what differs between them.
 
-    With results at a URL, `folder` is where the runs work on a worker's machine, another one for each sweep.
+    With results at a URL, `folder` is where the runs work on a worker's machine; each sweep has its own.
     """
 
     folder: Path
@@ -111,7 +111,7 @@ class Sweep:
 
 
 def plan_sweep(spec: Path | str | Mapping[str, Any], out: Path | str | None = None) -> Sweep:
-    """Read and check a specification (a YAML file, or its content) and every run in it. Nothing is written.
+    """Read and check a specification (a YAML file, or its content) and every run in it; write nothing.
 
     The results go to `out`, a folder (by default `runs/` and the file's name) or an fsspec URL (s3://bucket/x).
     SweepError (or a run's own error, a ValueError as well) names the first fault.
@@ -126,13 +126,13 @@ def plan_sweep(spec: Path | str | Mapping[str, Any], out: Path | str | None = No
     plans = tuple(_plan(combination, said.names(), folder) for combination in combinations)
     doubled = len(plans) - len({plan.key for plan in plans})
     if doubled:
-        raise SweepError(f"{doubled} of the {len(plans)} runs repeat another one's parameters; name each but once")
+        raise SweepError(f"{doubled} of the {len(plans)} runs repeat the parameters of another; name each only once")
     return Sweep(folder, plans, _varied(combinations), said.names(), said.workers, content.get("cluster"), storage,
                  content)
 
 
 def _scratch(url: str) -> Path:
-    """A folder that no other sweep works in, by the name of the one at the URL."""
+    """A folder that no other sweep works in, named after the one at the URL."""
     return Path(tempfile.gettempdir()).resolve() / f"fmn-sweep-{secrets.token_hex(4)}" / url.rsplit("/", 1)[-1]
 
 

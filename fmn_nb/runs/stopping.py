@@ -1,7 +1,7 @@
-"""Stopping in order: Ctrl-C and the signals by which terminals and schedulers end a command are one exception.
+"""An orderly stop: Ctrl-C and the signals with which terminals and schedulers end a command become one exception.
 
-A run works in one process and its kernel in another, a sweep's runs in further ones. Whoever hears of the end asks the
-run by its folder (`ask_to_stop`); the run ends its kernel, keeps what it has done and raises `Stopped`.
+A run works in one process and its kernel in another, a sweep's runs in more of them. The process that gets the signal
+asks the run to stop by its folder (`ask_to_stop`). The run ends its kernel, keeps what it did and raises `Stopped`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_CODE = 130  # what a shell expects of a command that Ctrl-C ended
-_PATIENCE = 5.0  # seconds for the work to end; a signal within them changes nothing, a later one ends at once
+_PATIENCE = 5.0  # seconds for the work to end; a signal within them changes nothing, a later one ends it at once
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 _under_way: dict[Path, threading.Event] = {}
@@ -26,14 +26,14 @@ _struck: list[float] = []  # when the signals that were heeded came
 
 
 class Stopped(KeyboardInterrupt):
-    """The work was asked to end; the text says in one line what is finished and how to go on."""
+    """The work was asked to end; the message says in one line what is finished and how to continue."""
 
 
 @contextmanager
 def telling(what_is_finished: Callable[[], str]) -> Iterator[None]:
-    """A context whose KeyboardInterrupt becomes Stopped, which says what is finished then.
+    """A context whose KeyboardInterrupt becomes Stopped, which says what is finished by then.
 
-    So does any error after a signal: an interrupt that strikes the import of compiled code comes out as another one.
+    So does any error after a signal: an interrupt during the import of compiled code comes out as another error.
     """
     try:
         yield
@@ -51,7 +51,8 @@ def _signals() -> list[signal.Signals]:
 def signals_stop() -> Iterator[None]:
     """A context of the main thread in which the first of the signals that end a command raises KeyboardInterrupt.
 
-    Further ones don't strike the cleaning up. What the process was started to ignore (nohup, a shell's "&") it ignores.
+    More signals don't disturb the cleaning up. Signals that the process was started to ignore (nohup, a shell's "&")
+    are still ignored.
     """
     _struck.clear()
 
@@ -81,9 +82,9 @@ def signals_stop() -> Iterator[None]:
 
 
 def leave_signals_to_parent() -> None:
-    """Pass over what a terminal or a scheduler sends to a whole process group, in a process that its parent ends.
+    """Ignore what a terminal or a scheduler sends to a whole process group, in a process that its parent ends.
 
-    SIGTERM counts all the same where the parent has not done so after `_PATIENCE` seconds.
+    SIGTERM still counts if the parent has not done so after `_PATIENCE` seconds.
     """
 
     def pass_over(number: int, frame: FrameType | None) -> None:
@@ -101,8 +102,8 @@ def leave_signals_to_parent() -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """A context in which the signals wait: this thread they strike at its end, and processes that are started in it
-    once they have called `leave_signals_to_parent`.
+    """A context in which the signals wait: they reach this thread at its end, and processes started in it once they
+    have called `leave_signals_to_parent`.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -115,9 +116,9 @@ def signals_held() -> Iterator[None]:
 
 
 def end_at_once() -> None:
-    """End this process, after what is registered to be done at its end, and wait for none of its threads.
+    """End this process, after what is registered for its end, without waiting for its threads.
 
-    Python itself would, and would take an interrupt that struck code made from text, as dataclasses are, for unhandled.
+    Python itself would wait, and would take an interrupt in code made from text, as dataclasses are, for unhandled.
     """
     with suppress(BaseException):
         atexit._run_exitfuncs()
@@ -130,7 +131,7 @@ def end_at_once() -> None:
 def keep_semaphores_tracked() -> None:
     """Start the process that tracks multiprocessing's semaphores; it ignores two of the signals, and so all three.
 
-    It removes without a warning what a killed process left.
+    It removes what a killed process left, without a warning.
     """
     from multiprocessing import resource_tracker
 

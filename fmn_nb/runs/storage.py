@@ -1,9 +1,9 @@
 """Where a sweep's results live: a folder of this machine, or an fsspec URL such as s3://bucket/x or gs://bucket/x.
 
-At a URL a run works in a private folder of its worker's machine. Its files are uploaded when it ends, `run.json`
-last, so that a half-uploaded run is never taken for whole. Credentials and endpoints come from the environment
-or from fsspec's own configuration, never from a specification. In a folder a lock keeps two sweeps apart; at a URL
-there is none: start one sweep at a time there.
+With a URL, a run works in a private folder of its worker's machine. Its files are uploaded when it ends, `run.json`
+last, so that a half-uploaded run is never taken for whole. Credentials and endpoints come from the environment or from
+fsspec's own configuration, never from a specification. In a folder, a lock keeps two sweeps apart; a URL has no lock:
+start one sweep at a time there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
 
 class SweepError(ValueError):
-    """A specification that cannot be run as it stands, or a sweep's folder or storage that cannot be used."""
+    """A specification cannot be run as it is, or a sweep's folder or storage cannot be used."""
 
 
 @dataclass(frozen=True)
 class Local:
-    """The sweep's own folder: what is written there is stored. Also what a sweep needs of any place for its results."""
+    """The sweep's own folder: what is written there is stored. Its methods are what a sweep needs of any storage."""
 
     @contextmanager
     def held(self, folder: Path) -> Iterator[None]:
@@ -64,11 +64,11 @@ class Remote(Local):
     url: str
 
     def held(self, folder: Path) -> AbstractContextManager[None]:
-        """Nothing keeps another sweep away from a URL."""
+        """A context without a lock: nothing keeps another sweep away from a URL."""
         return nullcontext()
 
     def fetch(self, runs: Iterable[Path]) -> None:
-        """Write `run.json` and `metrics.json` of each run to its local folder, or remove them, as the URL has them."""
+        """Make `run.json` and `metrics.json` in each run's local folder the same as at the URL, or remove them."""
         runs = list(runs)
         with self._opened() as (files, root):
             wanted = {run / file: files._strip_protocol(f"{root}/{run.name}/{file}")
@@ -124,14 +124,14 @@ class Remote(Local):
             yield files, root
         except Exception as error:  # every driver has errors of its own
             cause = " ".join(str(error).split()) or "no reason given"
-            raise SweepError(f"{self.url} cannot be reached or written ({type(error).__name__}: {cause}); look at "
+            raise SweepError(f"{self.url} cannot be reached or written ({type(error).__name__}: {cause}); check "
                              "the address, the credentials in the environment and the connection") from error
 
 
 def storage_at(out: Path | str) -> Local:
     """The storage that a sweep's `out` names: an fsspec URL or a local path. SweepError for a URL that can't be used.
 
-    Nothing is reached for.
+    This doesn't access the storage.
     """
     if not str(out).strip():
         raise SweepError("the sweep's folder has an empty name; name one ('.' is this folder)")
@@ -142,7 +142,7 @@ def storage_at(out: Path | str) -> Local:
         raise SweepError(f"{out} names no folder; give one, as in s3://bucket/sweep")
     files, _ = _file_system(str(out))
     if not _can_change(files):
-        raise SweepError(f"{protocol}:// can be read and not written; give a folder, or a URL such as s3://bucket/sweep")
+        raise SweepError(f"{protocol}:// can only be read; give a folder, or a URL such as s3://bucket/sweep")
     return Remote(f"{protocol}://{path.rstrip('/')}")
 
 
@@ -162,7 +162,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _can_change(files: Any) -> bool:
-    """Whether the file system can remove a file, which none does that only reads."""
+    """Whether the file system can remove a file; one that only reads can't."""
     from fsspec import AbstractFileSystem
     from fsspec.asyn import AsyncFileSystem
 
@@ -181,7 +181,7 @@ def _put(files: Any, path: Path, there: str) -> None:
 
 
 def _put_whole(files: Any, path: Path, there: str) -> None:
-    """Upload so that the file is never seen half written: object stores see to it, others rename."""
+    """Upload so that the file is never seen half written: object stores ensure that, elsewhere it is renamed."""
     if _is_object_store(files):
         _put(files, path, there)
         return

@@ -1,7 +1,7 @@
-"""Many runs that survive: done on Dask's workers, resumed after any kill, and one table at the end.
+"""Many runs that survive: executed on Dask's workers, resumed after any kill, with one table at the end.
 
-A run is finished when its `run.json` says "done" for the same parameters and notebooks and its `metrics.json` is
-valid. Everything else is begun anew, so a killed sweep's table ends up equal to an unbroken one's.
+A run is finished if its `run.json` says "done" for the same parameters and notebooks and its `metrics.json` is valid.
+Everything else is started anew, so a killed sweep's table ends up equal to an unbroken one's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fmn_nb.runs.spec import Sweep
 from fmn_nb.runs.stopping import telling
 from fmn_nb.runs.storage import Local, Remote, SweepError
 
-KERNEL_LAG = 2.5  # seconds: a kernel whose worker died looks for it once a second, then ends
+KERNEL_LAG = 2.5  # seconds: a kernel checks once a second whether its worker is alive, and ends if not
 
 
 def run_sweep(
@@ -39,17 +39,17 @@ def run_sweep(
 ) -> tuple[Path | str, list[Row]]:
     """Execute what is not finished yet; return the sweep's folder (or URL) and the rows of failed runs.
 
-    Leaves `results.csv`, `results.parquet` (a row a run, in the order of the specification) and a folder a run, also
-    when interrupted; at the end `report.html`, which is notebook 07, where `page` says so and a run was measured. Runs
-    that failed in an earlier attempt are repeated with `retry_failed`. `progress` is told of every run that begins and
-    ends. What the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are
-    finished: about 5 KB an image of the emoji model, 0.5 MB one of Stable Diffusion, for the images of every run's own
-    model as well, so that a killed run goes on. `scheduler` is the address of a Dask scheduler, used in place of
-    processes on this machine.
+    Leaves `results.csv`, `results.parquet` (a row per run, in the order of the specification) and a folder per run,
+    even if interrupted; at the end also `report.html`, made by notebook 07, if `page` says so and a run was measured.
+    Runs that failed in an earlier attempt are repeated with `retry_failed`. `progress` hears of every run that begins
+    or ends. What the unchanged model draws for several runs is drawn once and kept in `.cache` until all runs are
+    finished, and so are the images of every run's own model, so that a killed run continues: about 5 KB per image of
+    the emoji model, 0.5 MB per image of Stable Diffusion. `scheduler` is the address of a Dask scheduler, used instead
+    of processes on this machine.
 
     Raises:
         SweepError: another sweep is working there, or the storage can't be used.
-        Stopped: a KeyboardInterrupt came; the text says what is finished.
+        Stopped: a KeyboardInterrupt came; the message says what is finished.
     """
     with ExitStack() as stack:
         if isinstance(sweep.storage, Remote):
@@ -97,7 +97,7 @@ def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bo
 
 def _finished(sweep: Sweep) -> str:
     done = sum(RunFolder(plan.out).earlier_row(plan, retry_failed=True) is not None for plan in sweep.plans)
-    return f"{done} of {len(sweep.plans)} runs finished; the same command goes on"
+    return f"{done} of {len(sweep.plans)} runs finished; the same command continues"
 
 
 def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | None,
@@ -129,7 +129,7 @@ def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  
 
 
 def _write_page(sweep: Sweep, progress: SweepProgress) -> None:
-    """The sweep's page; where there can't be one, a line that says why."""
+    """Write the sweep's page, or a line that says why there can't be one."""
     try:
         sweep.storage.keep([write_report(sweep.folder)])
     except Exception as error:  # noqa: BLE001  the tables are there, and whatever nbconvert lacks must not undo them

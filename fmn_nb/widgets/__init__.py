@@ -1,4 +1,4 @@
-"""Explorers for notebooks: thin shells of ipywidgets. A static figure stands beside each."""
+"""Explorers for notebooks: thin shells of ipywidgets, each with a static figure beside it."""
 
 import lazy_loader
 

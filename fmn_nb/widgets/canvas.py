@@ -1,4 +1,4 @@
-"""A canvas with boxes that are moved by mouse and by keyboard; needs `anywidget` (`pip install "fmn-nb[lab]"`)."""
+"""A canvas with boxes to move by mouse or keyboard; needs `anywidget` (`pip install "fmn-nb[lab]"`)."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class BoxCanvas(anywidget.AnyWidget):
 
     Attributes:
         boxes: [{"name", "colour", "box": [x0, y0, x1, y1]}], sides in [0, 1].
-        selected: the number of the one that keys move.
+        selected: the number of the box that keys move.
         picture: a data URL, or "".
         moved: counts finished moves; a drag counts once, when the mouse is released.
     """

@@ -1,4 +1,4 @@
-"""A picture built up in turns: say what is to be there, move boxes by mouse, keyboard or numbers, draw, undo."""
+"""Build up a picture in turns: say what should be there, move boxes by mouse, keyboard or numbers, draw, undo."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SIDES = ("left", "top", "right", "bottom")
 class Composer(_Explorer):
     """Turns in, picture out: a line for turns, boxes on a canvas and as numbers, and a table in words.
 
-    The canvas needs `anywidget`; without it the numbers move the boxes, which a drawing shows.
+    The canvas needs `anywidget`; without it, numbers move the boxes, and a drawing shows them.
 
     Args:
         pipe: a grounded model.
-        prompt: what is said beside the boxes, such as the style.
-        turns: to begin with.
-        steps: of each image.
+        prompt: what the prompt says besides the boxes, such as the style.
+        turns: the turns to begin with.
+        steps: the sampling steps of each image.
 
     Attributes:
         turn, say, undo, draw: the line, and the buttons.
         thing, numbers: which box, and its four sides.
         canvas: where boxes are moved, or None.
-        plan: a drawing of the boxes, as PNG, where there is no canvas.
+        plan: a drawing of the boxes, as PNG, if there is no canvas.
         picture: the image as PNG; empty until `draw`, and after each change of the boxes.
         words: the table, and the list of turns.
         trouble: why a turn could not be taken.
@@ -80,7 +80,7 @@ class Composer(_Explorer):
     # ---- what a reader does ------------------------------------------------------------------------------------------
 
     def take(self, turn: str) -> None:
-        """Take a turn, or say why it can't be taken; an empty line is none."""
+        """Take a turn, or say why it can't be taken; an empty line isn't a turn."""
         before = self.thing.value
         if not turn.strip():
             return
@@ -98,7 +98,7 @@ class Composer(_Explorer):
         self._show(self.thing.value)
 
     def show_image(self) -> None:
-        """Draw what stands now."""
+        """Draw the current interactions."""
         self.draw.disabled, self.trouble.value = True, "drawing ..."
         try:
             self.image = draw_interactions(self.pipe, self.prompt.value, self.state.interactions, [self.seed],
@@ -113,7 +113,7 @@ class Composer(_Explorer):
     # ---- what the reader sees ----------------------------------------------------------------------------------------
 
     def _show(self, chosen: str | None = None) -> None:
-        """Everything after a change; `chosen` is the thing whose numbers are shown."""
+        """Show everything after a change; `chosen` is the thing whose numbers are shown."""
         interactions, self._quiet = self.state.interactions, True
         things, objects = things_of(interactions), {one.object for one in interactions}
         self.thing.options = list(things)
@@ -165,7 +165,7 @@ class Composer(_Explorer):
 
 
 def _canvas() -> ipywidgets.DOMWidget | None:
-    """A canvas, where the library for it is there."""
+    """A canvas, if its library is installed."""
     try:
         from fmn_nb.widgets.canvas import BoxCanvas
     except ImportError:

@@ -1,6 +1,6 @@
 """Explorers: attention maps by token, layer, head and step; a patch's scale; a sweep's measures and images.
 
-Each is a thin shell of ipywidgets, and a static figure stands beside it in its notebook.
+Each is a thin shell of ipywidgets, with a static figure beside it in its notebook.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ALL, NOTHING = "all", "nothing"
 
 
 def _natural_size() -> ipywidgets.Image:
-    """A place for a picture that is shown as large as it is, and never wider than the page."""
+    """A place for a picture in its own size, but never wider than the page."""
     return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
 
 
 class _Explorer(ipywidgets.VBox):
-    """What shows a sentence, at most 110 characters of it, to those who read the notebook without a kernel."""
+    """An explorer that shows a sentence of at most 110 characters to those who read the notebook without a kernel."""
 
     without_kernel = ""
 
@@ -46,7 +46,7 @@ class AttentionExplorer(_Explorer):
     Args:
         attention: the record; the text of its images must be known.
         images: the generated images, to lay the maps over; may be left out.
-        phrase: a concept or words of the prompt to begin with; the first word where left out.
+        phrase: a concept or words of the prompt to begin with; by default the first word.
 
     Attributes:
         token, layer, head, step, branch, image: the controls.
@@ -81,7 +81,7 @@ class AttentionExplorer(_Explorer):
         super().__init__([ipywidgets.HBox([ipywidgets.VBox(controls), self.picture]), self.words])
 
     def _offer_tokens(self) -> None:
-        """The tokens of the chosen image and branch, or the recorded phrases; what was asked for to begin with."""
+        """Offer the tokens of the chosen image and branch, or the recorded phrases; begin with the one asked for."""
         first = None
         if self.attention.phrases is not None:
             options, first = [(phrase, phrase) for phrase in self.attention.phrases], self.phrase
@@ -101,7 +101,7 @@ class AttentionExplorer(_Explorer):
         self.token.value = wanted
 
     def _show(self) -> None:
-        """The map of what is chosen, or why there is none."""
+        """Show the map of what is chosen, or why there is none."""
         label = self.token.label.partition(" ")[2]
         what = {"phrase" if isinstance(self.token.value, str) else "columns": self.token.value}
         for name in ("layer", "head", "step"):
@@ -120,16 +120,15 @@ class AttentionExplorer(_Explorer):
 class PatchScale(_Explorer):
     """Images of some prompts under a patch at a chosen scale: 0 is the base model, 1 the patch as trained.
 
-    Each scale is drawn once, that of the patch as trained at the start. The pipeline carries the patch only while it
-    draws.
+    Each scale is drawn once, and the patch as trained at the start. The pipeline carries the patch only while it draws.
 
     Args:
         pipe: the base model.
         patch: what to apply.
         prompts: one image each; image n has the seed `seed` + n.
-        drawn: scale -> the prompts' images, where some were drawn before.
-        scales: what can be chosen; beyond 1 the patch is stronger than it was trained.
-        options: of `generate`, such as `steps` and `guidance`.
+        drawn: scale -> the prompts' images, if some were drawn before.
+        scales: what can be chosen; above 1 the patch is stronger than it was trained.
+        options: options of `generate`, such as `steps` and `guidance`.
 
     Attributes:
         scale: the control.
@@ -168,16 +167,16 @@ class PatchScale(_Explorer):
 
 
 class SweepExplorer(_Explorer):
-    """A measure along one of the varied parameters, colours for another; below, a run's images before and after.
+    """A measure along one varied parameter, with colours for another; below, a run's images before and after.
 
     Args:
-        results: what `read_sweep` read; at least one run must be finished and measured.
+        results: what `read_sweep` returned; at least one run must be finished and measured.
 
     Attributes:
         measure, along, by, run: the controls.
         picture: the figure as PNG.
         words: what it shows, in a sentence.
-        before, after: the chosen run's images as PNG, empty where it has none.
+        before, after: the chosen run's images as PNG, empty if it has none.
 
     Raises:
         ValueError: no finished run was measured.

@@ -101,7 +101,7 @@ def test_without_a_judge_or_references_it_says_what_to_give() -> None:
             attack(judged, CAT, None, references=noise_images(1))
     with pytest.raises(MeasurementError, match="numbers of steps"):
         attacks.relearn(judged, CAT, None, budget=RelearningBudget(at=()), references=noise_images(1))
-    with pytest.raises(MeasurementError, match="no sort of wording"):
+    with pytest.raises(MeasurementError, match="not a sort of wording"):
         attacks.paraphrase_attack(judged, CAT, None, sort="typos")
 
 
@@ -123,7 +123,7 @@ def test_wordings_are_counted_each_and_together() -> None:
     table = attacks.wordings_table(attack)
     assert table.loc["a catt"].tolist() == [1.0, 0.5] and table.loc["a kat"].tolist() == [1.0, 0.0]
     assert attack.found["counted"] == 2 and not attack.skipped
-    with pytest.raises(MeasurementError, match="no attack by wording"):
+    with pytest.raises(MeasurementError, match="not an attack by wording"):
         attacks.wordings_table(Attack("x", 0, 1, Share(0, 0, 1, 1), 0, 0.0))
 
 

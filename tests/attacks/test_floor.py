@@ -77,7 +77,7 @@ def test_the_intervals_hold_the_truth_and_narrow_with_images():
         low, high = difference_interval(*sides)
         held += low <= 0.2 <= high
     assert held >= 180
-    with pytest.raises(ValueError, match="no repetitions"):
+    with pytest.raises(ValueError, match="not repetitions"):
         difference_interval([], [(1, 2)])
 
 

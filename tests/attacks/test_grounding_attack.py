@@ -51,7 +51,7 @@ def test_success_minus_the_oracles_floor(pipe):
     assert table["excess"].tolist() == [0, 0.75, 0.75, 0] and table["floor"].tolist() == [0, 0.25, 0, 0.5]
     assert (table["excess low"] <= table["excess"]).all() and (table["excess"] <= table["excess high"]).all()
     assert "floor" not in grounding_table(attacks)
-    with pytest.raises(MeasurementError, match="the floor is of other attacks"):
+    with pytest.raises(MeasurementError, match="the floor comes from other attacks"):
         grounding_table(attacks, floor[:2])
 
 

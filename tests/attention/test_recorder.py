@@ -303,7 +303,7 @@ def test_saved_and_loaded_records_are_equal(sd, tmp_path):
     (tmp_path / "other").mkdir()
     different.save(tmp_path / "other")
     (tmp_path / "other" / "attention.safetensors").replace(tmp_path / "record" / "attention.safetensors")
-    with pytest.raises(ValueError, match="not of one record"):
+    with pytest.raises(ValueError, match="don't belong to one record"):
         AttentionRecord.load(tmp_path / "record")
     with pytest.raises(FileNotFoundError, match="attention.json is missing"):
         AttentionRecord.load(tmp_path)

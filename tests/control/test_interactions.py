@@ -78,7 +78,7 @@ def test_a_missing_box_stands_beside_the_one_that_is_given(action):
 def test_given_boxes_stay_and_an_unknown_action_needs_both():
     given = fmn.Interaction("cat", "kissing", "frog", LEFT, RIGHT)
     assert laid_out([given]) == [given]
-    with pytest.raises(InteractionError, match="not known for the action 'kissing': give both boxes"):
+    with pytest.raises(InteractionError, match="things stand for the action 'kissing': give both boxes"):
         laid_out([fmn.Interaction("cat", "kissing", "frog", LEFT)])
 
 

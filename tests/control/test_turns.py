@@ -51,7 +51,7 @@ def test_names_of_several_words_and_articles():
 @pytest.mark.parametrize(("turn", "says"), [
     ("move the dog up", "there is no dog; there is cat"), ("a cat", "there is cat already"),
     ("make it so that everything is nice", "not understood: write"), ("", "not understood"),
-    ("remove the frog", "there is no frog"), ("cat=chasing", "is no interaction"), ("!!", "not understood"),
+    ("remove the frog", "there is no frog"), ("cat=chasing", "is not an interaction"), ("!!", "not understood"),
 ])
 def test_what_is_not_understood_leaves_everything_as_it_was(turn, says):
     state = said("a cat")
@@ -59,7 +59,7 @@ def test_what_is_not_understood_leaves_everything_as_it_was(turn, says):
     with pytest.raises(InteractionError, match=says):
         state.say(turn)
     assert state.interactions == before and state.said == ["a cat"]
-    with pytest.raises(InteractionError, match="nothing is there yet"):
+    with pytest.raises(InteractionError, match="there is nothing yet"):
         said("a frog chasing it")
 
 

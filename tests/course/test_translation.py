@@ -129,7 +129,7 @@ def test_links_to_headings_lead_to_them_in_the_other_language(tmp_path, monkeypa
 
 
 def test_a_wrong_request_is_refused(tmp_path):
-    with pytest.raises(CourseError, match="a language is given by its code"):
+    with pytest.raises(CourseError, match="give a language by its code"):
         translation.translate_course(tmp_path / "out", "../zh")
     with pytest.raises(CourseError, match="no notebooks/locale/de"):
         translation.translate_course(tmp_path / "out", "de")

@@ -126,7 +126,7 @@ def test_an_object_may_be_given_by_its_name_and_a_judge_of_ones_own_is_asked(pro
     assert report.before.ua == 0 and report.before.ira == 0 and report.before.cra == pytest.approx(0.5)
     assert "similar" in report.before.skipped and "clip_score" in report.before.skipped
     for wrong in (None, 3, ["cat"]):
-        with pytest.raises(ValueError, match="is no concept: give one"):
+        with pytest.raises(ValueError, match="is not a concept: give one"):
             evaluate(wrong, **options)
 
 
@@ -236,8 +236,8 @@ def test_a_concept_that_is_in_the_list_is_not_in_the_retain_set():
 
 
 @pytest.mark.parametrize(("name", "text", "says"), [
-    ("identity", "a photo of a person", "must hold {} once"), ("objects", "", "empty or says something twice"),
-    ("styles", "ink\nink", "empty or says something twice"), ("names", None, "is missing"),
+    ("identity", "a photo of a person", "must hold {} once"), ("objects", "", "empty or repeats a line"),
+    ("styles", "ink\nink", "empty or repeats a line"), ("names", None, "is missing"),
 ])
 def test_wrong_prompt_lists_are_named(prompts, name, text, says):
     path = prompts / f"{name}.txt"

@@ -26,7 +26,7 @@ def test_wilson_intervals_are_the_textbook_ones():
     assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(10, 10)[1] == 1.0
     for successes, count in ((1, 0), (-1, 5), (6, 5)):
-        with pytest.raises(ValueError, match="is no share"):
+        with pytest.raises(ValueError, match="is not a share"):
             wilson(successes, count)
 
 
@@ -47,7 +47,7 @@ def test_the_harmonic_means_interval_has_a_width_at_its_ends_and_contains_the_fi
         assert 0 <= low <= harmonic_mean(*(hits / 24 for hits in successes)) <= high <= 1 and low < high
         assert (low, high) == harmonic_mean_interval(successes, (24, 24, 24), seed=5)
     for successes, totals in (((1,), (1, 2)), ((), ()), ((1, 0), (1, 0)), ((3, 1), (2, 1))):
-        with pytest.raises(ValueError, match=r"one total for each|is no share"):
+        with pytest.raises(ValueError, match=r"one total for each|is not a share"):
             harmonic_mean_interval(successes, totals)
 
 
@@ -170,7 +170,7 @@ def test_what_could_not_be_computed_is_absent_with_its_reason():
 
 
 @pytest.mark.parametrize(("image", "why"), [
-    (None, "is no image but NoneType"), (np.zeros(3), "is no image but ndarray"),
+    (None, "is not an image but NoneType"), (np.zeros(3), "is not an image but ndarray"),
     (np.full((4, 4, 3), np.nan), "holds NaN"), (Image.new("RGB", (4, 4)), "is one colour throughout"),
     (np.full((4, 4, 3), 200, np.uint8), "is one colour throughout"),
     (Image.new("L", (4, 4), 255), "is one colour throughout")])

@@ -123,5 +123,5 @@ def test_wrong_requests_are_clear_errors() -> None:
     with pytest.raises(ValueError, match="2 patches for 3 concepts"):
         sequence_table(pipe, [CAT, DOG, NOTO], patches)
     table = sequence_table(session(pipe, nothing_seen()), [CAT, DOG], patches, images=1, retain_images=1)
-    with pytest.raises(ValueError, match="'frog' was forgotten at no stage"):
+    with pytest.raises(ValueError, match="'frog' was never forgotten"):
         rebound(table, "frog")

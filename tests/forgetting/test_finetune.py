@@ -82,7 +82,7 @@ def test_a_process_that_dies_while_it_saves_leaves_the_state_before(tmp_path, mo
         patched.setattr(state, "write_json", dies)
         quick(tiny_sd(), **settings, checkpoint=tmp_path)
     assert "last good state is step 2" in stopped.value.__notes__[0], "what could not be written is none"
-    assert "call forget again to go on from it" in stopped.value.__notes__[0]
+    assert "call forget again to continue from it" in stopped.value.__notes__[0]
     steps = []
     resumed = quick(tiny_sd(), **settings, checkpoint=tmp_path, callback=lambda p: steps.append(p.step))
     assert steps == [3, 4]

@@ -76,7 +76,7 @@ def test_bad_arguments_are_told_apart() -> None:
 @pytest.mark.parametrize("given, message", [
     ({"preset": None}, "preset is a name or Settings"), ({"preset": "balancd"}, "did you mean 'balanced'"),
     ({"presett": "paper"}, "did you mean 'preset'"), ({"callback": 5}, "callback is a function"),
-    ({"concepts": None}, "concepts are a Concept"), ({"concepts": [5]}, "5 is no concept"),
+    ({"concepts": None}, "concepts are a Concept"), ({"concepts": [5]}, "5 is not a concept"),
     ({"concepts": 5}, "concepts are a Concept"), ({"references": [None]}, "give a folder, or one or several of"),
     ({"references": 5}, "images can't be read"), ({"masks": [None]}, "give a folder, or one or several of"),
     ({"retain_prompts": "abc"}, "put it in brackets"), ({"retain_prompts": [""]}, "with words in them"),

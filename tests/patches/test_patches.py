@@ -390,8 +390,8 @@ def test_foreign_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
         ("half a pair", {down: whole[down]}, {}, "missing or differ in rank"),
         ("two ranks", {**whole, up: torch.zeros(16, 1)}, {}, "missing or differ in rank"),
         ("nan", {**whole, up: whole[up] * float("nan")}, {}, "NaN or infinite"),
-        ("one dimension", {down: whole[down][0], up: whole[up]}, {}, "which is no matrix"),
-        ("flat", {down: whole[down], up: whole[up][0]}, {}, "which is no matrix"),
+        ("one dimension", {down: whole[down][0], up: whole[up]}, {}, "which isn't a matrix"),
+        ("flat", {down: whole[down], up: whole[up][0]}, {}, "which isn't a matrix"),
         ("base", {}, {"base": "stable diffusion"}, "doesn't describe a patch"),
         ("no base", {}, {"base": None}, "its base model's component and fingerprint"),
         ("no fingerprint", {}, {"base": {"component": "unet"}}, "its base model's component and fingerprint"),
@@ -406,7 +406,7 @@ def test_foreign_files_are_clear_errors(base: dict, tmp_path: Path) -> None:
     torch.save(whole, pickled / "pytorch_lora_weights.safetensors")
     said = {"sha256": patch_files.sha256(pickled / "pytorch_lora_weights.safetensors")}
     (pickled / "fmn.json").write_text(json.dumps({**json.loads((pickled / "fmn.json").read_text()), **said}))
-    with pytest.raises(PatchFileError, match="no valid safetensors"):
+    with pytest.raises(PatchFileError, match="not a valid safetensors"):
         Patch.load(pickled)
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "fmn.json").write_bytes(b"\xff\xfe\x00")

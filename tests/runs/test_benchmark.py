@@ -124,7 +124,7 @@ def test_a_settings_file_can_define_variants_of_presets(tmp_path: Path) -> None:
         plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides={"paper": {"seeds": 1}})
     for name in ("../words", "all", "balanced"):
         file.write_text(f"{name}: {{preset: paper}}")
-        with pytest.raises(SettingsError, match="no name for a variant"):
+        with pytest.raises(SettingsError, match="name a variant"):
             read_overrides(file)
 
 
@@ -212,7 +212,7 @@ def test_a_stopped_benchmark_says_how_many_jobs_are_done(bench: Bench, few, monk
         return attempt(self, job)
 
     monkeypatch.setattr(Bench, "attempt", struck)
-    with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command goes on$"):
+    with pytest.raises(Stopped, match="^1 of 2 jobs finished; the same command continues$"):
         run(bench, jobs)
 
 
@@ -348,7 +348,7 @@ def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
 
 def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> None:
     for options, text in ((["--concepts", "unicorn"], "no 'unicorn'"), (["--presets", "best"], "no preset 'best'"),
-                          (["--model", "no/world"], "is of no world that is known here"),
+                          (["--model", "no/world"], "belongs to no known world"),
                           (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal")):
         result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *options])
         assert result.exit_code == 2 and text in result.output, result.output

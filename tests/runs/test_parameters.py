@@ -87,13 +87,13 @@ def test_text_of_another_type_is_refused(declared, name, text):
     ("cell", "says"),
     [
         ("steps = 35  # untyped", "has the type None"),
-        ("steps: int = 5 * 7  # computed", "no literal"),
+        ("steps: int = 5 * 7  # computed", "not a literal"),
         ("steps: int = 'many'  # a word", "breaks its own rule"),
         ("steps: int = 3  # too few [10..20]", "breaks its own rule"),
-        ("steps: int = 3  # no numbers [low..high]", "no pair of numbers"),
+        ("steps: int = 3  # no numbers [low..high]", "isn.t a pair of numbers"),
         ("out: pathlib.Path = None  # a type JSON lacks", "cannot read the parameter 'out'"),
         ("steps: int = 3  # where a = b", "cannot read the parameter 'steps'"),
-        ("steps: int = = 3", "is no Python"),
+        ("steps: int = = 3", "is not valid Python"),
     ],
 )
 def test_a_cell_that_cannot_be_checked_is_refused(write_notebook, cell, says):
@@ -106,7 +106,7 @@ def test_a_cell_that_cannot_be_checked_is_refused(write_notebook, cell, says):
                                      '{"cells": [], "metadata": [], "nbformat": 4, "nbformat_minor": 5}', "[" * 99_999])
 def test_a_broken_notebook_is_told_in_one_line(tmp_path, content):
     (tmp_path / "03_broken.ipynb").write_text(content)
-    with pytest.raises(ParameterError, match="03_broken.ipynb is no notebook that can be executed") as caught:
+    with pytest.raises(ParameterError, match="03_broken.ipynb is not an executable notebook") as caught:
         read_parameters(tmp_path / "03_broken.ipynb")
     assert "\n" not in str(caught.value)
 

@@ -155,7 +155,7 @@ def _refused(request_kind):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("unknown", "the hub has no model 'foo/bar', or not for you; look the name up"),
+        ("unknown", "the hub has no model 'foo/bar', or hides it from you; look it up"),
         ("silent", r"the hub can't be reached \(TimeoutError\); try again with a connection"),
         ("down", "the hub can't be reached"),
     ],
@@ -181,7 +181,7 @@ def test_a_hub_id_needs_no_hub_where_the_cache_has_it(course, monkeypatch):
     names.check_on_hub.cache_clear()
     with pytest.raises(UnknownModelError, match="'foo/bar' is not on this machine and HF_HUB_OFFLINE forbids"):
         plan_run(notebooks="03", model="foo/bar")  # as all tests run: offline
-    with pytest.raises(UnknownModelError, match="'foo/b--r' is no hub id"):
+    with pytest.raises(UnknownModelError, match="'foo/b--r' is not a hub id"):
         plan_run(notebooks="03", model="foo/b--r")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     assert plan_run(notebooks="03", model="foo/bar").settings["model"] == "foo/bar"
@@ -237,11 +237,11 @@ def test_a_single_file_whose_configuration_is_out_of_reach_is_refused_before_a_k
                                                                                       monkeypatch):
     """Tests are offline, and nothing is cached for it."""
     save_file({"x": np.zeros(1)}, tmp_path / "sd15.safetensors")
-    with pytest.raises(RequestError, match=r"holds weights alone.*--config \(weights aren't needed\)"):
+    with pytest.raises(RequestError, match=r"holds only weights.*--config \(weights aren't needed\)"):
         plan_run(notebooks="03", model=str(tmp_path / "sd15.safetensors"))
     path = write_notebook("05_model.ipynb", 'model: str = ""  # name\nconfig: str = ""  # folder of a single file')
     request = {"notebooks": [str(path)], "model": str(tmp_path / "sd15.safetensors")}
-    with pytest.raises(RequestError, match=r"config is no folder with a model_index.json: '.*none'"):
+    with pytest.raises(RequestError, match=r"config is not a folder with a model_index.json: '.*none'"):
         plan_run(**request, parameters={"config": str(tmp_path / "none")})
     (tmp_path / "model_index.json").write_text("{}")
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,7 @@ def test_a_line_a_run_and_the_time_left_after_a_few(monkeypatch):
         progress.ended(row("cat-2", "it broke\nlong story"))
         progress.ended(row("cat-3", seconds=1.0))
     assert shown.getvalue().splitlines() == [
-        "33 runs, 1 of them through already",
+        "33 runs, 1 of them done already",
         "cat-1: 12.3 s, done (2 of 33 runs)",
         "cat-2: it broke (3 of 33 runs)",
         "cat-3: 1.0 s, done (4 of 33 runs, about 5 min left)",

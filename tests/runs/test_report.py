@@ -253,7 +253,7 @@ def _nested(depth: int) -> str:
 def test_a_state_that_is_none_is_told_in_one_line(run_folder, change):
     state = json.loads((run_folder / "run.json").read_text())
     write_json(run_folder / "run.json", state | change)
-    with pytest.raises(StateError, match=f"run.json is no run's state: {next(iter(change))}") as caught:
+    with pytest.raises(StateError, match=f"run.json is not a run's state: {next(iter(change))}") as caught:
         write_report(run_folder)
     assert "\n" not in str(caught.value)
 

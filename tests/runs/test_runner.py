@@ -216,7 +216,7 @@ def test_a_run_goes_on_where_it_failed_and_a_finished_one_stays(write_notebook, 
         if where.position.cell:
             raise KeyboardInterrupt
 
-    with pytest.raises(Stopped, match="0 of 2 notebooks finished; the same command goes on"):
+    with pytest.raises(Stopped, match="0 of 2 notebooks finished; the same command continues"):
         execute(plan, stop, again=True)
     assert is_finished(plan) and {name: files()[name] for name in whole} == whole, "the finished run is as it was"
     write_notebook("04_measure.ipynb", CELL, "pass")
@@ -240,7 +240,7 @@ def test_an_image_carries_its_description(tmp_path):
     assert _shown(path)["alt"] == "the map is highest on the cat’s ears"
     with pytest.raises(ValueError, match="needs a description"):
         save_image(tmp_path, "attention_cat", Image.new("L", (8, 8)), alt=" ")
-    with pytest.raises(ValueError, match="no image name"):
+    with pytest.raises(ValueError, match="name an image"):
         save_image(tmp_path, "../attention", Image.new("L", (8, 8)), alt="a map")
 
 

@@ -68,7 +68,7 @@ def test_a_run_keeps_what_is_finished_and_says_how_to_go_on(stopped, write_noteb
     words = ("run", "--notebooks", f"{one},{two}", "--out", "out")
     out = tmp_path / "out"
     said = stopped(*words, ready=(out / "begun").exists, number=getattr(signal, name))
-    assert said == "stopped: 1 of 2 notebooks finished; the same command goes on"
+    assert said == "stopped: 1 of 2 notebooks finished; the same command continues"
     state = json.loads((out / "run.json").read_text())
     assert state["status"] == "stopped"
     assert [note["status"] for note in state["notebooks"].values()] == ["done", "stopped"]
@@ -79,7 +79,7 @@ def test_a_run_keeps_what_is_finished_and_says_how_to_go_on(stopped, write_noteb
 def test_a_kernel_that_will_not_end_is_ended(stopped, write_notebook, tmp_path):
     slow = write_notebook("02_slow.ipynb", CELL, STUBBORN)
     said = stopped("run", "--notebooks", slow, "--out", "out", ready=(tmp_path / "out" / "begun").exists, group=False)
-    assert said == "stopped: 0 of 1 notebooks finished; the same command goes on"
+    assert said == "stopped: 0 of 1 notebooks finished; the same command continues"
     assert (tmp_path / "out" / "02_slow.failed.ipynb").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_sweep_stops_with_its_workers_and_goes_on(stopped, stub_sweep, tmp_pat
         return states.count("done") == 2 and begun == 4
 
     said = stopped("sweep", "spec.yaml", "--out", "out", ready=ready, number=getattr(signal, name))
-    assert said == "stopped: 2 of 4 runs finished; the same command goes on"
+    assert said == "stopped: 2 of 4 runs finished; the same command continues"
     states = [json.loads(path.read_text())["status"] for path in (tmp_path / "out").glob("*/run.json")]
     assert sorted(states) == ["done", "done", "stopped", "stopped"]
     assert len(list((tmp_path / "out").glob("*/03_stub.failed.ipynb"))) == 2
@@ -104,7 +104,7 @@ def test_a_sweep_stops_with_its_workers_and_goes_on(stopped, stub_sweep, tmp_pat
 def test_a_training_stops_and_says_how_far_it_is(stopped, tmp_path, name):
     said = stopped("pretrain", "--smoke", "--out", "models", number=getattr(signal, name),
                    ready=lambda: list((tmp_path / "models").rglob("vae*")))
-    assert re.fullmatch(r"stopped: [1-7] of 8 stages finished; the same command goes on", said)
+    assert re.fullmatch(r"stopped: [1-7] of 8 stages finished; the same command continues", said)
 
 
 @pytest.mark.slow
@@ -114,5 +114,5 @@ def test_a_benchmark_keeps_the_jobs_that_are_finished(stopped, tmp_path, workers
     words = ("benchmark", "--presets", "paper", "--concepts", "identities", "--out", "out", "--work", "jobs",
              "--settings", "settings.yaml", "--workers", workers)
     said = stopped(*words, ready=lambda: list((tmp_path / "jobs").glob("*-seed0-*.json")))
-    assert re.fullmatch(r"stopped: [1-3] of 4 jobs finished; the same command goes on", said)
+    assert re.fullmatch(r"stopped: [1-3] of 4 jobs finished; the same command continues", said)
     assert len(list((tmp_path / "jobs").glob("*-seed0-*.json"))) == int(said[len("stopped: ")])

@@ -166,7 +166,7 @@ def test_a_sweep_at_a_url_killed_midway_goes_on_at_once(spec, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"results: file://{bucket}/results.csv" in result.stdout
-    assert f"4 runs, {len(stored)} of them through already" in result.stderr
+    assert f"4 runs, {len(stored)} of them done already" in result.stderr
     assert stored == {path: path.stat().st_mtime_ns for path in stored}
     assert list(pandas.read_csv(bucket / "results.csv")["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
 

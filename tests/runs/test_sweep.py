@@ -183,7 +183,7 @@ def test_a_killed_sweep_goes_on_where_it_stood(spec, tmp_path):
     assert 1 <= len(done) < 4 and not (tmp_path / "out" / "results.csv").exists()
     shown = io.StringIO()
     assert run_sweep(sweep, progress=SweepProgress(shown), page=False)[1] == []
-    assert f"4 runs, {len(done)} of them through already" in shown.getvalue() and "(4 of 4 runs)" in shown.getvalue()
+    assert f"4 runs, {len(done)} of them done already" in shown.getvalue() and "(4 of 4 runs)" in shown.getvalue()
     assert done == {out: _changed(out) for out in done}, "a finished run is never repeated"
     assert list(table_of(tmp_path / "out")["after.ua"]) == [0.3, 0.4, 0.4, 0.5]
 

@@ -1,13 +1,13 @@
 """Forget-Me-Not's objective: attention re-steered away from a concept (Zhang, Wang, Xu, Wang, Shi, arXiv 2303.17591).
 
-A cross-attention layer says for every pixel how it shares out its attention over the prompt's text columns,
+In a cross-attention layer, every pixel divides its attention among the prompt's text columns,
 
     A = softmax(Q K^T / sqrt(d))         [batch, heads, pixels, columns], each row of columns sums to 1.
 
-Images of the concept are noised, and the denoiser runs on a prompt that names it. The loss is how much of all this
-attention the concept's own columns get; driven to zero, no pixel looks at the concept's words any more. Nothing is
-denoised for it, and no label is needed. This file is the whole of it: which columns count (`concept_mask`), where in
-the image (`region`), and three norms of what is chosen (`resteering_loss`).
+Images of the concept are noised, and the denoiser runs on a prompt that names it. The loss is how much of this
+attention the concept's own columns get; once it is driven to zero, no pixel looks at the concept's words any more.
+Nothing is denoised for it, and no label is needed. This file is all of it: which columns count (`concept_mask`), where
+in the image (`region`), and three norms of what is chosen (`resteering_loss`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def resteering_loss(attention: Mapping[str, Tensor], concept: Tensor, norm: str,
 
 @torch.no_grad()
 def concept_mass(attention: Mapping[str, Tensor], concept: Tensor) -> float:
-    """The share of their attention that pixels give to the concept's columns: mean over layers, in [0, 1]."""
+    """The share of attention that pixels give to the concept's columns: mean over layers, in [0, 1]."""
     own = concept[:, None, :, None].float()  # [batch, 1, columns, 1]
     return float(torch.stack([(values.detach().float() @ own).mean() for values in attention.values()]).mean())
 
@@ -72,7 +72,7 @@ def concept_mass(attention: Mapping[str, Tensor], concept: Tensor) -> float:
 def _chosen(attention: Mapping[str, Tensor], concept: Tensor, region: Tensor | None) -> list[Tensor]:
     """Each layer's probabilities of the columns that are the concept's in any row: [batch, heads, pixels, chosen].
 
-    Those that aren't in a row of its own are 0 there; the region's weights are multiplied in.
+    Columns that aren't the concept's in a row are 0 there; the region's weights are multiplied in.
     """
     columns = concept.any(0).nonzero().flatten()  # few of all columns: [chosen]
     own = concept[:, None, None, columns]  # [batch, 1, 1, chosen]
@@ -87,7 +87,7 @@ def _chosen(attention: Mapping[str, Tensor], concept: Tensor, region: Tensor | N
 
 
 def at_pixels(region: Tensor, pixels: int) -> Tensor:
-    """A region [batch, height, width] at the pixels of a layer that has so many: [batch, pixels]."""
+    """A region [batch, height, width] at the pixels of a layer with this many: [batch, pixels]."""
     grid = pixel_grid(pixels, *region.shape[-2:])  # rows and columns of the layer's pixels
     return F.interpolate(region[:, None], grid, mode="area").flatten(1)  # [batch, 1, rows, columns] -> [batch, pixels]
 
@@ -97,10 +97,10 @@ def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Seque
 
     Args:
         parts: "words" (the phrase's own columns), "later" (words after it), "first_eot", "padding", or "every_eot", as
-            the published code counts: each end-of-text token, so the padding too where the tokenizer pads with it.
+            the published code counts: each end-of-text token, so also the padding if the tokenizer pads with it.
 
     Raises:
-        PhraseNotFoundError: the prompt doesn't hold the phrase; the text lists its words.
+        PhraseNotFoundError: the prompt doesn't hold the phrase; the message lists its words.
     """
     read = read_columns(pipe, prompt, length)
     own = read.find(phrase).columns

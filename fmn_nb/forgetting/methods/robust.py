@@ -1,20 +1,20 @@
-"""Robust forgetting: what attacks find is forgotten too, in rounds, and then everything at once.
+"""Robust forgetting: forget what attacks find, too, first in rounds and then everything at once.
 
-A patch that was trained on the concept's own words cuts the way from these words; textual inversion finds another. So
-the fine-tune of Forget-Me-Not is run against an adversary that lives in the text, and remembers each of its finds:
+A patch trained on the concept's own words cuts the way from these words; textual inversion finds another. So the
+fine-tune of Forget-Me-Not runs against an adversary that works on the text, and remembers each of its finds:
 
 1. Erase with few steps, from the original weights, on the concept's prompts and on the *pool* of all finds so far.
 2. Probe what is left, on the model that carries this erasure:
-   - in closed form (RECE; Gong et al., arXiv 2407.12383): the embeddings e' that keys and values now answer as they did
-     the concept's e, all weights W' at once,  e' = (sum W'^T W' + ridge I)^-1 (sum W'^T W) e;
+   - in closed form (RECE; Gong et al., arXiv 2407.12383): the embeddings e' to which keys and values now answer as they
+     did to the concept's e, for all weights W' at once,  e' = (sum W'^T W' + ridge I)^-1 (sum W'^T W) e;
    - by gradients (STEREO; Srivatsan et al., arXiv 2408.16807): textual inversion on the concept's references, once from
      its word and once from random vectors, with one token and with two in turn.
-   Each find stands in the concept's place in all of its prompts and joins the pool.
+   Each find takes the concept's place in all of its prompts and joins the pool.
 3. After `rounds` of these, erase once from the original weights with the whole pool. Erasing again and again on top
-   would only add up what each round damages.
+   would only add up each round's damage.
 
-Half of every batch are plain prompts, half finds. Re-steering takes attention from a find's own columns and from all
-later ones, which it reaches through the causal text encoder; the anchor pulls what is predicted with it to the frozen
+Half of every batch is plain prompts, half finds. Re-steering takes attention from a find's own columns and from all
+later ones, which it reaches through the causal text encoder; the anchor pulls the prediction with it to the frozen
 model's prediction without the concept. The retain pairs that the last erasure hurt most come twice as often
 (adversarial preservation; Bui et al., arXiv 2410.15618).
 """
@@ -65,7 +65,7 @@ class Find:
 
     Attributes:
         rows: the denoiser's arguments with it in the concept's place, one row for each of the concept's prompts.
-        concept: which text columns are its own, or are reached by it, bool [prompts, columns].
+        concept: which text columns are its own or lie within its reach, bool [prompts, columns].
         prompts: the numbers of these prompts in the forget set, [prompts].
     """
 
@@ -86,7 +86,7 @@ def findings(task: Task, patch: Patch, forget: TrainingSet, number: int) -> list
 
 
 def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) -> list[Find]:
-    """The embeddings that keys and values answer as before; none where a denoiser has no such weights."""
+    """The embeddings to which keys and values answer as before; none if a denoiser has no such weights."""
     try:
         weights = next(one.weights for one in text_inputs(task.pipe) if one.argument == COLUMNS)
     except UnsupportedPipelineError:
@@ -108,8 +108,8 @@ def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) 
 
 def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, concept: Concept, number: int,
              fresh: bool) -> Find:
-    """What textual inversion of the concept's references finds on the model with the patch, in round `number`: from
-    its word, or from `fresh` random vectors; the one with one token, the other with two, in turn."""
+    """What textual inversion of the concept's references finds on the model with the patch in round `number`, from its
+    word or from `fresh` random vectors; in turn, one uses one token and the other two."""
     settings = InversionSettings(tokens=1 + (number + fresh) % 2, steps=task.settings.probe_steps, batch_size=BATCH,
                                  learning_rate=LEARNING_RATE, warmup=0, weight_decay=0.0, norm="free")
     seed = (task.seed + 1000 * (2 * number + fresh)) % 2**62
@@ -127,8 +127,8 @@ def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, con
 
 
 def with_finds(forget: TrainingSet, finds: Sequence[Find]) -> TrainingSet:
-    """The forget set with the finds beside the plain prompts, on the same images and with the same anchors; both come
-    equally often."""
+    """The forget set with the finds beside the plain prompts, on the same images and with the same anchors; finds and
+    plain prompts come equally often."""
     if not finds:
         return forget
     given = forget.given

@@ -7,20 +7,20 @@ output. For every such W, with e the edited columns (the concept's), g their gui
     W' = (ridge W + erase sum W g e^T + preserve sum W e' e'^T) (ridge I + erase sum e e^T + preserve sum e' e'^T)^-1
 
 No image is drawn and nothing is trained. Taking W out of the bracket leaves W' - W = erase sum W (g - e) e^T (...)^-1:
-the kept columns only stand in the inverse, and n edited columns make a LoRA of rank n, exactly.
+the kept columns occur only in the inverse, and n edited columns make a LoRA of rank n, exactly.
 
-What is kept. The solve weighs sums of squares, so kept columns move a little, the less the greater `preserve_scale`;
-they stay as they are exactly only with `null_space` (SPEED, Li et al., arXiv 2503.07392), where directions are left in
-which they have nothing.
+What is kept. The solve weighs sums of squares, so kept columns move a little; the greater `preserve_scale`, the less.
+They stay exactly as they are only with `null_space` (SPEED, Li et al., arXiv 2503.07392), if there are directions left
+in which they have nothing.
 
 Published: the last token of the concept in six prompts, guide the empty prompt (objects) or "art" (styles), erase and
-preserve 1, ridge .5. Here the prompts are the fine-tune's (`wording`), columns go in pairs counted from the end of the
-text (a prompt's last word with its guide's, begin with begin where the guide is empty), and kept columns come from the
-retain prompts: the last word of each where `tokens` is "last", every column where it is "later".
+preserve 1, ridge .5. Here the prompts are the fine-tune's (`wording`), columns are paired from the end of the text (a
+prompt's last word with its guide's, begin with begin if the guide is empty), and kept columns come from the retain
+prompts: the last word of each if `tokens` is "last", every column if it is "later".
 
-A pooled text embedding beside the columns (Stable Diffusion XL) is none of W's and stays as it is. A transformer with
-joint attention has no keys that see the text encoder's output: W is the layer that takes the columns in, and, with the
-pooled vectors of the same prompts in the place of columns, the one that takes in the pooled vector.
+W doesn't see a pooled text embedding beside the columns (Stable Diffusion XL), which stays as it is. A transformer with
+joint attention has no keys that see the text encoder's output: there W is the layer that takes in the columns, and,
+with the pooled vectors of the same prompts in the place of columns, the one that takes in the pooled vector.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def edit(task: Task) -> Edit:
 
 
 def weighing_of(settings: Settings) -> Weighing:
-    """The settings' weights of the sums."""
+    """The weights of the sums from the settings."""
     return Weighing(settings.erase_scale, settings.preserve_scale, settings.ridge, settings.null_space)
 
 
@@ -81,9 +81,9 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
     """(edited, guides), both [n, in]: columns of the prompts that name the concept, and of those that they give way to.
 
     Args:
-        columns: "last", the concept's own last token; "later", that one and all after it, padding too; "others", all
-            but the concept's own, of which those before it go with themselves: a causal text encoder knows nothing of
-            it there.
+        columns: "last", the concept's own last token; "later", that one and all after it, also padding; "others", all
+            but the concept's own; of these, the columns before it are paired with themselves: there, a causal text
+            encoder knows nothing of it.
         said: prompt -> its embeddings [columns, in].
     """
     edited, guides = [], []
@@ -102,7 +102,7 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
 
 
 def _end(read: PromptTokens) -> int:
-    """The column of a prompt's end-of-text token; where it was cut off, the number of columns."""
+    """The column of a prompt's end-of-text token; if it was cut off, the number of columns."""
     return read.first_eot[0] if read.first_eot else len(read.tokens)
 
 
