@@ -96,8 +96,7 @@ def test_the_loss_is_the_velocitys_error_and_falls():
 
 def test_the_recipe_takes_over_what_it_needs_and_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(joint, "data_dir", lambda: tmp_path / "nothing")
-    missing = "no emoji model in .*; this one needs its tokenizer; .* fmn-nb pretrain"
-    with pytest.raises(FileNotFoundError, match=missing):
+    with pytest.raises(FileNotFoundError, match="no emoji model in .*; this one needs its tokenizer;.*fmn-nb pretrain"):
         pretrain(Request(tmp_path / "models", organism="joint", smoke=True, stages=["joint"]), lambda line: None)
 
 
