@@ -55,7 +55,7 @@ class Size:
     scenes: int = 24_000
     vae_steps: int = 2000
     vae_batch: int = 16
-    diffusion_steps: int = 4000
+    diffusion_steps: int = 9000
     diffusion_batch: int = 32
     clip_steps: int = 700
     clip_batch: int = 64
