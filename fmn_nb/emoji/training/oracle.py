@@ -6,6 +6,7 @@ emoji model's, so that the latents of both are comparable; its text encoder and 
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from matplotlib.figure import Figure
+from PIL import Image
 from transformers import CLIPTextModel
 
 from fmn_nb.concepts import UNTAUGHT_KEY, Concept
@@ -24,7 +26,7 @@ from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import Session, Share, share_of
 from fmn_nb.files import REST, bundled_models, read_json, replacing, replacing_folder, sha256, write_json, write_text
 from fmn_nb.models import GUIDANCE, generate, load
-from fmn_nb.plots import as_png, image_grid
+from fmn_nb.plots import as_png, few_colours, image_grid
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = ("text_encoder", "unet")  # what an oracle's folder holds of its own
@@ -164,7 +166,8 @@ def _write_card(quality: Quality, training: dict, request: Request, shared: bool
     concepts = [Concept(name, kind=VOCABULARY.concepts()[name]) for name in quality.untaught]
     shares = [[_share(pipe, concept, quality) for pipe in (emoji, quality.pipe)] for concept in concepts]
     with replacing(folder / "images" / "untaught.png") as temporary:
-        temporary.write_bytes(as_png(untaught_figure(emoji, quality.pipe, concepts, quality.steps)))
+        drawn = as_png(untaught_figure(emoji, quality.pipe, concepts, quality.steps))
+        few_colours(Image.open(io.BytesIO(drawn))).save(temporary, format="png", optimize=True)
     write_json(folder / "quality.json", [
         {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
     write_json(folder / "training.json", training)
