@@ -48,6 +48,15 @@ class Budgets:
     source: str
     tried: Mapping[str, Sequence[int]]
 
+    def at_most(self, steps: int) -> Budgets:
+        """The same for those in a hurry: a first budget above `steps` becomes `steps`, at which the oracle was as
+        quiet; what else is above it is left out."""
+        found = {attack: {name: min(number, steps) if name == "first" else number for name, number in budgets.items()
+                          if name == "first" or number <= steps} for attack, budgets in self.steps.items()}
+        tried = {attack: tuple(number for number in numbers if number <= steps)
+                 for attack, numbers in self.tried.items()}
+        return Budgets(found, f"{self.source}; here at most {steps} steps", tried)
+
 
 def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:
     """The budgets from an oracle's curve (`steps` and `share`).

@@ -54,6 +54,14 @@ def test_budgets_are_the_last_quiet_one_and_the_one_at_a_half():
     assert choose_budgets(curve(s0=0.0, s5=0.4, s10=0.6)) == {"first": 0, "half": 5}, "the fewer of two as near"
 
 
+def test_budgets_for_those_in_a_hurry_stay_within_the_first():
+    known = Budgets({"relearning": {"first": 80, "half": 90}, "concept inversion": {"first": 5, "half": 20}}, "fixed",
+                    {"relearning": (0, 80, 90), "concept inversion": (0, 5, 20)})
+    quick = known.at_most(30)
+    assert quick.steps == {"relearning": {"first": 30}, "concept inversion": {"first": 5, "half": 20}}
+    assert quick.tried["relearning"] == (0,) and quick.source == "fixed; here at most 30 steps"
+
+
 def test_the_excess_by_hand_and_its_interval():
     models = {"forgetting model": [curve(s5=0.75), curve(s5=0.25)], "oracle": [curve(s5=0.25)],
               "unchanged model": [curve(s5=1.0), curve(s5=1.0)]}
