@@ -112,8 +112,8 @@ def test_the_words_of_the_world_are_told_apart(pipe):
 
 @pytest.mark.parametrize(("interactions", "says"), [
     ("unicorn=chasing=frog", "doesn't know 'unicorn'; it knows cat, dog"), ("cat=eating=frog", "the action 'eating'"),
-    ("cat; dog; frog; fish", "4 interactions, and there is room for 3"), ([], "no interaction to draw"),
-    (["cat"], "interactions are wanted"), ("noto", "doesn't know 'noto'"),
+    ("cat; dog; frog; fish", "4 interactions, but there is room for 3"), ([], "no interaction to draw"),
+    (["cat"], "give interactions, not"), ("noto", "doesn't know 'noto'"),
 ])
 def test_what_cannot_be_drawn_is_one_clear_line(pipe, interactions, says):
     with pytest.raises(InteractionError, match=says) as error:

@@ -38,7 +38,7 @@ def test_presets_are_data_and_paper_holds_the_published_defaults() -> None:
     ({"method": "esd-y"}, "no method 'esd-y'"),
     ({"learning_rate": float("nan")}, "finite"), ({"learning_rate": -1.0}, "learning_rate"),
     ({"norm": "L2"}, "norm .*'mean_square'"),
-    ({"positions": ("word",)}, "positions.*'words', 'later'"), ({"positions": ()}, "not none"),
+    ({"positions": ("word",)}, "positions.*'words', 'later'"), ({"positions": ()}, "at least one"),
     ({"time_from": 1.0}, "timesteps"),
     ({"height": 64}, "both height and width"), ({"gradient_checkpointing": 1}, "gradient_checkpointing .* boolean"),
     ({"train": "lora", "projections": ("to_z",)}, "no attention layer has"),

@@ -148,7 +148,7 @@ def test_a_concept_that_words_describe_badly_is_inverted_and_then_forgotten(tmp_
 
 
 @pytest.mark.parametrize(("wrong", "text"), [
-    ({"name": "toy"}, "angle brackets"), ({"name": "<a b>"}, "angle brackets"), ({"kind": "animal"}, "no kind"),
+    ({"name": "toy"}, "angle brackets"), ({"name": "<a b>"}, "angle brackets"), ({"kind": "animal"}, "not a kind"),
     ({"name": "<|endoftext|>"}, "angle brackets"), ({"initial": "<|endoftext|>"}, "no token but special"),
 ])
 def test_wrong_requests_are_clear_errors(wrong: dict, text: str) -> None:

@@ -77,7 +77,7 @@ def test_a_lora_of_any_layout_is_its_change_of_all_parts(pipe, tmp_path, layout)
     assert all(now is before[name] for name, now in weights(pipe).items()) and not hasattr(pipe.unet, "peft_config")
     assert_means(patch, changes, pipe)
     for refused in (lambda: patch.save(tmp_path / "out"), lambda: patch.scaled(2), lambda: patch.low_rank(1)):
-        with pytest.raises(ValueError, match="text_encoder as well"):
+        with pytest.raises(ValueError, match="also changes the text_encoder"):
             refused()
 
 

@@ -28,8 +28,8 @@ def test_the_kernel_is_started_and_says_which_package_it_imports():
     ("answer", "says"),
     [
         ("/elsewhere/fmn_nb/__init__.py", "notebooks import /elsewhere"),
-        (RuntimeError("Kernel died before replying"), "no answer: RuntimeError: Kernel died"),
-        (TimeoutError("60 seconds"), "no answer: TimeoutError"),
+        (RuntimeError("Kernel died before replying"), "doesn't answer: RuntimeError: Kernel died"),
+        (TimeoutError("60 seconds"), "doesn't answer: TimeoutError"),
     ],
 )
 def test_a_kernel_that_fails_or_imports_another_package_is_told(monkeypatch, answer, says):
