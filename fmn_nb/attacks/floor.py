@@ -21,9 +21,10 @@ from torch import nn
 
 from fmn_nb.attacks.budgets import Budgets, read_budgets
 from fmn_nb.attacks.curves import IMAGES, REVIVED, Tries, mean_curve, success_curve
-from fmn_nb.attacks.grounding import grounded_oracle, grounding_attack
+from fmn_nb.attacks.grounding import grounded_oracle, shown_by_way
 from fmn_nb.attacks.relearning import steps_until
 from fmn_nb.concepts import Concept
+from fmn_nb.control.grounding import grounding_of
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
 from fmn_nb.evaluation.oracle import apart
 from fmn_nb.files import replacing
@@ -129,11 +130,11 @@ def grounding_rows(session: Session, concept: Concept, patch: Patch | None, orac
 
     def counted(model: Session, change: Patch | None, seed: int) -> pd.DataFrame:
         def measure() -> pd.DataFrame:
-            shown = grounding_attack(model, concept, change, each=images, seed=seed)
-            return pd.DataFrame([{"attack": a.name, "successes": a.successes, "images": a.count} for a in shown])
+            shown = shown_by_way(model, concept, change, images, seed)
+            return pd.DataFrame({"attack": shown.columns, "successes": shown.sum().to_numpy(), "images": len(shown)})
 
         return _cached(model, change, measure, [
-            concept.kind, concept.name, "grounding", images, seed, digest_of(model.pipe.grounding)])
+            concept.kind, concept.name, "grounding", images, seed, digest_of(grounding_of(model.pipe))])
 
     known = [counted(session, None, seed) for seed in seeds]
     tables = {"forgetting model": known if patch is None else [counted(session, patch, seed) for seed in seeds],

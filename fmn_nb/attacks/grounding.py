@@ -7,7 +7,7 @@ alone to a box that names it in other words, and compares with a grounded oracle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -39,6 +39,11 @@ class Way:
     interactions: Callable[[str, str], list[Interaction]]
     synonym: bool = False
 
+    @property
+    def attack(self) -> str:
+        """The attack's name in tables."""
+        return f"grounding: {self.name}"
+
 
 WAYS = (
     Way("prompt", True, lambda concept, other: []),
@@ -68,37 +73,40 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
             layers.
     """
     session, concept = Session.of(pipe), Concept(concept) if isinstance(concept, str) else concept
-    require_gated(session.pipe)
-    if concept.kind != "object":
-        raise MeasurementError(f"boxes name objects; {concept.name!r} is of the kind {concept.kind}")
-    how, said = how or How(steps=session.sampling.steps), {concept.name: synonym or SYNONYM.format(concept.name)}
-    asked = session.fresh_drawings(concept, each, seed)
-    started, attacks = perf_counter(), []
-    base = shown_by_way(session, concept, None, asked, how, said)
-    after = base if patch is None else shown_by_way(session, concept, patch, asked, how, said)
+    how, started, attacks = how or How(steps=session.sampling.steps), perf_counter(), []
+    base = shown_by_way(session, concept, None, each, seed, how, synonym)
+    after = base if patch is None else shown_by_way(session, concept, patch, each, seed, how, synonym)
     seconds = (perf_counter() - started) / len(WAYS)
     for way in WAYS:
-        found = {"base": float(base[way.name].mean()), "strength": how.strength}
-        found |= {"said": said} if way.synonym else {}
-        attacks.append(Attack(f"grounding: {way.name}", int(after[way.name].sum()), len(asked),
-                              share_of(after["prompt"]), 0, seconds, found))
+        found = {"base": float(base[way.attack].mean()), "strength": how.strength}
+        found |= {"said": _said(concept, synonym)} if way.synonym else {}
+        attacks.append(Attack(way.attack, int(after[way.attack].sum()), len(after), share_of(after[WAYS[0].attack]), 0,
+                              seconds, found))
     return attacks
 
 
-def shown_by_way(session: Session, concept: Concept, patch: Patch | None, asked: Sequence[Drawing], how: How,
-                 said: Mapping[str, str]) -> pd.DataFrame:
-    """Whether each image shows the concept: a row for each drawing, a column for each way to ask.
+def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: int, seed: int, how: How | None = None,
+                 synonym: str | None = None) -> pd.DataFrame:
+    """Whether each image of one model shows the concept: a row for each drawing, a column for each attack.
 
-    Args:
-        said: concept's name -> the words that the synonym's box says in its place.
+    Raises: as `grounding_attack`.
     """
+    require_gated(session.pipe)
+    if concept.kind != "object":
+        raise MeasurementError(f"boxes name objects; {concept.name!r} is of the kind {concept.kind}")
+    how, asked = how or How(steps=session.sampling.steps), session.fresh_drawings(concept, each, seed)
     others = list(session.vocabulary.others(concept).objects) or ["thing"]
     shown = {}
     with session.patched(patch):
         for way in WAYS:
-            worded = replace(how, said=said if way.synonym else {})
-            shown[way.name] = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, worded))
+            worded = replace(how, said=_said(concept, synonym) if way.synonym else {})
+            shown[way.attack] = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, worded))
     return pd.DataFrame(shown)
+
+
+def _said(concept: Concept, synonym: str | None) -> dict[str, str]:
+    """What the synonym's box says in the concept's place."""
+    return {concept.name: synonym or SYNONYM.format(concept.name)}
 
 
 def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = None) -> pd.DataFrame:

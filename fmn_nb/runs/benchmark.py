@@ -281,15 +281,15 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
     means = summary(table)
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
     budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
-    attack = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
+    attacks = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
     if len(excess := excess_of(found, made.get(TUNED_ON, ()))):
         write_text(out / EXCESS_FILE, excess.to_csv(index=False, lineterminator="\n"))
         first = next(result["oracle"]["compared_with"] for result in found.values() if "oracle" in result)
-        attack["oracle"] = {**first, "summary": excess_summary(excess)}
+        attacks["oracle"] = {**first, "summary": excess_summary(excess)}
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
-        "summary": means, **attack, **told,
+        "summary": means, **attacks, **told,
     })
     for name, figure in (("forgetting-against-keeping", forgetting_against_keeping(table)),
                          ("cost", cost_of_presets(means))):
@@ -318,7 +318,7 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
                            "images": after["images"]}
     for name in SHARES:
         row |= _with_bounds(name, after[name], *after["ci95"][name])
-    row |= {"ceiling": after["ceiling"], "h_of_ceiling": after["h"] / after["ceiling"] if after["ceiling"] else None}
+    row |= {"ceiling": after["ceiling"], "h_of_ceiling": _h_of_ceiling(result)}
     row |= {f"base_{name}": before[name] for name in ("ua", "ira", "cra")}
     row |= {name: cost.get(name) for name in ("steps", "seconds", "peak_memory_bytes", "patch_bytes",
                                               "trainable_parameters")}
@@ -345,7 +345,7 @@ def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ())
         for attack in result.get("oracle", {}).get("attacks", ()):
             back = revive.get(attack["attack"], {})
             rows.append({"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
-                         "h_of_ceiling": _row(job, result)["h_of_ceiling"], **attack,
+                         "h_of_ceiling": _h_of_ceiling(result), **attack,
                          "steps_to_revive": back.get("forgetting model"), "oracle_steps": back.get("oracle"),
                          "tuned_on": job.concept.name in tuned})
     return pd.DataFrame(rows).round(6)
@@ -356,10 +356,8 @@ def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
 
     Concepts that settings were tuned on count only where there are no others.
     """
-    if not excess["tuned_on"].all():
-        excess = excess[~excess["tuned_on"]]
     rows = []
-    for (preset, attack, budget), group in excess.groupby(["preset", "attack", "budget"], sort=False):
+    for (preset, attack, budget), group in _headline(excess).groupby(["preset", "attack", "budget"], sort=False):
         means = group.groupby("concept", sort=False)[["success", "floor", "unchanged", "excess"]].mean()
         row: dict[str, Any] = {"preset": preset, "attack": attack, "budget": budget, "concepts": len(means),
                                "steps": int(group["steps"].iloc[0])}
@@ -367,6 +365,16 @@ def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
             row |= _mean(name, values)
         rows.append(row)
     return rows
+
+
+def _h_of_ceiling(result: Mapping[str, Any]) -> float | None:
+    after = result["after"]
+    return after["h"] / after["ceiling"] if after["ceiling"] else None
+
+
+def _headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that means are made of: without concepts that settings were tuned on, unless there are no others."""
+    return table[~table["tuned_on"]] if "tuned_on" in table and not table["tuned_on"].all() else table
 
 
 def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:
@@ -381,8 +389,7 @@ def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
     images themselves, if there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
     averaged first): they say how much the mean depends on which concepts are forgotten. A single concept has none.
     """
-    if "tuned_on" in table and not table["tuned_on"].all():
-        table = table[~table["tuned_on"]]
+    table = _headline(table)
     if "drew_all" in table and table["drew_all"].any():
         table = table.assign(seconds=table["seconds"].where(table["drew_all"].eq(True)))
     rows = []

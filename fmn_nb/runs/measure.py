@@ -140,7 +140,8 @@ def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
     """One job's result, as its file holds it."""
     started, session, vocabulary = perf_counter(), bench.session, bench.session.vocabulary
     wanted, cache = drawings(job.concept, vocabulary, job.seed, job.size), bench.work / CACHE
-    images = {"before": replace(session, sampling=replace(session.sampling, cache=cache)).draw(wanted)}
+    kept = replace(session, sampling=replace(session.sampling, cache=cache))
+    images = {"before": kept.draw(wanted)}
     patch = forget(session.pipe, job.concept, preset=job.settings, seed=job.seed, towards=job.towards,
                    cache=None if job.draws else cache)
     with session.patched(patch):
@@ -159,7 +160,6 @@ def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
         attack = concept_inversion(session, job.concept, patch, budget=bench.attack, seed=job.seed)
         result["attack"] = {"budget": asdict(bench.attack), **attack.to_dict()}
     if bench.compares(job):
-        kept = replace(session, sampling=replace(session.sampling, cache=cache))
         found = compared(kept, job.concept, patch, bench.oracle_pipes, job.seed, job.size)
         result["oracle"] = {"compared_with": bench.compared_with, **found.to_metrics()}
     return result | {"seconds": round(perf_counter() - started, 3)}

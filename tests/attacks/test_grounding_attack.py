@@ -6,7 +6,7 @@ from judges import cats
 from quick import quick
 
 from fmn_nb.attacks import floor, grounded_oracle, grounding_attack, grounding_table
-from fmn_nb.attacks.grounding import WAYS
+from fmn_nb.attacks.grounding import WAYS, shown_by_way
 from fmn_nb.concepts import Concept
 from fmn_nb.control import How, InteractionError
 from fmn_nb.evaluation import MeasurementError, Session
@@ -57,18 +57,17 @@ def test_success_minus_the_oracles_floor(pipe):
 
 def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe, oracle, monkeypatch, tmp_path):
     """The unchanged model and the oracle are asked once: what they showed is kept."""
-    monkeypatch.setattr(floor, "grounding_attack", lambda *given, **options: grounding_attack(
-        *given, **options, how=HOW))
+    monkeypatch.setattr(floor, "shown_by_way", lambda *given: shown_by_way(*given, how=HOW))
 
     def rows(judge):
         session = Session.of(pipe, judge, steps=2, cache=tmp_path)
         return floor.grounding_rows(session, Concept("cat"), quick(pipe, "cat"), [oracle], [0], 4)
 
-    found = rows(cats(*[4] * 4, *[4] * 4, 0, 3, 3, 0, 0, 1, 0, 0))  # unchanged; patched: base, after; oracle
+    found = rows(cats(*[4] * 4, 0, 3, 3, 0, 0, 1, 0, 0))  # unchanged, patched, oracle
     box = found["grounding: box", ""]
     assert (box["success"], box["floor"], box["unchanged"], box["excess"], box["steps"]) == (0.75, 0.25, 1, 0.5, 0)
     assert found["grounding: prompt", ""]["excess"] == 0 and len(found) == len(WAYS)
-    again = rows(cats(*[4] * 4, 0, 2, 3, 0))
+    again = rows(cats(0, 2, 3, 0))
     assert again["grounding: box", ""]["success"] == 0.5 and again["grounding: box", ""]["floor"] == 0.25
     assert not floor.grounding_rows(Session.of(emoji), Concept("cat"), None, [emoji], [0], 4), "no gated layers"
 
