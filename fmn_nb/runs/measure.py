@@ -19,8 +19,8 @@ from fmn_nb.attacks.attack import InversionBudget, concept_inversion
 from fmn_nb.attacks.budgets import read_budgets
 from fmn_nb.attacks.floor import compared
 from fmn_nb.concepts.concept import Concept
-from fmn_nb.concepts.world import untaught_of
 from fmn_nb.evaluation.measures import judge_images, measure, with_ceiling
+from fmn_nb.evaluation.oracle import taught
 from fmn_nb.evaluation.protocol import drawings, probe_shares
 from fmn_nb.evaluation.session import Sampling, Session, images_at_once
 from fmn_nb.files import read_json, write_json
@@ -114,8 +114,8 @@ class Bench:
 
     def compares(self, job: Job) -> bool:
         """Whether the job ends beside the oracles: one that was taught its concept says nothing about it."""
-        return job.seed == self.attack_seed and bool(self.oracles) and all(
-            job.concept.name in untaught_of(oracle) for oracle in self.oracle_pipes)
+        return (job.seed == self.attack_seed and bool(self.oracles)
+                and not taught(self.oracle_pipes, job.concept, self.session))
 
     @property
     def oracle_pipes(self) -> list[DiffusionPipeline]:
