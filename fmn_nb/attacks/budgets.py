@@ -77,7 +77,7 @@ def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:
 def fix_budgets(oracles: Sequence[DiffusionPipeline | Session], concepts: Sequence[Concept],
                 path: Path | None = None, *, seeds: Sequence[int] = (0,), images: int = IMAGES,
                 tried: Mapping[str, Sequence[int]] = TRIED) -> Path:
-    """Attack the oracles with more and more steps, and write the budgets with today's date; no patch is looked at.
+    """Attack the oracles with more and more steps, and write the budgets with today's date. Patches play no part.
 
     Args:
         concepts: some that the oracles were never taught. The shares are the mean over oracles, concepts and seeds.

@@ -106,10 +106,10 @@ RELATIONS: dict[str, Relation] = {
     "below": Relation("column", lambda one, other, slack: _above(other, one, slack), _DOWN, _UP),
     "left of": Relation("row", _left_of, _LEFT, _RIGHT),
     "right of": Relation("row", lambda one, other, slack: _left_of(other, one, slack), _RIGHT, _LEFT),
-    "inside": Relation("nested", _inside, (0.35, 0.35, 0.65, 0.65), (0.08, 0.08, 0.92, 0.92)),
-    "carrying": Relation("nested", _carrying, (0.17, 0.10, 0.83, 0.76), (0.35, 0.48, 0.65, 0.78)),
-    "chasing": Relation("row", _chasing, (0.54, 0.30, 0.94, 0.70), (0.06, 0.30, 0.46, 0.70)),
-    "holding up": Relation("column", _holding_up, (0.30, 0.48, 0.70, 0.88), (0.30, 0.10, 0.70, 0.50)),
+    "inside": Relation("nested", _inside, (0.35, 0.35, 0.65, 0.65), (0.14, 0.14, 0.86, 0.86)),
+    "carrying": Relation("nested", _carrying, (0.14, 0.14, 0.86, 0.86), (0.35, 0.65, 0.65, 0.95)),
+    "chasing": Relation("row", _chasing, (0.52, 0.30, 0.92, 0.70), (0.08, 0.30, 0.48, 0.70)),
+    "holding up": Relation("column", _holding_up, (0.30, 0.52, 0.70, 0.92), (0.30, 0.08, 0.70, 0.48)),
 }
 ACTIONS = tuple(RELATIONS)
 
