@@ -147,7 +147,7 @@ class GroundedPretraining(Pretraining):
         unet = with_gates(pipe.unet)
         model = GroundedDenoiser(unet, Grounding(unet.config.cross_attention_dim, self.seed))
         data = self._scenes_with_boxes(pipe)
-        plan = Plan(self.size.grounded_steps, learning_rate=1e-3, decay_share=0.4, seed=self.seed)
+        plan = Plan(self.size.grounded_steps, learning_rate=2e-3, decay_share=0.5, seed=self.seed)
         loss = grounded_loss(model, pipe.text_encoder, data, phrase_embeddings(pipe, WORDS), self.size.grounded_batch)
         self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
         save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)

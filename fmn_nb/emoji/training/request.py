@@ -65,7 +65,7 @@ class Size:
     joint_steps: int = 20_000
     joint_batch: int = 32
     grounded_scenes: int = 16_000
-    grounded_steps: int = 4400
+    grounded_steps: int = 5000
     grounded_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
     quality_scale: int = 1  # divides the numbers of images that measure quality
