@@ -1,7 +1,8 @@
 """Build up a picture turn by turn, "a cat", "add a frog chasing it", "move the cat up", and undo turns.
 
-A turn is a line of text that changes a list of interactions; every thing in it has a box. This is plain grammar over
-the words that a model knows, not a language model: it refuses in one line what it doesn't understand.
+A turn is a line of text that changes a list of interactions. Where things stand follows from what they do until a turn
+moves one of them; from then on, all that is there keeps its place. This is plain grammar over the words that a model
+knows, not a language model: it refuses in one line what it doesn't understand.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _NAME = rf"(?:{_ARTICLE})?(.+?)"
 
 @dataclass
 class Turns:
-    """The turns so far, and the interactions after each; the last of these are drawn."""
+    """The turns so far, and the interactions after each; the last of these are drawn.
+
+    What has no box in `states` stands where its action puts it.
+    """
 
     said: list[str] = field(default_factory=list)
     states: list[tuple[Interaction, ...]] = field(default_factory=lambda: [()])
@@ -32,16 +36,17 @@ class Turns:
     @property
     def interactions(self) -> list[Interaction]:
         """The current interactions, every thing with a box."""
-        return list(self.states[-1])
+        return laid_out(self.states[-1])
 
     def say(self, turn: str) -> list[Interaction]:
         """Take a turn; one that can't be understood raises InteractionError and leaves everything as it was."""
-        self.put(after(self.interactions, turn), " ".join(turn.split()))
+        self.put(after(self.states[-1], turn), " ".join(turn.split()))
         return self.interactions
 
     def put(self, interactions: Sequence[Interaction], said: str) -> None:
         """Make these the current interactions, as a turn of its own."""
-        self.states.append(tuple(laid_out(interactions)))
+        laid_out(interactions)  # refuses what has no place
+        self.states.append(tuple(interactions))
         self.said.append(said)
 
     def undo(self) -> str:
@@ -53,53 +58,62 @@ class Turns:
 
 
 def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
-    """The interactions after a turn; those given must have boxes.
+    """The interactions after a turn; a turn that moves or sizes something gives all of them boxes.
 
     Raises:
         InteractionError: it isn't understood, or names a thing that isn't there or is there already.
     """
     text = " ".join(str(turn).split()).rstrip(".")
     if "=" in text:
-        return [*interactions, *laid_out([*interactions, *parse_interactions(text)])[len(interactions):]]
+        return [*interactions, *parse_interactions(text)]
     if match := re.fullmatch(rf"move\s+{_NAME}\s+(up|down|left|right)(?:\s+by\s+(\d*\.?\d+))?", text, re.I):
         name, direction, by = match.groups()
         dx, dy = (side * (float(by) if by else STEP) for side in _DIRECTIONS[direction.lower()])
-        return changed(interactions, name, lambda box: moved(box, dx, dy))
+        return changed(laid_out(interactions), name, lambda box: moved(box, dx, dy))
     if match := re.fullmatch(rf"make\s+{_NAME}\s+(larger|bigger|smaller)", text, re.I):
         name, how = match.groups()
-        return changed(interactions, name, lambda box: grown(box, _GROWTHS[how.lower()]))
+        return changed(laid_out(interactions), name, lambda box: grown(box, _GROWTHS[how.lower()]))
     if match := re.fullmatch(rf"(?:remove|delete|take away)\s+(?:{_ARTICLE})?(.+)", text, re.I):
         return _without(interactions, match[1])
     return _added(interactions, re.sub(r"^(?:add|draw|now)\s+", "", text, flags=re.I))
 
 
 def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
-    """Add "a cat", "a frog chasing it" or "a frog chasing the cat": what is there already keeps its box."""
+    """Add "a cat", "a frog chasing it" or "a frog chasing the cat"."""
     for action in ACTIONS:
         match = re.fullmatch(rf"{_NAME}\s+(?:is\s+|that is\s+)?{action}\s+(.+)", text, re.I)
         if match is None:
             continue
         subject, other = (re.sub(f"^{_ARTICLE}", "", one, flags=re.I) for one in match.groups())
-        things = things_of(interactions)
         if other.lower() == "it":
-            if not things:
+            if not interactions:
                 raise InteractionError(f"'{text}': there is nothing yet that 'it' could mean; begin with a thing")
-            other = list(things)[-1]
-        rest = [one for one in interactions if one.action or one.subject not in (subject, other)]
-        new = Interaction(subject, action, other, things.get(subject), things.get(other))
-        if new.subject_box is not None and new.object_box is not None:  # both are there: the subject goes to its place
-            new = replace(new, subject_box=None)
-        return [*rest, laid_out([*rest, new])[-1] if new.object_box is None else laid_out([new])[0]]
+            other = list(things_of(laid_out(interactions)))[-1]
+        return _with_action(interactions, Interaction(subject, action, other))
     match = re.fullmatch(rf"(?:{_ARTICLE})?([\w ]+)", text, re.I)
     if match is None or not match[1].strip() or len(match[1].split()) > 3:
         raise InteractionError(f"'{text}' is not understood: {TURNS}")
-    if match[1] in things_of(interactions):
+    if match[1] in things_of(laid_out(interactions)):
         raise InteractionError(f"there is {match[1]} already; move it, or add something else")
     return [*interactions, Interaction(match[1])]
 
 
+def _with_action(interactions: Sequence[Interaction], new: Interaction) -> list[Interaction]:
+    """Add an interaction: a lone thing that it names becomes part of it, and one that already does something keeps its
+    place, as all others do then."""
+    names = (new.subject, new.object)
+    if any(one.action and {one.subject, one.object} & {*names} for one in interactions):
+        interactions = laid_out(interactions)
+    boxes = things_of(interactions)
+    rest = [one for one in interactions if one.action or one.subject not in names]
+    new = replace(new, subject_box=boxes.get(new.subject), object_box=boxes.get(new.object))
+    if new.object_box is not None and new.subject not in things_of(rest):  # the subject goes to its place
+        new = replace(new, subject_box=None)
+    return [*rest, new]
+
+
 def _without(interactions: Sequence[Interaction], name: str) -> list[Interaction]:
-    _check_there(interactions, name)
+    _check_there(laid_out(interactions), name)
     kept = []
     for one in interactions:
         if name not in (one.subject, one.object):
@@ -114,7 +128,7 @@ def _without(interactions: Sequence[Interaction], name: str) -> list[Interaction
 
 
 def things_of(interactions: Sequence[Interaction]) -> dict[str, Box]:
-    """Every thing that is named, with its box, in the order of naming."""
+    """Every thing that has a box, with this box, in the order of naming."""
     return {name: box for one in interactions
             for name, box in ((one.subject, one.subject_box), (one.object, one.object_box)) if name and box}
 

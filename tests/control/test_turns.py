@@ -15,10 +15,12 @@ def said(*turns):
 
 def test_a_picture_is_built_up_and_taken_down_again():
     state = said("a cat")
-    cat = things_of(state.interactions)["cat"]
+    large = things_of(state.interactions)["cat"]
     state.say("add a frog chasing it")
     assert [str(one) for one in state.interactions] == ["frog=chasing=cat"]
-    assert things_of(state.interactions)["cat"] == cat, "what is there stays"
+    cat = things_of(state.interactions)["cat"]
+    assert cat[2] - cat[0] < large[2] - large[0], "a thing alone makes room"
+    assert all(holds(one.action, one.subject_box, one.object_box) for one in state.interactions)
     state.say("move the cat up by 0.05")
     assert things_of(state.interactions)["cat"][1] == pytest.approx(cat[1] - 0.05)
     assert [state.undo(), state.undo(), state.undo(), state.undo()] == [
@@ -38,6 +40,20 @@ def test_things_are_moved_sized_and_taken_away():
     assert sides[2] - sides[0] == pytest.approx((before["cat"][2] - before["cat"][0]) * 0.8, abs=1e-3)
     state.say("remove the frog")
     assert [str(one) for one in state.interactions] == ["cat"] and things_of(state.interactions)["cat"] == sides
+
+
+def test_what_was_moved_or_does_something_already_keeps_its_place():
+    state = said("a cat", "make the cat smaller", "make the cat smaller", "move the cat left by 0.3")
+    cat = things_of(state.interactions)["cat"]
+    state.say("a frog left of the cat")
+    assert things_of(state.interactions)["cat"] == cat
+    state = said("a cat", "a frog chasing it")
+    before = things_of(state.interactions)
+    state.say("a dog above the cat")
+    assert {name: box for name, box in things_of(state.interactions).items() if name != "dog"} == before
+    assert [str(one) for one in state.interactions] == ["frog=chasing=cat", "dog=above=cat"]
+    state.say("the frog is below the cat")
+    assert {name: box for name, box in things_of(state.interactions).items() if name != "dog"} == before
 
 
 def test_names_of_several_words_and_articles():
