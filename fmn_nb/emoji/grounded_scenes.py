@@ -29,6 +29,7 @@ SHARES = {"thing": 0.2, "things": 0.1, "one": 0.35, "two": 0.25, "plain": 0.1}
 #: what a caption says: the things themselves, only style and background, other things than the boxes, nothing
 CAPTIONS = {"named": 0.5, "neutral": 0.2, "conflicting": 0.15, "empty": 0.15}
 MIDDLES = (16, 32, 48)  # pixels: where a thing's middle lies, in either direction
+BETWEEN = (24, 40)  # and where it never lies in training
 CLOSE = (18, 46)  # where the middles of two lie along their line if one chases the other or holds it up
 SMALL, LARGE, TINY = (29, 31), (47, 51), (20, 22)  # pixels: of several things, of one, of one inside another
 LARGE_SHARE = 0.3  # of the scenes of one thing
@@ -84,7 +85,8 @@ def sample_grounded(count: int, seed: int, renderer: Renderer, *, held_out: bool
                     without: Sequence[str] = (), sorts: dict[str, float] = SHARES) -> list[GroundedScene]:
     """`count` scenes, the same for the same arguments; with `held_out`, only pairs of objects never trained on.
 
-    `without` names objects and styles that must not appear (for an oracle).
+    `without` names objects and styles that must not appear (for an oracle). `sorts` may also have "between": one thing
+    half-way between the places of training.
     """
     rng, scenes = random.Random(f"grounded-{seed}"), []
     while len(scenes) < count:
@@ -94,19 +96,22 @@ def sample_grounded(count: int, seed: int, renderer: Renderer, *, held_out: bool
             scenes.append(GroundedScene(plain, ()))
             continue
         scene = _sample(sort, rng, renderer, frozenset(without))
-        if scene is not None and (sort == "thing" or is_held_out(scene.names) == held_out):
+        if scene is not None and (len(scene.names) == 1 or is_held_out(scene.names) == held_out):
             scenes.append(scene)
     return scenes
 
 
 def _sample(sort: str, rng: random.Random, renderer: Renderer, without: frozenset[str]) -> GroundedScene | None:
     """A scene of a sort; None if it would show something in `without`, or if a relation doesn't hold."""
-    count = {"thing": 1, "things": rng.randint(2, 3), "one": 2, "two": 4}[sort]
+    count = {"thing": 1, "between": 1, "things": rng.randint(2, 3), "one": 2, "two": 4}[sort]
     names, style = rng.sample(list(OBJECTS), count), rng.choice(list(STYLES))
     if {style, *names} & without:
         return None
     actions = _actions(sort, rng)
-    squares = _squares(actions, rng) if actions else _alone(count, rng)
+    if sort == "between":
+        squares = [_square(rng, (rng.choice(BETWEEN), rng.choice(BETWEEN)))]
+    else:
+        squares = _squares(actions, rng) if actions else _alone(count, rng)
     placed = [Placed(name, name, *square) for name, square in zip(names, squares, strict=True)]
     boxes = [outline_box(renderer, one, style) for one in placed]
     interactions = [Interaction(names[2 * i], action, names[2 * i + 1], boxes[2 * i], boxes[2 * i + 1])

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import fmn_nb as fmn
-from fmn_nb.control import ACTIONS, Grounding, holds, union
+from fmn_nb.control import ACTIONS, RELATIONS, Grounding, holds, union
 from fmn_nb.control.grounding import ROOM
 from fmn_nb.emoji.finding import cut_out, find, seen_in
-from fmn_nb.emoji.grounded_scenes import CAPTIONS, is_held_out, sample_grounded
+from fmn_nb.emoji.grounded_scenes import BETWEEN, CAPTIONS, MIDDLES, is_held_out, sample_grounded
 from fmn_nb.emoji.training.grounded import WORDS, GroundedDenoiser, shared_boxes, token_table
 from fmn_nb.emoji.training.recipe import Plan, Training, pretrain
 from fmn_nb.emoji.training.request import Request
@@ -52,6 +52,16 @@ def test_pairs_that_are_held_out_are_never_trained_on(scenes, world):
     assert not any(is_held_out(scene.names) for scene in scenes)
     left = sample_grounded(40, 3, world.renderer, without=["cat", "noto"])
     assert not any("cat" in s.scene.labels or s.scene.style == "noto" for s in left)
+
+
+def test_places_are_on_a_grid_or_half_way_between(world):
+    for sort, places in (("one", MIDDLES), ("things", MIDDLES), ("between", BETWEEN)):
+        for scene in sample_grounded(20, 5, world.renderer, sorts={sort: 1.0}):
+            if any(RELATIONS[one.action].direction == "nested" or one.action in ("chasing", "holding up")
+                   for one in scene.interactions if one.action):
+                continue
+            for item in scene.scene.items:
+                assert all(min(abs(corner + item.size / 2 - at) for at in places) <= 2 for corner in (item.x, item.y))
 
 
 def test_captions_name_the_things_or_others_or_none(scenes):

@@ -110,6 +110,10 @@ class GroundedQuality:
                                 range(5000, 5000 + len(self.few)), How(steps=self.steps))
         yield share_figure("caption names others: boxes win", *self.in_boxes(self.few, against, others), 0.7)
         yield self._kernel(images, np.stack([np.asarray(one) for one in truth]))
+        for said, sort in (("on the grid", "thing"), ("between the grid's places", "between")):
+            scenes = sample_grounded(len(self.few), 2, self.renderer, sorts={sort: 1.0})
+            images = self.draw(scenes, "neutral")
+            yield share_figure(f"one thing {said}: in its box", *self.in_boxes(scenes, images), 0.0)
 
     def _kernel(self, images: Sequence[Image.Image], truth: np.ndarray) -> Figure:
         """The kernel distance of grounded images to the real scenes; its bar is that of the plain model's pairs to
@@ -181,9 +185,13 @@ half precision; all else is the emoji model beside it, unchanged. Without intera
 
 `fmn_nb.control.save_pipeline(pipe, folder)` writes a whole folder that a plain `StableDiffusionPipeline` loads.
 
-It knows the emoji model's objects and the actions {actions}. It was trained on composed scenes of one to three
-interactions, whose boxes and relations are known exactly; about one in eight pairs of objects was never shown together,
-and everything below is measured on such pairs.
+It knows the emoji model's objects and the actions {actions}. It was trained on composed scenes of one to three things
+alone or one or two interactions, whose boxes and relations are known exactly. About one in eight pairs of objects was
+never shown together, and everything below is measured on such pairs.
+
+The emoji model itself only ever drew things of two sizes in three places. So the training scenes keep to these sizes
+(boxes of about .45 and .75 of the image, and of .3 for what is inside or carried) and to a coarse grid of places
+(middles at .25, .5 and .75). The last rows of the table below compare these places with others.
 
 | training | steps | minutes |
 |---|---|---|
