@@ -16,10 +16,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from fmn_nb.attacks.attack import Attack
-from fmn_nb.concepts import Concept, NotThereError
+from fmn_nb.concepts import Concept
 from fmn_nb.control import How, Interaction, draw_grounded, with_grounding
 from fmn_nb.control.grounding import require_gated
-from fmn_nb.evaluation import MeasurementError, Session, judge_images, share_of
+from fmn_nb.evaluation import MeasurementError, Session, share_of
 from fmn_nb.evaluation.protocol import Drawing
 from fmn_nb.models import generate
 from fmn_nb.models.gated import is_gated
@@ -100,7 +100,8 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
     with session.patched(patch):
         for way in WAYS:
             worded = replace(how, said=_said(concept, synonym) if way.synonym else {})
-            shown[way.attack] = _seen(session, concept, asked, _draw(session.pipe, concept, asked, way, others, worded))
+            images = _draw(session.pipe, concept, asked, way, others, worded)
+            shown[way.attack] = session.shows(concept, asked, images)
     return pd.DataFrame(shown)
 
 
@@ -147,13 +148,3 @@ def _draw(pipe: DiffusionPipeline, concept: Concept, asked: Sequence[Drawing], w
     prompts = [f"a photo in the style of {one.style}" if one.style else "a photo" for one in asked]
     boxes = [way.interactions(concept.name, others[number % len(others)]) for number in range(len(asked))]
     return draw_grounded(pipe, prompts, boxes, seeds, how)
-
-
-def _seen(session: Session, concept: Concept, asked: Sequence[Drawing], images: Sequence[Image.Image]) -> pd.Series:
-    """For each image whether the judge sees the concept in it."""
-    try:
-        judge = session.judge_for(concept)
-    except NotThereError as missing:
-        raise MeasurementError(f"nobody judges whether {concept.name!r} is seen: {missing}") from missing
-    rows = judge_images(judge, concept, asked, images, session.vocabulary)
-    return ~rows["right"].astype(bool)

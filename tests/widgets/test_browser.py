@@ -1,4 +1,5 @@
-"""JupyterLab in a real browser: notebook 02 runs there from top to bottom, and its explorer answers the reader.
+"""JupyterLab in a real browser: notebook 02 runs there from top to bottom, its explorer answers the reader, and boxes
+that are moved by mouse and keyboard change what is drawn.
 
     pip install -c constraints.txt ".[test,browser]" && apt-get install chromium && pytest -m browser tests
 
@@ -26,9 +27,13 @@ from typing import Any
 import nbformat
 import pytest
 
-from fmn_nb.files import notebooks_dir
+from fmn_nb.files import bundled_models, notebooks_dir
 
-NOTEBOOK = "02_concept_attention_maps.ipynb"
+NOTEBOOK, BOARD = "02_concept_attention_maps.ipynb", "board.ipynb"
+COMPOSER = """import fmn_nb as fmn
+from fmn_nb.widgets import Composer
+
+Composer(fmn.load("emoji-grounded"), "a photo in the style of twemoji", ["cat=left of=frog"], seed=0, steps=6)"""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync"]
 START, RUN, ANSWER = 120, 600, 60  # seconds at most: for JupyterLab, for all cells, for one move of a control
@@ -36,6 +41,7 @@ START, RUN, ANSWER = 120, 600, 60  # seconds at most: for JupyterLab, for all ce
 CELLS = "[...window.jupyterapp.shell.currentWidget.content.model.cells].map(cell => cell.toJSON())"
 IDLE = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 PICTURE = ".jp-OutputArea-output .widget-image"
+EMPTY = hashlib.sha256(b"").hexdigest()
 
 pytestmark = pytest.mark.browser
 
@@ -68,7 +74,8 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """JupyterLab on a free port with a token, in a folder of its own that holds notebook 02 without its outputs."""
+    """JupyterLab on a free port with a token, in a folder of its own with notebook 02 without its outputs, and another
+    notebook with a board for boxes."""
     home = tmp_path_factory.mktemp("lab")
     notebook = nbformat.read(notebooks_dir() / NOTEBOOK, as_version=4)
     for cell in notebook.cells:
@@ -76,6 +83,8 @@ def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
             cell.outputs, cell.execution_count = [], None
     (home / "course").mkdir()
     nbformat.write(notebook, home / "course" / NOTEBOOK)
+    board = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(COMPOSER)], metadata=notebook.metadata)
+    nbformat.write(board, home / "course" / BOARD)
     silent = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     silent.parent.mkdir(parents=True)
     silent.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}), encoding="utf-8")
@@ -109,8 +118,8 @@ def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
 
 
 @pytest.fixture
-def page(lab: Lab, chromium: str) -> Iterator[Any]:
-    """A page of the browser with the notebook open and its kernel waiting; it remembers the scripts' errors."""
+def page(request: pytest.FixtureRequest, lab: Lab, chromium: str) -> Iterator[Any]:
+    """A page of the browser with a notebook open and its kernel waiting; it remembers the scripts' errors."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -119,26 +128,18 @@ def page(lab: Lab, chromium: str) -> Iterator[Any]:
             opened = browser.new_page(viewport={"width": 1400, "height": 1000})
             opened.errors = []
             opened.on("pageerror", lambda error: opened.errors.append(str(error)))
-            opened.goto(f"{lab.address}/lab/tree/{NOTEBOOK}?token={lab.token}")
+            opened.goto(f"{lab.address}/lab/tree/{request.param}?token={lab.token}")
             opened.wait_for_function(IDLE, timeout=1000 * START)
             yield opened
         finally:
             browser.close()
 
 
+@pytest.mark.parametrize("page", [NOTEBOOK], indirect=True)
 def test_notebook_02_runs_in_jupyterlab_and_its_explorer_answers(page):
     from playwright.sync_api import expect
 
-    page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
-    page.locator("li[data-command='runmenu:run-all']").click()
-    page.wait_for_function(  # until every code cell has run, or one has failed
-        f"""() => {{
-            const code = {CELLS}.filter(cell => cell.cell_type === 'code');
-            const failed = code.some(cell => cell.outputs.some(output => output.output_type === 'error'));
-            return failed || (code.every(cell => cell.execution_count) && {IDLE});
-        }}""", timeout=1000 * RUN, polling=500)
-    cells = page.evaluate(CELLS)
-    assert not _failures(cells)
+    cells = _run_all(page)
     number = next(n for n, cell in enumerate(cells) if "AttentionExplorer(" in "".join(cell["source"]))
     # JupyterLab draws only what is near
     page.evaluate(f"window.jupyterapp.shell.currentWidget.content.scrollToItem({number}, 'start')")
@@ -161,6 +162,48 @@ def test_notebook_02_runs_in_jupyterlab_and_its_explorer_answers(page):
     assert any("image/png" in output.get("data", {}) for output in twin["outputs"]), "the explorer's static twin"
 
 
+@pytest.mark.skipif("emoji-grounded" not in bundled_models(), reason="fmn-nb pretrain --organism grounded")
+@pytest.mark.parametrize("page", [BOARD], indirect=True)
+def test_boxes_are_moved_by_mouse_and_keyboard_and_the_picture_follows(page):
+    _run_all(page)
+    board, draw = page.locator(".jp-OutputArea-output canvas"), page.locator("button", has_text="draw")
+    board.scroll_into_view_if_needed()
+    pictures, rows = [], page.locator(".jp-OutputArea-output .widget-html table")
+    for move in (None, "mouse", "keyboard"):
+        before, place = rows.inner_text(), board.bounding_box()
+        at = [place[start] + share * place[side] for start, side, share in (("x", "width", 0.24), ("y", "height", 0.5))]
+        if move == "mouse":  # the cat, to the top
+            page.mouse.move(*at)
+            page.mouse.down()
+            page.mouse.move(at[0], at[1] - 0.25 * place["height"], steps=5)
+            page.mouse.up()
+        elif move == "keyboard":  # the box that was moved last is chosen
+            board.focus()
+            for _ in range(6):
+                page.keyboard.press("ArrowDown")
+        if move:
+            page.wait_for_function("([row, before]) => row.innerText !== before", arg=[rows.element_handle(), before],
+                                   timeout=1000 * ANSWER)
+        draw.click()
+        pictures.append(_changed(page, *pictures, EMPTY))
+    assert len(set(pictures)) == 3 and not page.errors
+
+
+def _run_all(page: Any) -> list[dict]:
+    """Run all cells; the cells, none of which failed."""
+    page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
+    page.locator("li[data-command='runmenu:run-all']").click()
+    page.wait_for_function(  # until every code cell has run, or one has failed
+        f"""() => {{
+            const code = {CELLS}.filter(cell => cell.cell_type === 'code');
+            const failed = code.some(cell => cell.outputs.some(output => output.output_type === 'error'));
+            return failed || (code.every(cell => cell.execution_count) && {IDLE});
+        }}""", timeout=1000 * RUN, polling=500)
+    cells = page.evaluate(CELLS)
+    assert not _failures(cells)
+    return cells
+
+
 def _failures(cells: list[dict]) -> list[str]:
     """Each error that a cell shows, with the cell's first line; also a widget's that could not be drawn."""
     return [f"{''.join(cell['source']).partition(chr(10))[0]}: {output.get('ename')}: {output.get('evalue')}"
@@ -175,10 +218,10 @@ def _picture(page: Any) -> str:
     return hashlib.sha256(bytes(data)).hexdigest()
 
 
-def _changed(page: Any, before: str) -> str:
+def _changed(page: Any, *before: str) -> str:
     """The picture's digest as soon as it is another one."""
     until = time.monotonic() + ANSWER
-    while (now := _picture(page)) == before:
+    while (now := _picture(page)) in before:
         assert time.monotonic() < until, "the picture did not change"
         page.wait_for_timeout(100)
     return now
