@@ -10,10 +10,13 @@ from PIL import Image
 
 import fmn_nb as fmn
 from fmn_nb.control import ACTIONS, RELATIONS, Grounding, holds, union
-from fmn_nb.control.grounding import ROOM
+from fmn_nb.control.grounding import ROOM, phrase_embeddings
 from fmn_nb.emoji.finding import cut_out, find, seen_in
 from fmn_nb.emoji.grounded_scenes import BETWEEN, CAPTIONS, MIDDLES, is_held_out, sample_grounded
-from fmn_nb.emoji.training.grounded import WORDS, GroundedDenoiser, shared_boxes, token_table
+from fmn_nb.emoji.training.gated_start import GatedStart, owners, start_loss, written_for
+from fmn_nb.emoji.training.grounded import GroundedDenoiser
+from fmn_nb.emoji.training.grounded_data import WORDS, GroundedLatents, shared_boxes, token_table
+from fmn_nb.emoji.training.networks import prepare_latents
 from fmn_nb.emoji.training.recipe import Plan, Training, pretrain
 from fmn_nb.emoji.training.request import Request
 from fmn_nb.models import generate, image_change
@@ -109,6 +112,41 @@ def test_the_judge_sees_what_a_box_shows_and_finds_it_again(scenes, judge, world
     absent = next(name for name in ("umbrella", "rocket") if name not in plain[0].names)
     assert not find(judge, image, absent, size).there
     assert cut_out(image, one.subject_box).size == (64, 64)
+
+
+def test_a_position_belongs_to_the_smallest_thing_around_it():
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.25, 0.25, 0.5, 0.5], [0.5, 0.0, 1.0, 1.0]]])
+    owned = owners(boxes, torch.tensor([[True, True, False]]), 16)  # the third is an action
+    assert owned.shape == (1, 16, 3) and owned.sum(-1).max() == 1
+    assert owned[0, :, 0].view(4, 4).tolist() == [[True, True, False, False], [True, False, False, False],
+                                                  [True, True, False, False], [True, True, False, False]]
+    assert owned[0, :, 1].nonzero().flatten().tolist() == [5] and not owned[0, :, 2].any()
+
+
+def test_the_start_teaches_where_to_look_and_what_to_write_while_gates_are_shut(emoji, world):
+    scenes = sample_grounded(12, 0, world.renderer, sorts={"one": 1.0})
+    images = np.stack([scene.image(world.renderer) for scene in scenes])
+    latents = prepare_latents(emoji.vae, emoji.tokenizer, scenes, images, 0)
+    data = GroundedLatents(latents, **token_table(scenes, 0))
+    model, rng = GroundedDenoiser(with_gates(emoji.unet), Grounding(128)), torch.Generator().manual_seed(0)
+    written = written_for(emoji, latents.scaling_factor * latents.mean[:2].float(), ["cat", "frog"], rng)
+    assert all(torch.allclose(rows.sum(0), torch.zeros(()), atol=1e-5) and rows.abs().max() > 0.01
+               for rows in written.values())
+    start, embeddings = GatedStart(model.unet, model.grounding), phrase_embeddings(emoji, WORDS)
+    loss = start_loss(model.unet, start, emoji.text_encoder, data, embeddings, written, batch=4)
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    optimiser, found = torch.optim.Adam(start.parameters(), 2e-3), []
+    for step in range(12):
+        losses = loss(step, torch.Generator().manual_seed(step % 2))
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+        found.append([float(losses["look"]), float(losses["write"])])
+    assert found[10][0] < 0.9 * found[0][0] and found[10][1] < 0.5 * found[0][1]
+    changed = {name for name, tensor in model.unet.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(is_gated_name(name) for name in changed)
+    assert model.gates() == {"alpha_attn": 0.0, "alpha_dense": 0.0}
+    assert not [hook for part in model.unet.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
 
 
 def test_only_the_new_weights_learn_and_gates_open_first(emoji):

@@ -6,9 +6,6 @@ the VAE and every weight of the emoji model stay, so without interactions the mo
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +14,21 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from fmn_nb.control import ACTIONS, Grounding
-from fmn_nb.control.grounding import ROOM, phrase_embeddings
-from fmn_nb.emoji.grounded_scenes import GroundedScene, sample_grounded
+from fmn_nb.control import Grounding
+from fmn_nb.control.grounding import phrase_embeddings
+from fmn_nb.emoji.grounded_scenes import sample_grounded
 from fmn_nb.emoji.scenes import Renderer
 from fmn_nb.emoji.training import networks
+from fmn_nb.emoji.training.gated_start import IMAGES, GatedStart, start_loss, written_for
 from fmn_nb.emoji.training.grounded_card import GroundedQuality, write_grounded_card
+from fmn_nb.emoji.training.grounded_data import WORDS, GroundedLatents, token_table
 from fmn_nb.emoji.training.networks import MIN_SNR, NOISE_SCHEDULE, Latents, Loss, Losses
-from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished
+from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished, generator
 from fmn_nb.emoji.training.request import ORGANISMS
 from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.files import data_dir, read_json, replacing_folder, write_json, write_tensors
 from fmn_nb.models.gated import BESIDE, GROUNDING, base_digest, gated_tensors, is_gated_name, with_gates
 
-TOKENS = ROOM * 3  # subject, object and action of each interaction
-WORDS = (*OBJECTS, *ACTIONS)
-SHARED_BOX_SHARE = 0.15  # how often subject and object get the box around both, and only the action tells them apart
 GATE_SPEED = 20.0  # times the learning rate: a gate is one number, and while it is shut nothing behind it learns
 
 
@@ -52,73 +48,25 @@ class GroundedDenoiser(nn.Module):
                 for kind in ("alpha_attn", "alpha_dense")}
 
 
-@dataclass
-class GroundedLatents:
-    """Scenes as latents with captions, and for each the tokens of its interactions.
-
-    `words` [scenes, TOKENS] are numbers in `WORDS`, -1 where there is no token; `boxes` [scenes, TOKENS, 4] in [0, 1].
-    """
-
-    latents: Latents
-    words: Tensor
-    boxes: Tensor
-
-
-def token_table(scenes: Sequence[GroundedScene], seed: int) -> dict[str, Tensor]:
-    """`words` and `boxes` of scenes; each interaction gets one of the `ROOM` places at random."""
-    rng, number = random.Random(f"places-{seed}"), {word: index for index, word in enumerate(WORDS)}
-    words = np.full((len(scenes), TOKENS), -1, dtype=np.int16)
-    boxes = np.zeros((len(scenes), TOKENS, 4), dtype=np.float32)
-    for row, scene in enumerate(scenes):
-        for place, one in zip(rng.sample(range(ROOM), len(scene.interactions)), scene.interactions, strict=True):
-            parts = ((one.subject, one.subject_box), (one.object, one.object_box), (one.action, one.between))
-            for role, (word, box) in enumerate(parts):
-                if word:
-                    words[row, 3 * place + role], boxes[row, 3 * place + role] = number[word], box
-    return {"words": torch.from_numpy(words), "boxes": torch.from_numpy(boxes)}
-
-
-def shared_boxes(boxes: Tensor, there: Tensor) -> Tensor:
-    """Boxes [batch, TOKENS, 4] with those of each whole interaction replaced by the one around subject and object.
-
-    `there` [batch, TOKENS] says which tokens there are.
-    """
-    triples = boxes.unflatten(1, (ROOM, 3))  # [batch, ROOM, roles, 4]
-    both = torch.cat([triples[:, :, :2, :2].amin(2), triples[:, :, :2, 2:].amax(2)], dim=-1)  # [batch, ROOM, 4]
-    whole = there.unflatten(1, (ROOM, 3)).all(2)[..., None, None]
-    return torch.where(whole, both[:, :, None], triples).flatten(1, 2)
-
-
 def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: GroundedLatents, embeddings: Tensor,
                   batch: int) -> Loss:
     """The loss of one step: squared error of the noise with min-SNR-5 weights, as the emoji model's own.
 
-    `embeddings` [words, width] are the encoded `WORDS`. A timestep's probability is proportional to the timestep: high
-    noise decides where things stand, and the emoji model already knows the rest.
+    `embeddings` [words, width] are the encoded `WORDS`.
     """
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights, latents = snr.clamp(max=MIN_SNR) / snr, data.latents
+    weights = snr.clamp(max=MIN_SNR) / snr
 
     def loss(step: int, rng: torch.Generator) -> Losses:
-        chosen = torch.randint(len(latents.mean), (batch,), generator=rng)
-        which = torch.randint(latents.tokens.shape[1], (batch,), generator=rng)
-        mean, std = latents.mean[chosen].float(), latents.std[chosen].float()
-        clean = latents.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng))
-        times = (len(snr) * torch.rand(batch, generator=rng).sqrt()).long().clamp(max=len(snr) - 1)
-        noise = torch.randn(clean.shape, generator=rng)
-        words, boxes = data.words[chosen].long(), data.boxes[chosen]
-        there = words >= 0  # [batch, TOKENS]
-        shared = torch.rand(batch, 1, 1, generator=rng) < SHARED_BOX_SHARE
-        boxes = torch.where(shared, shared_boxes(boxes, there), boxes)
+        drawn = data.draw(batch, rng)
         with torch.no_grad():
-            text = text_encoder(latents.tokens[chosen, which].long()).last_hidden_state
-        said = model.grounding(embeddings[words.clamp(min=0)])  # [batch, TOKENS, width]
-        tokens = {"boxes": boxes, "positive_embeddings": said, "masks": there.float()}
-        predicted = model.unet(scheduler.add_noise(clean, noise, times).float(), times, text,
-                               cross_attention_kwargs={"gligen": tokens}).sample
-        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return {"loss": (weights[times] * errors).mean(), "error": errors.mean().detach(),
+            text = text_encoder(drawn.tokens).last_hidden_state
+        tokens = drawn.grounding(model.grounding(embeddings[drawn.words.clamp(min=0)]))
+        noisy = scheduler.add_noise(drawn.clean, drawn.noise, drawn.times).float()
+        predicted = model.unet(noisy, drawn.times, text, cross_attention_kwargs={"gligen": tokens}).sample
+        errors = (predicted - drawn.noise).square().mean(dim=(1, 2, 3))
+        return {"loss": (weights[drawn.times] * errors).mean(), "error": errors.mean().detach(),
                 **{f"gate {name.removeprefix('alpha_')}": torch.tensor(value) for name, value in model.gates().items()}}
 
     return loss
@@ -148,9 +96,22 @@ class GroundedPretraining(Pretraining):
         model = GroundedDenoiser(unet, Grounding(unet.config.cross_attention_dim, self.seed))
         data = self._scenes_with_boxes(pipe)
         plan = Plan(self.size.grounded_steps, learning_rate=2e-3, decay_share=0.5, seed=self.seed)
-        loss = grounded_loss(model, pipe.text_encoder, data, phrase_embeddings(pipe, WORDS), self.size.grounded_batch)
+        embeddings, size = phrase_embeddings(pipe, WORDS), self.size
+        self._start(pipe, model, data, embeddings)
+        loss = grounded_loss(model, pipe.text_encoder, data, embeddings, size.grounded_batch)
         self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
         save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)
+
+    def _start(self, pipe: StableDiffusionPipeline, model: GroundedDenoiser, data: GroundedLatents,
+               embeddings: Tensor) -> None:
+        """Teach the shut gated layers where to look and what to write (`gated_start`)."""
+        start, latents = GatedStart(model.unet, model.grounding), data.latents
+        clean = latents.scaling_factor * latents.mean[:IMAGES].float()
+        written = written_for(pipe, clean, list(OBJECTS), generator(self.seed, "written"))
+        plan = Plan(self.size.gated_start_steps, learning_rate=2e-3, warmup=20, decay_share=0.5, average=0.98,
+                    seed=self.seed)
+        self._train("gated-start", start, start_loss(model.unet, start, pipe.text_encoder, data, embeddings, written,
+                                                     self.size.gated_start_batch), plan)
 
     def _quality(self) -> None:
         folder = self.out / self.request.made.folder

@@ -65,7 +65,9 @@ class Size:
     joint_steps: int = 20_000
     joint_batch: int = 32
     grounded_scenes: int = 16_000
-    grounded_steps: int = 5000
+    gated_start_steps: int = 250
+    gated_start_batch: int = 16
+    grounded_steps: int = 3000
     grounded_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
     quality_scale: int = 1  # divides the numbers of images that measure quality
@@ -74,7 +76,8 @@ class Size:
 
 SMOKE = Size(scenes=96, vae_steps=4, vae_batch=4, diffusion_steps=4, diffusion_batch=4,
              clip_steps=3, clip_batch=8, judge_steps=4, second_judge_steps=4, judge_batch=8,
-             joint_steps=4, joint_batch=4, grounded_scenes=48, grounded_steps=4, grounded_batch=4,
+             joint_steps=4, joint_batch=4, grounded_scenes=48, gated_start_steps=2,
+             gated_start_batch=4, grounded_steps=4, grounded_batch=4,
              redrawn=8, quality_scale=20, quality_steps=2)
 
 
