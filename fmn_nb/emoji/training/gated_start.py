@@ -10,6 +10,7 @@ frozen model answers only to what it knows. So each layer first learns, with its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -52,22 +53,19 @@ def written_for(pipe: StableDiffusionPipeline, latents: Tensor, words: list[str]
     steps = scheduler.config.num_train_timesteps
     times = torch.linspace(FROM * steps, TO * steps, len(latents)).long()
     noisy = scheduler.add_noise(latents, torch.randn(latents.shape, generator=rng), times).float()
+
+    def hear(name: str) -> Callable[..., None]:
+        return lambda _layer, _args, output: heard.setdefault(name, []).append(output.mean((0, 1)))
+
     with ExitStack() as hooks:
         for name, block in pipe.unet.named_modules():
             if hasattr(block, "attn2"):
-                hooks.enter_context(_removed(block.attn2.register_forward_hook(
-                    lambda _layer, _args, output, name=name: heard.setdefault(name, []).append(output.mean((0, 1))))))
+                hooks.callback(block.attn2.register_forward_hook(hear(name)).remove)
         for word in words:
             ids = pipe.tokenizer(caption([word]), padding="max_length", return_tensors="pt").input_ids
             text = pipe.text_encoder(ids).last_hidden_state
             pipe.unet(noisy, times, text.expand(len(noisy), -1, -1))
     return {name: torch.stack(rows) - torch.stack(rows).mean(0) for name, rows in heard.items()}
-
-
-def _removed(hook: torch.utils.hooks.RemovableHandle) -> ExitStack:
-    stack = ExitStack()
-    stack.callback(hook.remove)
-    return stack
 
 
 def owners(boxes: Tensor, things: Tensor, positions: int) -> Tensor:
@@ -119,8 +117,8 @@ def start_loss(unet: UNet2DConditionModel, start: GatedStart, text_encoder: CLIP
         drawn, given = data.draw(batch, rng), {}
         with torch.no_grad(), ExitStack() as hooks:
             for name, fuser in start.fusers.items():
-                hooks.enter_context(_removed(fuser.register_forward_pre_hook(
-                    lambda _fuser, args, name=name: given.__setitem__(name, args[0]))))
+                hooks.callback(fuser.register_forward_pre_hook(
+                    lambda _fuser, args, name=name: given.__setitem__(name, args[0])).remove)
             text = text_encoder(drawn.tokens).last_hidden_state
             noisy = scheduler.add_noise(drawn.clean, drawn.noise, drawn.times).float()
             unet(noisy, drawn.times, text, cross_attention_kwargs={"gligen": drawn.grounding(
