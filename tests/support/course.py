@@ -45,6 +45,12 @@ WRONG = {
              "[(one.run, other.run) for one in ua for other in ua if one.value > other.value]"),
     "edit_rank": ("1", "said.shape[-1]"), "no_push": ("4.0", "0.0"),
     "confined": ("patches['uce']", "fmn.forget(bench, other, preset='uce', null_space=0.1)"),
+    "nested": ("(0, 0, 1, 1)", "(0.0, 0.0, 0.2, 0.3)"), "half_open": ("0.5", "1.0"),
+    "crowd": ("laid_out(parse_interactions('cat=chasing=frog; cat=left of=fish'))",
+              "[fmn.Interaction(a, 'above', b, (0, 0.6, 0.3, 0.9), (0, 0.1, 0.3, 0.4)) for a, b in "
+              "(('cat', 'frog'), ('dog', 'fish'))]"),
+    "by_neighbour": ("asked_by[presets[0]]",
+                     "grounding_attack(session, concept, patches[presets[0]], each=2, how=how, synonym='a fat cat')"),
     "nothing_instead": ("patches['ca']", "patches['esd-x']"),
     "gentle": ("fused[len(wanted)]", "fmn.combine(apart)"),
     "sequel": ('{"notebooks": ["03"], "grid": {"seed": [0, 1, 2]}}', '{"notebooks": ["03"], "grid": {"seed": [7]}}'),
