@@ -19,6 +19,7 @@ SMALL = {
     "05": {"inversion_steps": 5, "images": 4, "draw_steps": 4},
     "06": {"steps": 3, "images": 2, "draw_steps": 4, "sizes": "1, 3"},
     "08": {"steps": 2, "images": 3, "draw_steps": 3},
+    "09": {"steps": 2, "images": 3, "draw_steps": 2},
     "10": {"more_presets": "", "images": 2, "draw_steps": 3},
 }
 FORGETTING = ("03", "04", "05", "06", "08")

@@ -45,6 +45,10 @@ WRONG = {
              "[(one.run, other.run) for one in ua for other in ua if one.value > other.value]"),
     "edit_rank": ("1", "said.shape[-1]"), "no_push": ("4.0", "0.0"),
     "confined": ("patches['uce']", "fmn.forget(bench, other, preset='uce', null_space=0.1)"),
+    "other_text": ("share(A, pixels, list(range(length)))", "share(A, others, pixels)"),
+    "unturned": ("A", "unturned.roll(1, -1)"), "leak_cut": ("judged(drawn['nothing']) | {'from': -1.0}", "None or {}"),
+    "halfway": ("[one.rotate(90) for one in halfway]", "halfway[:1]"),
+    "text_side": ("patches['balanced']", "patches['uce']"),
     "nested": ("(0, 0, 1, 1)", "(0.0, 0.0, 0.2, 0.3)"), "half_open": ("0.5", "1.0"),
     "crowd": ("laid_out(parse_interactions('cat=chasing=frog; cat=left of=fish'))",
               "[fmn.Interaction(a, 'above', b, (0, 0.6, 0.3, 0.9), (0, 0.1, 0.3, 0.4)) for a, b in "
