@@ -46,7 +46,7 @@ WRONG = {
     "edit_rank": ("1", "said.shape[-1]"), "no_push": ("4.0", "0.0"),
     "confined": ("patches['uce']", "fmn.forget(bench, other, preset='uce', null_space=0.1)"),
     "other_text": ("share(A, pixels, list(range(length)))", "share(A, others, pixels)"),
-    "unturned": ("A", "unturned.roll(1, -1)"), "leak_cut": ("judged(drawn['nothing']) | {'from': -1.0}", "None or {}"),
+    "unturned": ("A", "unturned.roll(1, -1)"), "leak_cut": ("judged(drawn['nothing']) | {'from': -1.0}", "judged(apart['neither']) | {'to': 2.0}"),
     "halfway": ("[one.rotate(90) for one in halfway]", "halfway[:1]"),
     "text_side": ("patches['balanced']", "patches['uce']"),
     "nested": ("(0, 0, 1, 1)", "(0.0, 0.0, 0.2, 0.3)"), "half_open": ("0.5", "1.0"),
