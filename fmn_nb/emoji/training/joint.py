@@ -178,7 +178,7 @@ class JointPretraining(Pretraining):
         start = self.request.start_from
         transformer = FluxTransformer2DModel.from_pretrained(start / "transformer") if start else new_transformer()
         empty = torch.tensor(self.tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
-        plan = Plan(self.size.joint_steps, learning_rate=2e-3, warmup=200, decay_share=0.5, seed=self.seed)
+        plan = Plan(self.size.joint_steps, learning_rate=2e-3, warmup=200, decay_share=0.4, seed=self.seed)
         loss = flow_loss(transformer, self.text_encoder, self._latents(), empty, self.vae.config.scaling_factor,
                          self.size.joint_batch)
         self._train("joint", transformer, loss, plan)

@@ -62,7 +62,7 @@ class Size:
     judge_steps: int = 1600
     second_judge_steps: int = 4000  # attention learns slower than filters
     judge_batch: int = 64
-    joint_steps: int = 20_000
+    joint_steps: int = 14_000
     joint_batch: int = 32
     grounded_scenes: int = 16_000
     gated_start_steps: int = 250
