@@ -13,7 +13,8 @@ OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are to
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-SLOW_NOTEBOOKS = ("04_", "05_", "06_", "08_", "09_", "10_")  # several fine-tunes and attacks each: `pytest -m slow notebooks`
+#: several fine-tunes and attacks each: `pytest -m slow notebooks`
+SLOW_NOTEBOOKS = ("04_", "05_", "06_", "08_", "09_", "10_")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
