@@ -91,7 +91,10 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
         rows |= {(attack, name): at_budget(found, number, seeds[0]) for name, number in steps.items()}
         curves[attack] = {name: mean_curve(some) for name, some in found.items()}
         revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
-    rows |= grounding_rows(session, concept, patch, oracles, seeds, images)
+    try:
+        rows |= grounding_rows(session, concept, patch, oracles, seeds, images)
+    except MeasurementError as error:
+        missing["grounding"] = str(error)
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:
         table.index = pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"])
@@ -122,7 +125,10 @@ def above_the_floor(pairs: Mapping[str, Sequence[tuple[int, int]]], seed: int = 
 def grounding_rows(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
                    seeds: Sequence[int], images: int) -> dict[tuple[str, str], dict[str, float | int | None]]:
     """The grounding attack's figures as `at_budget` has them, by (attack, ""); none without gated layers, or where the
-    concept is no object. An oracle without gated layers gets the forgetting model's.
+    concept is no object.
+
+    Raises:
+        MeasurementError: an oracle has no gated layers that fit it (`grounded_oracle`).
     """
     if not is_gated(denoiser(session.pipe)) or concept.kind != "object":
         return {}

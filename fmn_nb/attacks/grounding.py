@@ -22,7 +22,7 @@ from fmn_nb.control.grounding import require_gated
 from fmn_nb.evaluation import MeasurementError, Session, share_of
 from fmn_nb.evaluation.protocol import Drawing
 from fmn_nb.models import generate
-from fmn_nb.models.gated import is_gated
+from fmn_nb.models.gated import base_digest, is_gated
 from fmn_nb.patches import Patch
 from fmn_nb.stats import difference_interval
 
@@ -136,8 +136,22 @@ def grounding_table(attacks: Sequence[Attack], floor: Sequence[Attack] | None = 
 
 
 def grounded_oracle(oracle: DiffusionPipeline, like: DiffusionPipeline) -> DiffusionPipeline:
-    """The oracle, with the gated layers of `like` if it has none of its own: the same head on another body."""
-    return oracle if is_gated(oracle.unet) else with_grounding(oracle, like)
+    """The oracle with gated layers: its own, or those of `like` if all other weights of the two denoisers are the same.
+
+    Gated layers mean nothing beside other weights than those they were trained with: on the bundled oracle, whose
+    training began anew, the layers of `emoji-grounded` draw none of ten things that the oracle knows. A floor of zero
+    measured like that would flatter every patch.
+
+    Raises:
+        MeasurementError: the oracle has none of its own, and its other weights differ.
+    """
+    if is_gated(oracle.unet):
+        return oracle
+    if base_digest(oracle.unet.state_dict()) != base_digest(like.unet.state_dict()):
+        raise MeasurementError("the oracle has no gated layers, and those of another model draw nothing on it: train "
+                               "its own (copy it to FOLDER/emoji-diffusion, then fmn-nb pretrain --organism grounded "
+                               "--out FOLDER, with the oracle's --without)")
+    return with_grounding(oracle, like)
 
 
 def _draw(pipe: DiffusionPipeline, concept: Concept, asked: Sequence[Drawing], way: Way, others: Sequence[str],

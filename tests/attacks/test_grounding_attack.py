@@ -61,7 +61,7 @@ def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe,
 
     def rows(judge):
         session = Session.of(pipe, judge, steps=2, cache=tmp_path)
-        return floor.grounding_rows(session, Concept("cat"), quick(pipe, "cat"), [oracle], [0], 4)
+        return floor.grounding_rows(session, Concept("cat"), quick(pipe, "cat"), [gated(oracle)], [0], 4)
 
     found = rows(cats(*[4] * 4, 0, 3, 3, 0, 0, 1, 0, 0))  # unchanged, patched, oracle
     box = found["grounding: box", ""]
@@ -72,9 +72,11 @@ def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe,
     assert not floor.grounding_rows(Session.of(emoji), Concept("cat"), None, [emoji], [0], 4), "no gated layers"
 
 
-def test_an_oracle_gets_the_same_head(emoji, pipe):
+def test_an_oracle_gets_the_same_head_only_beside_the_same_weights(emoji, pipe):
     oracle = grounded_oracle(emoji, pipe)
     assert oracle is not emoji and oracle.grounding is pipe.grounding and grounded_oracle(pipe, emoji) is pipe
+    with quick(emoji, "cat").applied(emoji), pytest.raises(MeasurementError, match="draw nothing on it: train its own"):
+        grounded_oracle(emoji, pipe)
 
 
 def test_what_cannot_be_attacked_is_refused(emoji, pipe):
