@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from quick import quick
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import tiny_sd, tiny_sdxl
+from tqdm import tqdm
 
 from fmn_nb.forgetting import CheckpointError, ForgettingError, SettingsError, finetune, periodic_judge, state
 from fmn_nb.forgetting.methods import fmn
@@ -245,6 +247,7 @@ def test_a_terminal_sees_a_bar_with_loss_and_mass_and_nothing_else_does(monkeypa
     assert capfd.readouterr() == ("", "")
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(finetune, "tqdm", partial(tqdm, mininterval=0))  # which else skips what comes too fast
     report = quick(tiny_sd()).info["forgetting"]
     shown = screen.getvalue()
     assert "forgetting: 100%" in shown and "2/2" in shown and "mass=" in shown
