@@ -139,8 +139,8 @@ def grounded_oracle(oracle: DiffusionPipeline, like: DiffusionPipeline) -> Diffu
     """The oracle with gated layers: its own, or those of `like` if all other weights of the two denoisers are the same.
 
     Gated layers mean nothing beside other weights than those they were trained with: on the bundled oracle, whose
-    training began anew, the layers of `emoji-grounded` draw none of ten things that the oracle knows. A floor of zero
-    measured like that would flatter every patch.
+    training began anew, the layers of `emoji-grounded` don't draw what the oracle knows (tests/emoji/test_siblings.py).
+    A floor measured like that would flatter every patch.
 
     Raises:
         MeasurementError: the oracle has none of its own, and its other weights differ.

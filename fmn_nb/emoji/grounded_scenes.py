@@ -5,8 +5,8 @@ without grounding. The boxes fit the drawings' outlines, and each scene's relati
 Some pairs of objects are held out: no training scene shows them together.
 
 Sizes are those of the ordinary scenes, and places lie on a coarse grid, since the frozen emoji model only ever drew
-things of two sizes in three places. With free sizes and places, 4,400 steps taught the gated layers where things stand,
-but not what they are: the judge recognised 3% of the things in their boxes.
+things of two sizes in three places. With free sizes and places, the gated layers learned where things stand, but hardly
+what they are.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
 import fmn_nb as fmn
-from fmn_nb.control import Interaction, save_pipeline
+from fmn_nb.control import Interaction, save_pipeline, with_grounding
 from fmn_nb.emoji.finding import seen_in
 from fmn_nb.files import bundled_models
 from fmn_nb.models import generate, image_change
@@ -51,6 +51,16 @@ def test_without_boxes_it_is_the_emoji_model_also_in_a_plain_pipeline(grounded, 
     assert image_change(own, generate(grounded, prompt, [3], steps=4)) == 0
     plain = StableDiffusionPipeline.from_pretrained(save_pipeline(grounded, tmp_path / "whole"), safety_checker=None)
     assert image_change(own, generate(plain, prompt, [3], steps=4)) == 0
+
+
+def test_gated_layers_mean_nothing_on_an_oracle_of_another_training(grounded, oracle, judge):
+    box, names, shares = (0.14, 0.14, 0.86, 0.86), ("frog", "dog", "house", "car", "umbrella", "crown"), []
+    for pipe in (grounded, with_grounding(oracle, grounded)):
+        images = [fmn.draw_interactions(pipe, "a photo in the style of noto", Interaction(name, subject_box=box),
+                                        [seed], steps=12)[0] for seed, name in enumerate(names)]
+        seen = seen_in(judge, images, [box] * len(names))
+        shares.append(sum(name in there for name, there in zip(names, seen, strict=True)) / len(names))
+    assert shares[0] >= 0.8 and shares[1] <= 0.2, shares
 
 
 def test_the_joint_model_draws_what_it_is_asked_for(joint, judge):

@@ -1,7 +1,7 @@
 """A start for gated layers: where to look, and what to write for a word.
 
-Trained from random weights they learned where things stand, and in 1,400 steps nothing of what they are: exchanging all
-words for others left the loss as it was. Nine tokens among up to 256 pixels get little of a pixel's attention, and the
+Trained from random weights they learned roughly where things stand, but not what they are: exchanging all words for
+others left the loss as it was. Nine tokens among up to 256 pixels get little of a pixel's attention, and the
 frozen model answers only to what it knows. So each layer first learns, with its gate shut, two things that are known:
 
 - *look*: a position inside a thing's box attends to its token, and one outside of all boxes to none;
