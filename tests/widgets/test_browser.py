@@ -128,8 +128,11 @@ def page(request: pytest.FixtureRequest, lab: Lab, chromium: str) -> Iterator[An
             opened = browser.new_page(viewport={"width": 1400, "height": 1000})
             opened.errors = []
             opened.on("pageerror", lambda error: opened.errors.append(str(error)))
-            opened.goto(f"{lab.address}/lab/tree/{request.param}?token={lab.token}")
-            opened.wait_for_function(IDLE, timeout=1000 * START)
+            # a workspace of its own: the default one opens what an earlier page left open, on top of this notebook
+            workspace = Path(request.param).stem
+            opened.goto(f"{lab.address}/lab/workspaces/{workspace}/tree/{request.param}?token={lab.token}")
+            shown = f"window.jupyterapp?.shell.currentWidget?.context?.path === '{request.param}'"
+            opened.wait_for_function(f"{shown} && {IDLE}", timeout=1000 * START)
             yield opened
         finally:
             browser.close()
