@@ -28,8 +28,9 @@ HELD_OUT_PAIRS = 0.12  # of all pairs of objects
 SHARES = {"thing": 0.2, "things": 0.1, "one": 0.35, "two": 0.25, "plain": 0.1}
 #: what a caption says: the things themselves, only style and background, other things than the boxes, nothing
 CAPTIONS = {"named": 0.5, "neutral": 0.2, "conflicting": 0.15, "empty": 0.15}
-MIDDLES = (16, 32, 48)  # pixels: where a thing's middle lies, in either direction
-BETWEEN = (24, 40)  # and where it never lies in training
+MIDDLES = (16, 32, 48)  # pixels: a grid for things' middles, in either direction
+BETWEEN = (24, 40)  # half-way between them
+ON_GRID = 0.5  # how often a free thing stands on the grid; otherwise it stands anywhere between the first and the last
 CLOSE = (18, 46)  # where the middles of two lie along their line if one chases the other or holds it up
 SMALL, LARGE, TINY = (29, 31), (47, 51), (20, 22)  # pixels: of several things, of one, of one inside another
 LARGE_SHARE = 0.3  # of the scenes of one thing
@@ -151,7 +152,7 @@ def _alone(count: int, rng: random.Random) -> list[Square]:
     if count == 1 and rng.random() < LARGE_SHARE:
         return [_square(rng, (IMAGE_SIZE // 2,) * 2, LARGE, 2)]
     if count == 1:
-        return [_square(rng, (rng.choice(MIDDLES), rng.choice(MIDDLES)))]
+        return [_square(rng, (_place(rng), _place(rng)))]
     corners = [(x, y) for x in MIDDLES[::2] for y in MIDDLES[::2]]
     return [_square(rng, corner) for corner in rng.sample(corners, count)]
 
@@ -161,9 +162,9 @@ def _squares(actions: Sequence[str], rng: random.Random) -> list[Square]:
     if RELATIONS[actions[0]].direction == "nested":
         return _nested(actions[0], rng)
     if len(actions) == 1:
-        one = rng.choice(MIDDLES)
+        one = _place(rng)
         close = actions[0] in ("chasing", "holding up")
-        other = one if close else rng.choice([across for across in MIDDLES if abs(across - one) <= 16])
+        other = one if close else min(max(one + rng.choice((-16, 0, 16)), MIDDLES[0]), MIDDLES[-1])
         return _line(actions[0], rng, (one, other))
     sides = rng.sample(MIDDLES[::2], 2)
     return [square for action, side in zip(actions, sides, strict=True) for square in _line(action, rng, (side, side))]
@@ -183,6 +184,11 @@ def _nested(action: str, rng: random.Random) -> list[Square]:
     right, down = (0.5, 0.5) if action == "inside" else (rng.choice((0.2, 0.5, 0.8)), 0.88)
     small = _square(rng, (round(x + right * size), round(y + down * size)), TINY)
     return [small, large] if action == "inside" else [large, small]
+
+
+def _place(rng: random.Random) -> int:
+    """A coordinate of a free thing's middle."""
+    return rng.choice(MIDDLES) if rng.random() < ON_GRID else rng.randint(MIDDLES[0], MIDDLES[-1])
 
 
 def _square(rng: random.Random, middle: tuple[int, int], sizes: tuple[int, int] = SMALL, jitter: int = 1) -> Square:

@@ -49,17 +49,18 @@ class GroundedDenoiser(nn.Module):
 
 
 def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: GroundedLatents, embeddings: Tensor,
-                  batch: int) -> Loss:
+                  batch: int, even_from: int) -> Loss:
     """The loss of one step: squared error of the noise with min-SNR-5 weights, as the emoji model's own.
 
-    `embeddings` [words, width] are the encoded `WORDS`.
+    `embeddings` [words, width] are the encoded `WORDS`. From step `even_from` on, all timesteps are drawn alike
+    (`GroundedLatents.draw`).
     """
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weights = snr.clamp(max=MIN_SNR) / snr
 
     def loss(step: int, rng: torch.Generator) -> Losses:
-        drawn = data.draw(batch, rng)
+        drawn = data.draw(batch, rng, even=step >= even_from)
         with torch.no_grad():
             text = text_encoder(drawn.tokens).last_hidden_state
         tokens = drawn.grounding(model.grounding(embeddings[drawn.words.clamp(min=0)]))
@@ -98,7 +99,7 @@ class GroundedPretraining(Pretraining):
         plan = Plan(self.size.grounded_steps, learning_rate=2e-3, decay_share=0.5, seed=self.seed)
         embeddings, size = phrase_embeddings(pipe, WORDS), self.size
         self._start(pipe, model, data, embeddings)
-        loss = grounded_loss(model, pipe.text_encoder, data, embeddings, size.grounded_batch)
+        loss = grounded_loss(model, pipe.text_encoder, data, embeddings, size.grounded_batch, size.grounded_steps // 2)
         self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
         save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)
 

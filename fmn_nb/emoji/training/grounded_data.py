@@ -55,15 +55,16 @@ class GroundedLatents:
     words: Tensor
     boxes: Tensor
 
-    def draw(self, batch: int, rng: torch.Generator) -> Drawn:
-        """Random scenes with noise. A timestep's probability is proportional to the timestep: high noise decides where
-        things stand, and the emoji model already knows the rest."""
+    def draw(self, batch: int, rng: torch.Generator, even: bool = False) -> Drawn:
+        """Random scenes with noise. A timestep's probability is proportional to the timestep, since high noise decides
+        what stands where; if `even`, all timesteps are alike, as drawings become sharp in low noise."""
         latents = self.latents
         chosen = torch.randint(len(latents.mean), (batch,), generator=rng)
         which = torch.randint(latents.tokens.shape[1], (batch,), generator=rng)
         mean, std = latents.mean[chosen].float(), latents.std[chosen].float()
         clean = latents.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng))
-        times = (TIMESTEPS * torch.rand(batch, generator=rng).sqrt()).long().clamp(max=TIMESTEPS - 1)
+        share = torch.rand(batch, generator=rng)
+        times = (TIMESTEPS * (share if even else share.sqrt())).long().clamp(max=TIMESTEPS - 1)
         noise = torch.randn(clean.shape, generator=rng)
         words, boxes = self.words[chosen].long(), self.boxes[chosen]
         shared = torch.rand(batch, 1, 1, generator=rng) < SHARED_BOX_SHARE

@@ -67,7 +67,7 @@ class Size:
     grounded_scenes: int = 16_000
     gated_start_steps: int = 250
     gated_start_batch: int = 16
-    grounded_steps: int = 3000
+    grounded_steps: int = 6000
     grounded_batch: int = 32
     redrawn: int = 4000  # scenes that the diffusion model draws again for the second judge
     quality_scale: int = 1  # divides the numbers of images that measure quality
