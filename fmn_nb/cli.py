@@ -276,7 +276,9 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Try a concept inversion of this many steps on each patch of the first seed; 0: none.")
 @click.option("--oracle", default="", metavar="A,B", help="Models that were never taught some of the concepts: jobs of "
-              "the first seed on these end in all attacks, above the oracles' floor.")
+              "the first seed on these end in attacks, above the oracles' floor.")
+@click.option("--beside", metavar="A,B", help="Which attacks these are: concept inversion, adversarial prompt, "
+              "relearning, and of models with boxes grounding.  [default: all]")
 @click.option("--note", default="", help="A note for results.json, such as how the settings were tuned.")
 def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work: Path, attack: int, note: str,
               **request: Any) -> None:
@@ -303,11 +305,16 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         jobs = plan_jobs(vocabulary, concepts, presets, seeds, request["size"], overrides)
 
         from fmn_nb.attacks.attack import InversionBudget
+        from fmn_nb.attacks.floor import ATTACKS
         from fmn_nb.runs.benchmark import run_benchmark, schedule
         from fmn_nb.runs.measure import ATTACK_IMAGES, Bench
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
-        bench = Bench(model, work, attack=budget, attack_seed=seeds[0], oracles=tuple(_items(request["oracle"])))
+        beside = tuple(_items(request["beside"])) or ATTACKS
+        if unknown := set(beside) - set(ATTACKS):
+            raise ValueError(f"no attack is called {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
+        bench = Bench(model, work, attack=budget, attack_seed=seeds[0], oracles=tuple(_items(request["oracle"])),
+                      beside=beside)
         workers = request["workers"]
         if request["plan"]:
             click.echo("\n".join(schedule(bench, jobs, workers, request["limit"])))

@@ -148,9 +148,9 @@ def grounded_oracle(oracle: DiffusionPipeline, like: DiffusionPipeline) -> Diffu
     if is_gated(oracle.unet):
         return oracle
     if base_digest(oracle.unet.state_dict()) != base_digest(like.unet.state_dict()):
-        raise MeasurementError("the oracle has no gated layers, and those of another model draw nothing on it: train "
-                               "its own (copy it to FOLDER/emoji-diffusion, then fmn-nb pretrain --organism grounded "
-                               "--out FOLDER, with the oracle's --without)")
+        raise MeasurementError("the oracle has no gated layers, and those of another model draw nothing on it: take "
+                               "'emoji-oracle-grounded', or train its own beside it (fmn-nb pretrain --organism "
+                               "grounded, with the oracle's --without)")
     return with_grounding(oracle, like)
 
 

@@ -11,10 +11,12 @@ from PIL import Image
 
 from fmn_nb.control.grounding import Tokens, tokens_of
 from fmn_nb.control.interaction import Interaction, InteractionError, parse_interactions
-from fmn_nb.models import GUIDANCE, STEPS, generate
+from fmn_nb.models import STEPS, generate
 from fmn_nb.models.arguments import finite_number
 
 STRENGTH = 0.8  # share of the steps in which the boxes count
+#: less than without boxes: more of it blurs what stands in them (the card of emoji-grounded has the figures)
+GUIDANCE = 2.5
 AT_ONCE = 24
 
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from fmn_nb.files import GROUNDED
 from fmn_nb.files import bundled_models as bundled
 
-#: models that come with the package or are made by this command
-MADE_BY = {"emoji-joint": "fmn-nb pretrain --organism joint"}
 HUB_PATIENCE = 10  # seconds for the hub's answer
-#: bundled names whose weights a checkout may lack -> how to get them
-_TO_BE_TRAINED = {
-    "emoji-oracle": 'train it (fmn-nb pretrain --without "cat,banana,guitar,rocket,fluent,Bruno,wild bat" --out '
-                    "runs/oracle) and copy the folder runs/oracle/emoji-oracle into the kit's data folder",
+_WITHOUT = '--without "cat,banana,guitar,rocket,fluent,Bruno,wild bat" --out runs/oracle'
+_AND_COPIED = " (then copy its folder from runs/oracle into the kit's data folder)"
+#: bundled names whose weights a checkout may lack -> the command that trains them, in some hours of one core
+TRAINED_BY = {
+    "emoji-joint": "fmn-nb pretrain --organism joint",
+    "emoji-grounded": "fmn-nb pretrain --organism grounded",
+    "emoji-oracle": f"fmn-nb pretrain {_WITHOUT}{_AND_COPIED}",
+    "emoji-oracle-grounded": f"fmn-nb pretrain --organism grounded {_WITHOUT}{_AND_COPIED}",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-#: names of models that come with the package once they are trained, and the command that trains them
-TRAINED_BY = {"emoji-grounded": "fmn-nb pretrain --organism grounded"}
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -44,20 +44,15 @@ def resolve(name: str | Path) -> str | Path:
         return known[str(name)]
     if path.is_dir() and ((path / "model_index.json").is_file() or (path / GROUNDED).is_file()):
         return path
-    if str(name) in TRAINED_BY:
-        raise UnknownModelError(f"the model '{name}' is not trained yet; train it with: {TRAINED_BY[str(name)]}")
     if path.is_file() and path.suffix == ".safetensors":
         return path
     if path.is_file() and path.suffix in _PICKLED:
         raise UnknownModelError(f"{name} is a pickled checkpoint, which could run code, so it is not read; "
                                 "convert it to .safetensors, or get its author's own .safetensors")
-    if str(name) in MADE_BY and not path.exists():
-        raise UnknownModelError(f"the model '{name}' didn't come with this package: train it (some hours of one core) "
-                                f"with: {MADE_BY[str(name)]}")
+    if str(name) in TRAINED_BY and not path.exists():
+        raise UnknownModelError(f"the model '{name}' isn't there yet; train it with: {TRAINED_BY[str(name)]}")
     if not path.exists() and _HUB_ID.fullmatch(str(name)) and path.suffix != ".safetensors":
         return str(name)
-    if str(name) in _TO_BE_TRAINED:
-        raise UnknownModelError(f"the model '{name}' isn't there yet; {_TO_BE_TRAINED[str(name)]}")
     raise UnknownModelError(f"there is no model '{name}'; bundled: {_listed()}; or give a hub id (owner/name), a "
                             "folder with a model_index.json, or a .safetensors file")
 

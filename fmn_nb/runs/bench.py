@@ -13,6 +13,7 @@ from fmn_nb.concepts.world import World, world_of
 from fmn_nb.evaluation.oracle import taught
 from fmn_nb.evaluation.session import Session
 from fmn_nb.forgetting.reuse import patch_for
+from fmn_nb.models.gated import is_gated
 from fmn_nb.models.names import UnknownModelError
 from fmn_nb.models.pipelines import denoiser, load
 from fmn_nb.patches.patch import Patch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORACLE = "emoji-oracle"
+GROUNDED_ORACLE = "emoji-oracle-grounded"  # the same with gated layers of its own
 STAND_IN = "emoji", "cat"  # the model and the concept to show things on if the chosen model can't
 JOINT = "emoji-joint"  # the stand-in for what is shown on joint attention
 #: what a notebook may need of its model -> whether a pipeline has it
@@ -68,7 +70,7 @@ class Lesson:
     def oracle(self) -> tuple[DiffusionPipeline | None, str]:
         """The bundled oracle and "" if it never learned the bench's concept; otherwise None, and why there is none."""
         try:
-            pipe = load(ORACLE)
+            pipe = load(GROUNDED_ORACLE if is_gated(denoiser(self.bench)) else ORACLE)
         except UnknownModelError as missing:
             return None, str(missing)
         reason = taught([pipe], self.subject, self.session())

@@ -49,6 +49,7 @@ COSTS = ("seconds", "peak_memory_bytes")
 #: averaged over concepts; "h_of_ceiling" is h divided by its ceiling, the share reached of what could be reached
 AVERAGED = (*SHARES, "ceiling", "h_of_ceiling", "seconds", "patch_bytes", "peak_memory_bytes", "attack_success",
             "overshadowed_after")
+PAIRED = 3  # the fewest concepts on which two presets' difference is given
 
 
 class BenchmarkError(RuntimeError):
@@ -410,13 +411,15 @@ def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
     """Other preset -> this one's figures minus the other's, on the concepts and seeds that both have.
 
     It is the mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over
-    concepts.
+    concepts. Fewer than `PAIRED` common concepts say too little: such a pair is left out.
     """
     pairs = table.set_index(["concept", "seed"])
     own, found = pairs[pairs["preset"] == preset], {}
     for other, theirs in pairs[pairs["preset"] != preset].groupby("preset", sort=False):
         difference = (own[list(SHARES)] - theirs[list(SHARES)]).dropna()
         means = difference.groupby("concept", sort=False).mean()
+        if len(means) < PAIRED:
+            continue
         found[other] = {"concepts": len(means), "pairs": len(difference)}
         for name, values in means.items():
             found[other] |= _mean(name, values)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn_nb.attacks.attack import InversionBudget, concept_inversion
 from fmn_nb.attacks.budgets import read_budgets
-from fmn_nb.attacks.floor import compared
+from fmn_nb.attacks.floor import ATTACKS, compared
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.evaluation.measures import judge_images, measure, with_ceiling
 from fmn_nb.evaluation.oracle import taught
@@ -62,6 +62,7 @@ class Bench:
             as long as a fine-tune, so one seed has to do.
         oracles: models that were never taught some of the concepts. For these, jobs of `attack_seed` end in all attacks
             at their budgets beside the oracles (`fmn_nb.attacks.floor`).
+        beside: which attacks these are.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Bench:
     attack: InversionBudget | None = None
     attack_seed: int = 0
     oracles: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ATTACKS
 
     @property
     def session(self) -> Session:
@@ -125,7 +127,9 @@ class Bench:
     @cached_property
     def compared_with(self) -> dict[str, Any]:
         """What a comparison with the oracles depends on, beside the job."""
-        return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source}
+        some = {"attacks": list(self.beside)} if set(self.beside) != set(ATTACKS) else {}
+        return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source,
+                **some}
 
     def attempt(self, job: Job) -> str | None:
         """Do the job and keep its result; returns the error's text if it fails."""
@@ -160,7 +164,7 @@ def forget_and_measure(bench: Bench, job: Job) -> dict[str, Any]:
         attack = concept_inversion(session, job.concept, patch, budget=bench.attack, seed=job.seed)
         result["attack"] = {"budget": asdict(bench.attack), **attack.to_dict()}
     if bench.compares(job):
-        found = compared(kept, job.concept, patch, bench.oracle_pipes, job.seed, job.size)
+        found = compared(kept, job.concept, patch, bench.oracle_pipes, job.seed, job.size, bench.beside)
         result["oracle"] = {"compared_with": bench.compared_with, **found.to_metrics()}
     return result | {"seconds": round(perf_counter() - started, 3)}
 

@@ -27,6 +27,7 @@ from fmn_nb.control import (
     tokens_of,
     with_grounding,
 )
+from fmn_nb.control.drawing import GUIDANCE
 from fmn_nb.emoji.training.grounded import GroundedDenoiser, save_grounded
 from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.models import fingerprint, generate, image_change
@@ -46,13 +47,14 @@ def draw(pipe, interactions=CHASE, strength=0.8, seeds=(0,), **options):
 
 def test_without_interactions_the_images_are_the_plain_models_to_the_last_bit(emoji, pipe):
     asked = ([PROMPT, "a photo of a cat"], [0, 1])
-    plain, with_layers = (generate(one, *asked, steps=3) for one in (emoji, pipe))
+    plain, with_layers = (generate(one, *asked, steps=3, guidance=GUIDANCE) for one in (emoji, pipe))
     assert image_change(plain, with_layers) == 0
     assert image_change(plain[:1], draw(pipe, strength=0)) == 0
 
 
 def test_new_gates_are_shut_and_change_nothing(emoji):
-    assert image_change(generate(emoji, [PROMPT], [0], steps=3), draw(gated(emoji, gate=0.0))) == 0
+    plain = generate(emoji, [PROMPT], [0], steps=3, guidance=GUIDANCE)
+    assert image_change(plain, draw(gated(emoji, gate=0.0))) == 0
 
 
 def test_boxes_words_roles_and_strength_change_the_image(pipe):
@@ -159,12 +161,6 @@ def test_a_whole_folder_loads_in_a_plain_pipeline(pipe, tmp_path, recwarn, capfd
     (tmp_path / "whole" / "grounding.safetensors").unlink()
     with pytest.raises(InteractionError, match="holds no grounding.safetensors"):
         grounding_of(plain)
-
-
-def test_a_model_that_is_not_trained_yet_says_how_to_train_it(monkeypatch):
-    monkeypatch.setattr("fmn_nb.models.names.bundled", lambda: {})
-    with pytest.raises(fmn.UnknownModelError, match="not trained yet; train it with: fmn-nb pretrain --organism gro"):
-        fmn.load("emoji-grounded")
 
 
 def test_gated_layers_without_their_pipeline_say_what_is_missing(folder, tmp_path, monkeypatch):

@@ -84,10 +84,13 @@ def test_where_the_rest_is_missing_it_says_so(oracle_folder, tmp_path):
         fmn.load(str(folder))
 
 
-@pytest.mark.skipif((data_dir() / "emoji-oracle").is_dir(), reason="the oracle is bundled")
-def test_an_oracle_that_is_not_there_yet_says_how_to_train_it():
-    with pytest.raises(UnknownModelError, match="isn't there yet; train it .fmn-nb pretrain --without .cat,"):
-        fmn.load("emoji-oracle")
+@pytest.mark.parametrize("name, flags", [
+    ("emoji-oracle", "--without .cat,.*then copy"), ("emoji-joint", "--organism joint"),
+    ("emoji-grounded", "--organism grounded"), ("emoji-oracle-grounded", "--organism grounded --without .cat,")])
+def test_a_bundled_model_that_is_not_there_yet_says_how_to_train_it(name, flags, monkeypatch):
+    monkeypatch.setattr("fmn_nb.models.names.bundled", dict)
+    with pytest.raises(UnknownModelError, match=f"'{name}' isn't there yet; train it with: fmn-nb pretrain .?{flags}"):
+        fmn.load(name)
 
 
 @pytest.mark.skipif(not (data_dir() / "emoji-oracle").is_dir(), reason="the oracle isn't in data/")

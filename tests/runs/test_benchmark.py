@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from sessions import few_drawings
 
 from fmn_nb.attacks.attack import InversionBudget
+from fmn_nb.attacks.floor import ATTACKS
 from fmn_nb.cli import main
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation.oracle import OracleReport
@@ -255,6 +256,7 @@ def test_a_table_of_many_methods_says_what_each_needs_and_how_they_differ() -> N
     assert pairs["h"] == pytest.approx((0.6 - 0.9) * 2 / 3 - 0.9 / 3) and pairs["ira"] == pytest.approx(-2 / 3)
     assert pairs["h_ci95"] == pytest.approx([-0.9, -0.3])
     assert balanced["against"]["paper"]["h"] == -pairs["h"]
+    assert not summary(table[table["concept"].isin(["cat", "dog"])])[0]["against"], "too few concepts for a difference"
     figure = cost_of_presets(list(rows.values()))
     assert "balanced: H 0.85, 10 seconds of forgetting, 8 bytes of the patch" in figure.words
     assert [len(axes.containers) for axes in figure.axes] == [2, 2]
@@ -302,8 +304,9 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     revive = pd.DataFrame({"forgetting model": [2.0], "oracle": [float("nan")]}, index=["relearning"])
     asked = []
 
-    def compared(session, concept, patch, oracles, seed, size):
+    def compared(session, concept, patch, oracles, seed, size, chosen):
         asked.append((concept.name, seed, len(oracles), session.sampling.cache))
+        assert chosen == ATTACKS
         return OracleReport(attacks, revive, budgets="fixed")
 
     monkeypatch.setattr(measure, "compared", compared)
@@ -316,6 +319,7 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     said = read_json(out / "results.json")["oracle"]
     assert said["summary"][0]["excess"] == 0.5 and said["budgets"] and len(said["oracles"]) == 1
     assert beside.stored(jobs[0]) and not bench.oracles and bench.stored(jobs[0]), "done, with it and without"
+    assert replace(beside, beside=("relearning",)).stored(jobs[0]) is None, "other attacks"
     monkeypatch.setattr(measure, "read_budgets", lambda: SimpleNamespace(source="others"))
     assert replace(beside).stored(jobs[0]) is None and replace(beside).stored(jobs[1]), "other budgets"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -117,10 +117,17 @@ class Figure:
         return self.bar[0] <= self.value <= self.bar[1]
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON, with None for an open end of the bar."""
+        bar = [None if np.isinf(end) else end for end in self.bar]
+        return {**asdict(self), "bar": bar, "met": self.met}
+
+    @property
     def row(self) -> str:
         """Its line of the card's table: name, value, interval, number of trials, bar, whether it is met."""
         low, high = self.bar
-        bar = f"<= {high:g}" if low == 0 else f">= {low:g}" if high in (1.0, np.inf) else f"{low:g} to {high:g}"
+        ends = f">= {low:g}" if high in (1, np.inf) else f"{low:g} to {high:g}"
+        bar = f"<= {high:.3g}" if low in (0, -np.inf) else ends
         interval = f"{self.low:.3f} to {self.high:.3f}" if self.low < self.high else ""
         met = "met" if self.met else "**not met**"
         if self.bar == (0.0, 1.0):  # any share: only measured
@@ -297,8 +304,7 @@ def write_card(quality: Quality, training: dict) -> Path:
         framed = [ImageOps.expand(image, border=1, fill="white") for image in images]
         with replacing(folder / "images" / f"{name}.png") as temporary:
             few_colours(make_image_grid(framed, len(framed) // columns, columns)).save(temporary, optimize=True)
-    write_json(folder / "quality.json", [
-        {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
+    write_json(folder / "quality.json", [figure.record for figure in figures])
     write_json(folder / "training.json", training)
     return write_text(folder / "README.md", quality.text(figures, training))
 

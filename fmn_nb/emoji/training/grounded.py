@@ -14,19 +14,22 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from fmn_nb.concepts import untaught_of
 from fmn_nb.control import Grounding
 from fmn_nb.control.grounding import phrase_embeddings
 from fmn_nb.emoji.grounded_scenes import sample_grounded
+from fmn_nb.emoji.organism import untaught_by
 from fmn_nb.emoji.scenes import Renderer
 from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.gated_start import IMAGES, GatedStart, start_loss, written_for
 from fmn_nb.emoji.training.grounded_card import GroundedQuality, write_grounded_card
 from fmn_nb.emoji.training.grounded_data import WORDS, GroundedLatents, token_table
 from fmn_nb.emoji.training.networks import MIN_SNR, NOISE_SCHEDULE, Latents, Loss, Losses
-from fmn_nb.emoji.training.recipe import Plan, Pretraining, finished, generator
+from fmn_nb.emoji.training.recipe import Plan, Pretraining, generator
 from fmn_nb.emoji.training.request import ORGANISMS
 from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.files import data_dir, read_json, replacing_folder, write_json, write_tensors
+from fmn_nb.models import load
 from fmn_nb.models.gated import BESIDE, GROUNDING, base_digest, gated_tensors, is_gated_name, with_gates
 
 GATE_SPEED = 20.0  # times the learning rate: a gate is one number, and while it is shut nothing behind it learns
@@ -84,7 +87,11 @@ def save_grounded(model: GroundedDenoiser, folder: Path, base: str) -> Path:
 
 
 class GroundedPretraining(Pretraining):
-    """The stages of the organism with interaction control; the emoji model is the one in `out`, or the bundled one."""
+    """The stages of the organism with interaction control.
+
+    The emoji model that it starts from is the one in `out`, or the bundled one; with names left out, the oracle there
+    that never learned them, so that a box's floor can be measured.
+    """
 
     def _start_from(self, folder: Path) -> None:
         raise ValueError("interaction control always starts from the emoji model beside it: put that into --out and "
@@ -101,7 +108,7 @@ class GroundedPretraining(Pretraining):
         self._start(pipe, model, data, embeddings)
         loss = grounded_loss(model, pipe.text_encoder, data, embeddings, size.grounded_batch, size.grounded_steps // 2)
         self._train("grounded", model, loss, plan, {".alpha_attn": GATE_SPEED, ".alpha_dense": GATE_SPEED})
-        save_grounded(model, self.out / self.request.made.folder, ORGANISMS["emoji"].folder)
+        save_grounded(model, self.out / self.request.model, self._beside)
 
     def _start(self, pipe: StableDiffusionPipeline, model: GroundedDenoiser, data: GroundedLatents,
                embeddings: Tensor) -> None:
@@ -115,23 +122,35 @@ class GroundedPretraining(Pretraining):
                                                      self.size.gated_start_batch), plan)
 
     def _quality(self) -> None:
-        folder = self.out / self.request.made.folder
+        folder = self.out / self.request.model
         if not (folder / BESIDE).is_file():
             raise FileNotFoundError(f"no gated layers in {folder}; run the stage grounded first")
-        quality = GroundedQuality(folder, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log)
+        quality = GroundedQuality(folder, self.sprites, self.size.quality_scale, self.size.quality_steps, self.log,
+                                  self.request.without)
         records = (self.work / "training.json", folder / "training.json")
         write_grounded_card(quality, next((read_json(path) for path in records if path.is_file()), {}))
 
     def _base(self) -> StableDiffusionPipeline:
-        """The finished emoji model, in float32 and frozen."""
-        places = [folder / ORGANISMS["emoji"].folder for folder in (self.out, data_dir())]
-        for place in places:
-            if (place / "model_index.json").is_file():
-                pipe = finished(place)
-                for part in (pipe.text_encoder, pipe.vae):
-                    part.requires_grad_(False).eval()
-                return pipe
-        raise FileNotFoundError(f"no emoji model in {' or '.join(map(str, places))}; train it first: fmn-nb pretrain")
+        """The finished emoji model or oracle, in float32 and frozen."""
+        places = [folder / self._beside for folder in (self.out, data_dir())]
+        place = next((place for place in places if (place / "model_index.json").is_file()), None)
+        if place is None:
+            without = f' --without "{",".join(self.request.without)}"' if self.request.without else ""
+            raise FileNotFoundError(f"no {self._beside} in {' or '.join(str(place.parent) for place in places)}; train "
+                                    f"it first: fmn-nb pretrain{without}")
+        pipe = load(place, device="cpu", dtype="float32")
+        if set(known := untaught_of(pipe)) != set(untaught_by(self.request.without)):
+            raise ValueError(f"the oracle in {place} never learned {', '.join(known) or 'nothing'}: leave out the same "
+                             "names (--without)")
+        for part in (pipe.text_encoder, pipe.vae):
+            part.requires_grad_(False).eval()
+        return pipe
+
+    @property
+    def _beside(self) -> str:
+        """The folder of the model that the gated layers stand beside."""
+        emoji = ORGANISMS["emoji"]
+        return emoji.oracle if self.request.without else emoji.folder
 
     def _scenes_with_boxes(self, pipe: StableDiffusionPipeline) -> GroundedLatents:
         """The encoded training scenes; kept, since encoding takes minutes."""

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
 from fmn_nb.control import ACTIONS, RELATIONS, How, Interaction, draw_grounded, holds, laid_out, union
+from fmn_nb.control.drawing import GUIDANCE
 from fmn_nb.emoji.finding import find, seen_in
 from fmn_nb.emoji.grounded_scenes import GroundedScene, sample_grounded
 from fmn_nb.emoji.judges import Judge
 from fmn_nb.emoji.scenes import Renderer, sample_scenes
-from fmn_nb.emoji.training.card import Figure, share_figure
+from fmn_nb.emoji.training.card import Figure, share_figure, training_table
 from fmn_nb.emoji.world import OBJECTS, STYLES, caption
 from fmn_nb.evaluation import judge_features
 from fmn_nb.evaluation.quality import Features, kernel_distance
 from fmn_nb.files import data_dir, replacing, write_json, write_text
 from fmn_nb.models import generate, load
+from fmn_nb.models.gated import is_gated_name
 from fmn_nb.plots import few_colours
 from fmn_nb.stats import mean_interval, wilson
 
 SLACK = 0.1  # for relations between found boxes: half a window's step and half a thing's rim
 FOLDS = 5  # of the kernel distance's interval
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+STRENGTH = 1.0  # of all other figures
+TRIED = ((1.5, 1.0), (2.5, 1.0), (4.0, 1.0), (7.0, 1.0), (2.5, 0.8), (4.0, 0.8))  # guidance, strength
 SCENES = {"one": 0.65, "two": 0.35}
 ABLATED = {"everything": (), "no between box": ("between",), "no role": ("role",), "no action token": ("action",)}
 Share = tuple[int, int]  # successes, trials
@@ -35,13 +40,17 @@ Share = tuple[int, int]  # successes, trials
 
 @dataclass
 class GroundedQuality:
-    """Measures the grounded model in `folder`. `scale` divides the numbers of images; images take `steps` steps."""
+    """Measures the grounded model in `folder`. `scale` divides the numbers of images; images take `steps` steps.
+
+    `without` names what an oracle never learned; no scene shows it.
+    """
 
     folder: Path
     sprites: Path
     scale: int = 1
     steps: int = 20
     log: Callable[[str], None] = print
+    without: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.pipe = load(str(self.folder), device="cpu")
@@ -49,17 +58,19 @@ class GroundedQuality:
         judge = self.folder.parent / "emoji-judge"
         self.judge = Judge.load(judge if judge.is_dir() else data_dir() / "emoji-judge")
         self.renderer = Renderer(self.sprites)
-        self.scenes = sample_grounded(max(FOLDS * 2, 200 // self.scale), 1, self.renderer, held_out=True, sorts=SCENES)
+        self.scenes = sample_grounded(max(FOLDS * 2, 200 // self.scale), 1, self.renderer, held_out=True,
+                                      without=self.without, sorts=SCENES)
         self.few = self.scenes[:max(4, 80 // self.scale)]
         self.relations: dict[str, Share] = {}
 
     def draw(self, scenes: Sequence[GroundedScene], sort: str = "named", shared: bool = False,
-             without: Collection[str] = (), strength: float = 0.8) -> list[Image.Image]:
+             without: Collection[str] = (), strength: float = STRENGTH,
+             guidance: float = GUIDANCE) -> list[Image.Image]:
         """One image for each scene: its caption of a sort, its interactions (`shared`: one box around both)."""
         rng = random.Random(f"captions-{sort}")
         prompts = [replace_style(scene, rng, sort) for scene in scenes]
         boxes = [[_shared(one) for one in s.interactions] if shared else list(s.interactions) for s in scenes]
-        how = How(strength=strength, steps=self.steps, without=without)
+        how = How(strength, self.steps, guidance, without)
         return draw_grounded(self.pipe, prompts, boxes, range(len(scenes)), how)
 
     def in_boxes(self, scenes: Sequence[GroundedScene], images: Sequence[Image.Image],
@@ -104,14 +115,15 @@ class GroundedQuality:
         yield share_figure("named object in its box", *self.in_boxes(self.scenes, images), 0.85)
         yield share_figure("relation right", *self.related(self.scenes, images, self.relations), 0.85)
         rng = random.Random("conflict")
-        others = [rng.sample([o for o in OBJECTS if o not in scene.names], 2) for scene in self.few]
+        known = [name for name in OBJECTS if name not in self.without]
+        others = [rng.sample([name for name in known if name not in scene.names], 2) for scene in self.few]
         prompts = [caption(two, scene.scene.style) for two, scene in zip(others, self.few, strict=True)]
         against = draw_grounded(self.pipe, prompts, [list(s.interactions) for s in self.few],
-                                range(5000, 5000 + len(self.few)), How(steps=self.steps))
+                                range(5000, 5000 + len(self.few)), How(STRENGTH, self.steps))
         yield share_figure("caption names others: boxes win", *self.in_boxes(self.few, against, others), 0.7)
         yield self._kernel(images, np.stack([np.asarray(one) for one in truth]))
         for said, sort in (("on the grid", "thing"), ("between the grid's places", "between")):
-            scenes = sample_grounded(len(self.few), 2, self.renderer, sorts={sort: 1.0})
+            scenes = sample_grounded(len(self.few), 2, self.renderer, without=self.without, sorts={sort: 1.0})
             images = self.draw(scenes, "neutral")
             yield share_figure(f"one thing {said}: in its box", *self.in_boxes(scenes, images), 0.0)
 
@@ -119,15 +131,15 @@ class GroundedQuality:
         """The kernel distance of grounded images to the real scenes; its bar is that of the plain model's pairs to
         real pairs."""
         features = judge_features(self.judge)
-        pairs = sample_scenes(len(images), 1, held_out=True, sorts={"pair": 1.0})
+        pairs = sample_scenes(len(images), 1, held_out=True, without=self.without, sorts={"pair": 1.0})
         plain = generate(self.pipe, [caption(s.words, s.style, s.background) for s in pairs], range(len(pairs)),
                          steps=self.steps)
         real = self.renderer.images(pairs)
         own, other = (_folds(features, *sides) for sides in ((truth, images), (real, plain)))
         value, high = float(np.mean(own)), max(float(np.mean(other)), mean_interval(other)[1])
         low, up = mean_interval(own)
-        return Figure("kernel distance to real scenes (bar: the plain model's upper limit)", max(0.0, value),
-                      max(0.0, low), max(0.0, up), len(images), (0.0, max(high, 1e-6)))
+        return Figure("kernel distance to real scenes (bar: the plain model's upper limit)", value, low, up,
+                      len(images), (-np.inf, high))
 
     def ablations(self) -> dict[str, dict[str, Share]]:
         """What is left out while drawing -> named thing in its box, relation right, and relation right when both
@@ -141,6 +153,17 @@ class GroundedQuality:
                            "relation, one box for both": self.related(single, shared)}
             self.log(f"{name}: {found[name]}")
         return found
+
+    def tried(self) -> list[dict[str, Any]]:
+        """What guidance and strength do, on pairs of things that were trained on: these chose the two."""
+        scenes = sample_grounded(len(self.few) // 2, 11, self.renderer, without=self.without, sorts=SCENES)
+        rows = []
+        for guidance, strength in TRIED:
+            images = self.draw(scenes, strength=strength, guidance=guidance)
+            rows.append({"guidance": guidance, "strength": strength, "in its box": self.in_boxes(scenes, images),
+                         "relation": self.related(scenes, images)})
+            self.log(f"{rows[-1]}")
+        return rows
 
     def strengths(self) -> dict[float, Share]:
         """Share of the steps with grounding -> named thing in its box, with a caption that names nothing."""
@@ -172,7 +195,7 @@ def _folds(features: Features, real: np.ndarray, images: Sequence[Image.Image]) 
 
 # ---- the card --------------------------------------------------------------------------------------------------------
 
-CARD = """# emoji-grounded: who does what, where
+GROUNDED = """# emoji-grounded: who does what, where
 
 Interaction control for the emoji model: gated self-attention to boxes (GLIGEN's layers, arXiv 2301.07093) with the
 tokens of InteractDiffusion (arXiv 2312.05849): subject, action and object, the action's box *between* the two, and
@@ -185,13 +208,28 @@ half precision; all else is the emoji model beside it, unchanged. Without intera
 
 `fmn_nb.control.save_pipeline(pipe, folder)` writes a whole folder that a plain `StableDiffusionPipeline` loads.
 
-It knows the emoji model's objects and the actions {actions}. It was trained on composed scenes of one to three things
+"""
+
+ORACLE = """# emoji-oracle-grounded: the floor of a box
+
+The gated layers of `emoji-grounded`, trained in the same way beside `emoji-oracle`, of which all but these layers are,
+on scenes without what that oracle never learned: {without}. When a box names one of these, what appears wasn't
+remembered. So this model's success is the floor of the grounding attack (`fmn_nb.attacks.grounding`).
+
+    import fmn_nb as fmn
+    from fmn_nb.attacks import grounding_attack
+    floor = grounding_attack(fmn.load("emoji-oracle-grounded"), "cat", None)
+
+"""
+
+CARD = """It knows {known} and the actions {actions}. It was trained on composed scenes of one to three things
 alone or one or two interactions, whose boxes and relations are known exactly. About one in eight pairs of objects was
 never shown together, and everything below is measured on such pairs.
 
 The emoji model itself only ever drew things of two sizes in three places. So the training scenes keep to these sizes
-(boxes of about .45 and .75 of the image, and of .3 for what is inside or carried) and to a coarse grid of places
-(middles at .25, .5 and .75). The last rows of the table below compare these places with others.
+(boxes of about .45 and .75 of the image, and of .3 for what is inside or carried). Half of the things stand on a
+coarse grid (middles at .25, .5 and .75), the others anywhere between. The last rows of the first table below compare
+these places.
 
 | training | steps | minutes |
 |---|---|---|
@@ -199,10 +237,11 @@ The emoji model itself only ever drew things of two sizes in three places. So th
 
 ## Measured
 
-Measured with `fmn-nb pretrain --organism grounded --stages quality`, with 95% intervals (Wilson's; for the kernel
-distance Student's over {folds} parts), {steps} steps and strength 0.8. A thing is in its box if the judge sees it in
-the box's content. A relation is right if the judge finds both things anywhere in the image, and they stand as the
-action says. The judge never learned overlapping things, so the first two rows say what it finds in real scenes.
+Measured with `fmn-nb pretrain --organism grounded{flags} --stages quality`, with 95% intervals
+(Wilson's; for the kernel distance Student's over {folds} parts), {steps} steps, guidance {guidance} and strength 1. A
+thing is in its box if the judge sees it in the box's content. A relation is right if the judge finds both things
+anywhere in the image, and they stand as the action says. The judge never learned overlapping things, so the first two
+rows say what it finds in real scenes.
 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
@@ -211,7 +250,9 @@ action says. The judge never learned overlapping things, so the first two rows s
 | action | relation right | of |
 |---|---|---|
 {by_action}
+"""
 
+MORE = """
 ### Ablations
 
 Parts left out while drawing, not in training. "One box for both": subject and object both get the box around the two.
@@ -220,7 +261,14 @@ Parts left out while drawing, not in training. "One box for both": subject and o
 |---|---|---|---|
 {ablations}
 
-### Strength
+### Guidance and strength
+
+Measured on pairs of things that were trained on, to choose the two for everything above. `draw_interactions` has the
+same guidance and, unless told otherwise, strength 0.8.
+
+| guidance | strength | in its box | relation |
+|---|---|---|---|
+{tried}
 
 Strength is the share of the steps in which the boxes count; here the prompt names none of the things.
 
@@ -249,30 +297,51 @@ def relations_picture(quality: GroundedQuality, columns: int = 4) -> Image.Image
             pen.rectangle([min(63, round(64 * side)) for side in box], outline=colour)
         style = list(STYLES)[number % 2 * 4]
         rows += [plan, *draw_grounded(quality.pipe, [f"a photo in the style of {style}"] * columns, [[one]] * columns,
-                                      range(columns), How(steps=quality.steps))]
+                                      range(columns), How(STRENGTH, quality.steps))]
     return make_image_grid(rows, len(ACTIONS), columns + 1)
 
 
 def write_grounded_card(quality: GroundedQuality, training: dict) -> Path:
-    """Measure, and write README.md, quality.json, training.json and the picture into the model's folder."""
-    folder, figures = quality.folder, quality.measure()
-    ablations, strengths = quality.ablations(), quality.strengths()
-    with replacing(folder / "images" / "relations.png") as temporary:
-        few_colours(relations_picture(quality)).save(temporary, optimize=True)
-    write_json(folder / "quality.json", {
-        "figures": [asdict(one) | {"met": one.met} for one in figures], "actions": quality.relations,
-        "ablations": ablations, "strengths": {f"{s:g}": share for s, share in strengths.items()}})
+    """Measure, and write README.md, quality.json, training.json and the picture into the model's folder.
+
+    Of an oracle's layers there are only the figures with bars: it is a yardstick, not a model to draw with.
+    """
+    folder, figures, without = quality.folder, quality.measure(), ", ".join(quality.without)
+    found = {"figures": [one.record for one in figures], "actions": quality.relations}
+    rows = {"training": training_table(training), "figures": "\n".join(one.row for one in figures),
+            "by_action": "\n".join(f"| {n} | {hits / of:.2f} | {of} |"
+                                   for n, (hits, of) in sorted(quality.relations.items()))}
+    size = sum(p.numel() for n, p in quality.pipe.unet.named_parameters() if is_gated_name(n)) / 1e6
+    flags = f' --without "{",".join(quality.without)}"' if without else ""
+    said = {"parameters": size, "actions": ", ".join(ACTIONS), "folds": FOLDS, "steps": quality.steps,
+            "guidance": GUIDANCE, "without": without, "flags": flags, **rows}
+    if without:
+        text = (ORACLE + CARD).format(known="the objects that its oracle knows", **said)
+    else:
+        more = _ablations_and_strengths(quality)
+        found |= more
+        text = (GROUNDED + CARD + MORE).format(known="the emoji model's objects", **said, **_more_rows(more))
+        with replacing(folder / "images" / "relations.png") as temporary:
+            few_colours(relations_picture(quality)).save(temporary, optimize=True)
+    write_json(folder / "quality.json", found)
     write_json(folder / "training.json", training)
-    names = list(next(iter(ablations.values())))
-    size = sum(p.numel() for n, p in quality.pipe.unet.named_parameters() if ".fuser." in n or "position_net" in n)
-    return write_text(folder / "README.md", CARD.format(
-        parameters=size / 1e6, actions=", ".join(ACTIONS), folds=FOLDS, steps=quality.steps,
-        training="\n".join(f"| {n} | {t['steps']} | {t['seconds'] / 60:.0f} |" for n, t in training.items()),
-        figures="\n".join(one.row for one in figures), ablation_names=" | ".join(names),
-        by_action="\n".join(f"| {n} | {hits / of:.2f} | {of} |" for n, (hits, of) in sorted(quality.relations.items())),
-        ablations="\n".join(f"| {n} | {' | '.join(_said(row[name]) for name in names)} |"
-                            for n, row in ablations.items()),
-        strengths="\n".join(f"| {s:g} | {_said(share)} |" for s, share in strengths.items())))
+    return write_text(folder / "README.md", text)
+
+
+def _ablations_and_strengths(quality: GroundedQuality) -> dict[str, dict]:
+    strengths = {f"{strength:g}": share for strength, share in quality.strengths().items()}
+    return {"ablations": quality.ablations(), "strengths": strengths, "tried": quality.tried()}
+
+
+def _more_rows(found: dict[str, dict]) -> dict[str, str]:
+    """The card's rows of ablations, settings and strengths, and the names of the ablations' columns."""
+    names = list(next(iter(found["ablations"].values())))
+    tried = [f"| {row['guidance']:g} | {row['strength']:g} | {_said(row['in its box'])} | {_said(row['relation'])} |"
+             for row in found["tried"]]
+    return {"ablation_names": " | ".join(names), "tried": "\n".join(tried),
+            "ablations": "\n".join(f"| {n} | {' | '.join(_said(row[name]) for name in names)} |"
+                                   for n, row in found["ablations"].items()),
+            "strengths": "\n".join(f"| {s} | {_said(share)} |" for s, share in found["strengths"].items())}
 
 
 def _said(share: Share) -> str:

@@ -28,12 +28,14 @@ class Organism:
         recipe: "module:class" of the `Pretraining` that has a method for each stage.
         stages: the steps of making it, in order.
         oracle_stages: those of an oracle, which the bundled judge and CLIP judge.
+        oracle: an oracle's folder in the output folder.
     """
 
     folder: str
     recipe: str
     stages: tuple[str, ...]
     oracle_stages: tuple[str, ...]
+    oracle: str
 
 
 DEFAULT_ORGANISM = "emoji"
@@ -41,10 +43,11 @@ ORGANISMS: dict[str, Organism] = {
     DEFAULT_ORGANISM: Organism(
         "emoji-diffusion", "fmn_nb.emoji.training.recipe:Pretraining",
         ("sprites", "tokenizer", "vae", "diffusion", "clip", "judge", "second-judge", "quality"),
-        ("diffusion", "quality")),  # an oracle has the emoji model's tokenizer and VAE
-    "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",)),
+        ("diffusion", "quality"), ORACLE),  # an oracle has the emoji model's tokenizer and VAE
+    "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",),
+                      "emoji-joint"),
     "grounded": Organism("emoji-grounded", "fmn_nb.emoji.training.grounded:GroundedPretraining",
-                         ("grounded", "quality"), ("grounded",)),
+                         ("grounded", "quality"), ("grounded", "quality"), f"{ORACLE}-grounded"),
 }
 
 
@@ -137,6 +140,11 @@ class Request:
     def made(self) -> Organism:
         """The organism to make."""
         return ORGANISMS[self.organism]
+
+    @property
+    def model(self) -> str:
+        """The folder of the organism among the models."""
+        return self.made.oracle if self.without else self.made.folder
 
     @property
     def folder(self) -> Path:
