@@ -7,11 +7,14 @@ import pytest
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
 import fmn_nb as fmn
+from fmn_nb.concepts import untaught_of
 from fmn_nb.control import Interaction, save_pipeline, with_grounding
 from fmn_nb.emoji.finding import seen_in
+from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.files import bundled_models
 from fmn_nb.models import generate, image_change
 
+KNOWN = ("frog", "dog", "house", "car", "umbrella", "crown")  # also to the oracle
 NAMES = ("cat", "frog", "banana", "car", "umbrella", "house")
 
 
@@ -30,7 +33,8 @@ def joint():
 
 
 def test_both_are_small():
-    assert size("emoji-joint") <= 8e6 and size("emoji-grounded") <= 6e6
+    assert size("emoji-joint") <= 8e6
+    assert size("emoji-grounded") <= 6e6 and size("emoji-oracle-grounded") <= 6e6
 
 
 def test_things_stand_in_their_boxes(grounded, judge):
@@ -53,14 +57,25 @@ def test_without_boxes_it_is_the_emoji_model_also_in_a_plain_pipeline(grounded, 
     assert image_change(own, generate(plain, prompt, [3], steps=4)) == 0
 
 
+def seen_in_a_box(pipe, judge, names):
+    """The share of images in which the judge sees these names in the large box that names each; two images of each."""
+    box, names = (0.14, 0.14, 0.86, 0.86), names * 2
+    images = [fmn.draw_interactions(pipe, "a photo in the style of noto", Interaction(name, subject_box=box), [seed],
+                                    steps=12)[0] for seed, name in enumerate(names)]
+    seen = seen_in(judge, images, [box] * len(names))
+    return sum(name in there for name, there in zip(names, seen, strict=True)) / len(names)
+
+
 def test_gated_layers_mean_nothing_on_an_oracle_of_another_training(grounded, oracle, judge):
-    box, names, shares = (0.14, 0.14, 0.86, 0.86), ("frog", "dog", "house", "car", "umbrella", "crown"), []
-    for pipe in (grounded, with_grounding(oracle, grounded)):
-        images = [fmn.draw_interactions(pipe, "a photo in the style of noto", Interaction(name, subject_box=box),
-                                        [seed], steps=12)[0] for seed, name in enumerate(names)]
-        seen = seen_in(judge, images, [box] * len(names))
-        shares.append(sum(name in there for name, there in zip(names, seen, strict=True)) / len(names))
-    assert shares[0] >= 0.8 and shares[1] <= 0.2, shares
+    assert seen_in_a_box(grounded, judge, KNOWN) >= 0.8
+    assert seen_in_a_box(with_grounding(oracle, grounded), judge, KNOWN) <= 0.2
+
+
+def test_the_oracle_with_layers_of_its_own_draws_what_it_knows_and_nothing_else(judge):
+    pipe = fmn.load("emoji-oracle-grounded", device="cpu")
+    never = [name for name in untaught_of(pipe) if name in OBJECTS]
+    assert len(never) == 4
+    assert seen_in_a_box(pipe, judge, KNOWN) >= 0.5 and seen_in_a_box(pipe, judge, never) == 0
 
 
 def test_the_joint_model_draws_what_it_is_asked_for(joint, judge):
