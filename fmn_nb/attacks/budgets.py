@@ -9,8 +9,8 @@ in at most 5% of images ("first": whatever appears was remembered), and the one 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fmn_nb.models import fingerprint
 BUDGETS_FILE = "attack-budgets.json"  # in data/results
 NOTHING = 0.05  # an oracle's share of images up to which an attack counts as finding nothing there
 HALF = 0.5
+GROUNDING = "grounding"  # the attack that has no budget
 #: attack -> numbers of steps (or rounds) that are tried
 TRIED = {"concept inversion": (0, 5, 10, 20, 40, 80, 160, 320), "adversarial prompt": (0, 2, 4, 8, 16),
          "relearning": (0, 2, 5, 10, 20, 40, 80)}
@@ -42,11 +43,18 @@ class Budgets:
         steps: attack -> budget ("first", "half") -> steps, without those that the oracle's curve doesn't have.
         source: where they come from, in words.
         tried: attack -> the steps of the curve that fixed them.
+        grounding: whether to ask a model with gated layers by boxes, too; that takes no steps.
     """
 
     steps: Mapping[str, Mapping[str, int]]
     source: str
     tried: Mapping[str, Sequence[int]]
+    grounding: bool = True
+
+    def only(self, attacks: Collection[str]) -> Budgets:
+        """The same for some attacks."""
+        steps = {attack: budgets for attack, budgets in self.steps.items() if attack in attacks}
+        return replace(self, steps=steps, grounding=self.grounding and GROUNDING in attacks)
 
     def at_most(self, steps: int) -> Budgets:
         """The same for those in a hurry: a first budget above `steps` becomes `steps`, at which the oracle was as
@@ -55,7 +63,7 @@ class Budgets:
                           if name == "first" or number <= steps} for attack, budgets in self.steps.items()}
         tried = {attack: tuple(number for number in numbers if number <= steps)
                  for attack, numbers in self.tried.items()}
-        return Budgets(found, f"{self.source}; here at most {steps} steps", tried)
+        return Budgets(found, f"{self.source}; here at most {steps} steps", tried, self.grounding)
 
 
 def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:

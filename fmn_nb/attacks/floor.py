@@ -19,7 +19,7 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from fmn_nb.attacks.budgets import Budgets, read_budgets
+from fmn_nb.attacks.budgets import GROUNDING, Budgets, read_budgets
 from fmn_nb.attacks.curves import CURVES, IMAGES, REVIVED, Tries, mean_curve, success_curve
 from fmn_nb.attacks.grounding import grounded_oracle, shown_by_way
 from fmn_nb.attacks.relearning import steps_until
@@ -37,7 +37,6 @@ APART = 0.2  # the least u - f for which residual knowledge is given
 ATTACK_SEEDS = {"quick": 1, "full": 3}
 MODELS = ("forgetting model", "oracle", "unchanged model")
 Curve = pd.DataFrame
-GROUNDING = "grounding"
 ATTACKS = (*CURVES, GROUNDING)  # all that are measured beside an oracle
 
 
@@ -58,18 +57,17 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
     if "oracle" in report.skipped:
         return report
     try:
-        found = attacked(session, concept, patch, oracles, read_budgets(), range(seed, seed + ATTACK_SEEDS[size]),
-                         attacks=attacks)
+        found = attacked(session, concept, patch, oracles, read_budgets().only(attacks),
+                         range(seed, seed + ATTACK_SEEDS[size]))
     except (MeasurementError, UnsupportedPipelineError) as error:
         return replace(report, skipped={**report.skipped, "attacks": str(error)})
     return replace(found, distances=report.distances, skipped={**report.skipped, **found.skipped})
 
 
 def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
-             budgets: Budgets, seeds: Sequence[int], images: int = IMAGES,
-             attacks: Collection[str] = ATTACKS) -> OracleReport:
-    """Every attack of `attacks` at its budgets on the three models, `images` judged each time; and of a model with
-    gated layers the grounding attack, which takes no steps and has no budget ("").
+             budgets: Budgets, seeds: Sequence[int], images: int = IMAGES) -> OracleReport:
+    """Every attack at its budgets on the three models, `images` judged each time; and of a model with gated layers the
+    grounding attack, which takes no steps and has no budget ("").
 
     Raises:
         MeasurementError: there is no judge, or there are no references.
@@ -77,8 +75,6 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
     rows, revive, curves, missing = {}, {}, {}, {}
     others = [replace(session, pipe=oracle) for oracle in oracles]
     for attack, steps in budgets.steps.items():
-        if attack not in attacks:
-            continue
         if not steps:
             missing[attack] = "the oracle's curve has none of its budgets"
             continue
@@ -99,7 +95,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
         curves[attack] = {name: mean_curve(some) for name, some in found.items()}
         revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
     try:
-        rows |= grounding_rows(session, concept, patch, oracles, seeds, images) if GROUNDING in attacks else {}
+        rows |= grounding_rows(session, concept, patch, oracles, seeds, images) if budgets.grounding else {}
     except MeasurementError as error:
         missing["grounding"] = str(error)
     table = pd.DataFrame.from_dict(rows, orient="index")
