@@ -63,7 +63,7 @@ class Budgets:
                           if name == "first" or number <= steps} for attack, budgets in self.steps.items()}
         tried = {attack: tuple(number for number in numbers if number <= steps)
                  for attack, numbers in self.tried.items()}
-        return Budgets(found, f"{self.source}; here at most {steps} steps", tried, self.grounding)
+        return replace(self, steps=found, source=f"{self.source}; here at most {steps} steps", tried=tried)
 
 
 def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:

@@ -4,9 +4,9 @@ A scene holds one to three things, each in a box of its own, or one or two inter
 without grounding. The boxes fit the drawings' outlines, and each scene's relations hold for them by `relations.holds`.
 Some pairs of objects are held out: no training scene shows them together.
 
-Sizes are those of the ordinary scenes, and places lie on a coarse grid, since the frozen emoji model only ever drew
-things of two sizes in three places. With free sizes and places, the gated layers learned where things stand, but hardly
-what they are.
+Sizes are those of the ordinary scenes, and many places lie on a coarse grid, since the frozen emoji model only ever
+drew things of two sizes in three places. With free sizes and places throughout, the gated layers learned where things
+stand, but hardly what they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARES = {"thing": 0.2, "things": 0.1, "one": 0.35, "two": 0.25, "plain": 0.1}
 CAPTIONS = {"named": 0.5, "neutral": 0.2, "conflicting": 0.15, "empty": 0.15}
 MIDDLES = (16, 32, 48)  # pixels: a grid for things' middles, in either direction
 BETWEEN = (24, 40)  # half-way between them
-ON_GRID = 0.5  # how often a free thing stands on the grid; otherwise it stands anywhere between the first and the last
+ON_GRID = 0.5  # how often a free thing's coordinate is on the grid; otherwise it is anywhere from the first to the last
 CLOSE = (18, 46)  # where the middles of two lie along their line if one chases the other or holds it up
 SMALL, LARGE, TINY = (29, 31), (47, 51), (20, 22)  # pixels: of several things, of one, of one inside another
 LARGE_SHARE = 0.3  # of the scenes of one thing

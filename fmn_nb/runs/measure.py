@@ -127,7 +127,7 @@ class Bench:
     @cached_property
     def compared_with(self) -> dict[str, Any]:
         """What a comparison with the oracles depends on, beside the job."""
-        some = {"attacks": list(self.beside)} if set(self.beside) != set(ATTACKS) else {}
+        some = {"attacks": sorted(self.beside)} if set(self.beside) != set(ATTACKS) else {}
         return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source,
                 **some}
 

@@ -75,7 +75,8 @@ def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe,
 def test_an_oracle_gets_the_same_head_only_beside_the_same_weights(emoji, pipe):
     oracle = grounded_oracle(emoji, pipe)
     assert oracle is not emoji and oracle.grounding is pipe.grounding and grounded_oracle(pipe, emoji) is pipe
-    with quick(emoji, "cat").applied(emoji), pytest.raises(MeasurementError, match="nothing on it: take .emoji-or"):
+    said = "draw nothing on it: take 'emoji-oracle-grounded', or train its own"
+    with quick(emoji, "cat").applied(emoji), pytest.raises(MeasurementError, match=said):
         grounded_oracle(emoji, pipe)
 
 

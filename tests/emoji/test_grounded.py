@@ -60,10 +60,9 @@ def test_pairs_that_are_held_out_are_never_trained_on(scenes, world):
 
 
 def middles(world, sort, count=60):
-    """The middles of the things in `count` scenes of one thing."""
+    """The middles of the things in `count` scenes of a sort."""
     return [(item.x + item.size / 2, item.y + item.size / 2)
-            for scene in sample_grounded(count, 5, world.renderer, sorts={sort: 1.0}) for item in scene.scene.items
-            if len(scene.scene.items) == 1]
+            for scene in sample_grounded(count, 5, world.renderer, sorts={sort: 1.0}) for item in scene.scene.items]
 
 
 def near(middle, places):
@@ -76,6 +75,7 @@ def test_things_stand_on_a_grid_or_anywhere_between_and_a_sort_of_scenes_half_wa
     assert all(0.5 < share < 0.9 for share in shares), shares  # half on purpose, and some by chance
     assert all(MIDDLES[0] - 2 <= at <= MIDDLES[-1] + 2 for middle in free for at in middle)
     assert all(near(middle, BETWEEN) for middle in middles(world, "between"))
+    assert all(near(middle, MIDDLES) for middle in middles(world, "things")), "several things keep to the grid"
 
 
 def test_captions_name_the_things_or_others_or_none(scenes):

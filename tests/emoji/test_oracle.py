@@ -89,7 +89,7 @@ def test_where_the_rest_is_missing_it_says_so(oracle_folder, tmp_path):
     ("emoji-grounded", "--organism grounded"), ("emoji-oracle-grounded", "--organism grounded --without .cat,")])
 def test_a_bundled_model_that_is_not_there_yet_says_how_to_train_it(name, flags, monkeypatch):
     monkeypatch.setattr("fmn_nb.models.names.bundled", dict)
-    with pytest.raises(UnknownModelError, match=f"'{name}' isn't there yet; train it with: fmn-nb pretrain .?{flags}"):
+    with pytest.raises(UnknownModelError, match=f"'{name}' isn't there yet; train it with: fmn-nb pretrain {flags}"):
         fmn.load(name)
 
 

@@ -32,7 +32,7 @@ def joint():
     return fmn.load("emoji-joint", device="cpu")
 
 
-def test_both_are_small():
+def test_they_are_small():
     assert size("emoji-joint") <= 8e6
     assert size("emoji-grounded") <= 6e6 and size("emoji-oracle-grounded") <= 6e6
 

@@ -227,9 +227,9 @@ alone or one or two interactions, whose boxes and relations are known exactly. A
 never shown together, and everything below is measured on such pairs.
 
 The emoji model itself only ever drew things of two sizes in three places. So the training scenes keep to these sizes
-(boxes of about .45 and .75 of the image, and of .3 for what is inside or carried). Half of the things stand on a
-coarse grid (middles at .25, .5 and .75), the others anywhere between. The last rows of the first table below compare
-these places.
+(boxes of about .45 and .75 of the image, and of .3 for what is inside or carried). A free
+thing's middle lies on a coarse grid (.25, .5, .75) half of the time in each direction, otherwise anywhere between. The
+last rows of the first table below compare these places.
 
 | training | steps | minutes |
 |---|---|---|
@@ -318,7 +318,7 @@ def write_grounded_card(quality: GroundedQuality, training: dict) -> Path:
     if without:
         text = (ORACLE + CARD).format(known="the objects that its oracle knows", **said)
     else:
-        more = _ablations_and_strengths(quality)
+        more = _more_figures(quality)
         found |= more
         text = (GROUNDED + CARD + MORE).format(known="the emoji model's objects", **said, **_more_rows(more))
         with replacing(folder / "images" / "relations.png") as temporary:
@@ -328,12 +328,12 @@ def write_grounded_card(quality: GroundedQuality, training: dict) -> Path:
     return write_text(folder / "README.md", text)
 
 
-def _ablations_and_strengths(quality: GroundedQuality) -> dict[str, dict]:
+def _more_figures(quality: GroundedQuality) -> dict[str, Any]:
     strengths = {f"{strength:g}": share for strength, share in quality.strengths().items()}
     return {"ablations": quality.ablations(), "strengths": strengths, "tried": quality.tried()}
 
 
-def _more_rows(found: dict[str, dict]) -> dict[str, str]:
+def _more_rows(found: dict[str, Any]) -> dict[str, str]:
     """The card's rows of ablations, settings and strengths, and the names of the ablations' columns."""
     names = list(next(iter(found["ablations"].values())))
     tried = [f"| {row['guidance']:g} | {row['strength']:g} | {_said(row['in its box'])} | {_said(row['relation'])} |"

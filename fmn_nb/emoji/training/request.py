@@ -130,7 +130,7 @@ class Request:
                              "what it never learns (--without), and leave out --start-from")
         if self.without and self.out is not None and self.out.resolve() == data_dir().resolve():
             raise ValueError(f"an oracle would take the emoji model's place in {self.out}: give another --out, and "
-                             f"copy its folder {ORACLE} to {data_dir()} when it is trained")
+                             f"copy its folder {self.model} to {data_dir()} when it is trained")
         for kind, names in (("styles", STYLES), ("objects", OBJECTS)):
             if set(names) <= set(self.without):
                 raise ValueError(f"all {len(names)} {kind} are left out, so no scene is left; leave at least one "
