@@ -255,7 +255,7 @@ def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Pat
 
 
 def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
-    """The patch of the method "robust": rounds of a short erasure and of probes, then one erasure with all finds.
+    """The patch of the method "adversarial": rounds of a short erasure and of probes, then one erasure with all finds.
 
     The callback hears only of the last erasure. Each erasure has a folder of its own below `checkpoint`.
     """

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 #: name of a method -> the module that holds it (see `fmn_nb.forgetting.methods`)
 METHODS: dict[str, str] = {name: f"fmn_nb.forgetting.methods.{name}"
-                           for name in ("fmn", "redirect", "robust", "uce", "esd", "ca", "mace")}
+                           for name in ("fmn", "redirect", "adversarial", "uce", "esd", "ca", "mace")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Facts:
 FACTS: dict[str, Facts] = {
     "fmn": Facts(True, "of the concept", True, True, "arXiv 2303.17591"),
     "redirect": Facts(True, "of the concept", True, True, "this project"),
-    "robust": Facts(True, "of the concept", True, True, "this project"),
+    "adversarial": Facts(True, "of the concept", True, True, "this project"),
     "uce": Facts(False, "", True, True, "arXiv 2308.14761"),
     "esd": Facts(True, "drawn on the way, never finished", True, True, "arXiv 2303.07345"),
     "ca": Facts(True, "of what replaces it", True, True, "arXiv 2303.13516"),
@@ -141,7 +141,7 @@ class Settings(BaseModel):
 
     For single methods:
         prior_weight: weight of the ordinary training loss on the images of the guide ("ca").
-        rounds, round_steps, probe_steps: for "robust": rounds of erasing and probing, the steps of each round's
+        rounds, round_steps, probe_steps: for "adversarial": rounds of erasing and probing, the steps of each round's
             erasure, and the steps of each textual inversion.
 
     Optimiser: AdamW (betas 0.9 and 0.999, epsilon 1e-8) with `learning_rate` and `weight_decay`; gradient norm clipped
@@ -234,7 +234,7 @@ class Settings(BaseModel):
             raise ValueError(f"timesteps need time_from < time_to, not {self.time_from} and {self.time_to}")
         if bool(self.height) != bool(self.width):
             raise ValueError("give both height and width, or neither")
-        if not self.guide and (self.method not in ("fmn", "robust") or self.noise_on == "guide"):
+        if not self.guide and (self.method not in ("fmn", "adversarial") or self.noise_on == "guide"):
             raise ValueError(f"method '{self.method}' with noise_on='{self.noise_on}' needs a guide: 'empty', "
                              "'without', 'another' or a word")
         return self
@@ -253,15 +253,15 @@ class Settings(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Settings at their defaults are left out if they came with other methods and the method
-        is "fmn", or if they belong to "robust" and the method doesn't: earlier files stay comparable."""
+        is "fmn", or if they belong to "adversarial" and the method doesn't: earlier files stay comparable."""
         same = {name for name in _OF_OTHERS if self.method == "fmn" and getattr(self, name) == _DEFAULTS[name].default}
-        return self.model_dump(mode="json", exclude=same | (set() if self.method == "robust" else _OF_ROBUST))
+        return self.model_dump(mode="json", exclude=same | (set() if self.method == "adversarial" else _OF_ADVERSARIAL))
 
 
 _DEFAULTS = Settings.model_fields
 _OF_OTHERS = ("guide", "tokens", "erase_scale", "preserve_scale", "ridge", "null_space", "prior_weight",
               "time_density", "scenes")
-_OF_ROBUST = {"rounds", "round_steps", "probe_steps"}
+_OF_ADVERSARIAL = {"rounds", "round_steps", "probe_steps"}
 _KEYS_AND_VALUES = ("to_k", "to_v")
 _NOTHING_ELSE: dict[str, Any] = {"retain_weight": 0.0, "towards_weight": 0.0}  # no term beside the objective
 _ESD: dict[str, Any] = {
@@ -296,10 +296,10 @@ PRESETS: dict[str, Settings] = {
         retain_weight=1e3, retain_batch=8, retain_count=64, reference_steps=10, towards_weight=0.0,
         learning_rate=2e-2, schedule="cosine", steps=35,
     ),
-    # Forgetting that is to withstand attacks: "balanced" against a pool of what attacks find, and then once more with
+    # Forgetting with an adversary in the loop: "balanced" against a pool of what attacks find, and then once more with
     # all of it. The numbers beside the rounds are those of "balanced", with twice its batch for the finds.
-    "robust": Settings(
-        method="robust", positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
+    "adversarial": Settings(
+        method="adversarial", positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
         retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
         learning_rate=2e-2, schedule="cosine", batch_size=8, steps=60,
     ),
@@ -310,6 +310,10 @@ PRESETS: dict[str, Settings] = {
                     preserve_scale=1.0),
     "esd-x": Settings(**_ESD, learning_rate=5e-4),
     "esd-u": Settings(**_ESD, learning_rate=3e-4, train="except_cross_attention"),
+    # Forgetting that withstands attacks on the text, found on one object and one style (data/results/tuning-robust):
+    # ESD's target in all weights, so that a learned word finds little to draw, and the rest held in place.
+    "robust": Settings(**{**_ESD, "train": "denoiser", "learning_rate": 3e-4, "retain_weight": 1.0, "retain_batch": 8,
+                          "retain_count": 64}),
     "ca": Settings(
         method="ca", guide="another", noise_on="guide", train="projections", projections=_KEYS_AND_VALUES,
         **_NOTHING_ELSE, reference_count=64, reference_steps=10, learning_rate=5e-4, clip=0.0, batch_size=8, steps=100,

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from fmn_nb.attention import short_name
 from fmn_nb.plots.style import BRIGHT, DARK, MATRIX_COLOURS, InlineFigure, look, new_figure
 
+MOST_INSIDE = 6  # entries of a legend that lies among the curves; a longer one stands beside them
 MEASURED = {"losses": "", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
             "towards": "pull to the reading"}  # what the losses are depends on the method
 
@@ -227,7 +228,11 @@ def sequence_figure(tables: Mapping[str, pd.DataFrame]) -> InlineFigure:
         last = table[table["stage"] == table["stage"].max()].itertuples()
         said.append(f"{way}: " + ", ".join(f"{row.concept} {row.measure} {row.value:.2f}" for row in last))
     panels[0].set_ylabel("share of images")
-    panels[0].legend(fontsize=7, loc="best")
+    lines, names = panels[0].get_legend_handles_labels()
+    if len(lines) <= MOST_INSIDE:
+        panels[0].legend(fontsize=7, loc="best")
+    else:  # it would lie on the curves
+        figure.legend(lines, names, fontsize=7, loc="outside right center")
     figure.words = ". ".join(said) + "."
     return figure
 

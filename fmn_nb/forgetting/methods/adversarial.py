@@ -1,4 +1,4 @@
-"""Robust forgetting: forget what attacks find, too, first in rounds and then everything at once.
+"""Forgetting with an adversary: forget what attacks find, too, first in rounds and then everything at once.
 
 A patch trained on the concept's own words cuts the way from these words; textual inversion finds another. So the
 fine-tune of Forget-Me-Not runs against an adversary that works on the text, and remembers each of its finds:

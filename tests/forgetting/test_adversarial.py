@@ -1,4 +1,4 @@
-"""The preset "robust": what attacks find joins the forget set, on the same images and with the same anchors."""
+"""The preset "adversarial": what attacks find joins the forget set, on the same images and with the same anchors."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tiny import tiny_sd, tiny_sdxl
 from fmn_nb.concepts import Concept
 from fmn_nb.forgetting import CheckpointError, settings_for
 from fmn_nb.forgetting.data import Task, forget_set, retain_set
-from fmn_nb.forgetting.methods import robust
+from fmn_nb.forgetting.methods import adversarial
 from fmn_nb.patches import Patch
 from fmn_nb.patches.least_squares import text_inputs
 
-FEW = {"preset": "robust", "rounds": 2, "round_steps": 2, "probe_steps": 2}
+FEW = {"preset": "adversarial", "rounds": 2, "round_steps": 2, "probe_steps": 2}
 CAT, DOG = Concept("cat"), Concept("dog")
 
 
 def task_of(pipe, *concepts, **overrides):
-    settings = settings_for("robust", {"reference_count": 2, "reference_steps": 2, "retain_count": 2, "probe_steps": 3,
-                                       **overrides})
+    settings = settings_for("adversarial", {"reference_count": 2, "reference_steps": 2, "retain_count": 2,
+                                            "probe_steps": 3, **overrides})
     return Task(pipe, concepts or (CAT,), settings, retain_prompts=OTHERS)
 
 
@@ -39,10 +39,10 @@ def test_each_round_adds_what_was_found(make, finds):
 
 def test_without_rounds_it_is_the_shared_fine_tune():
     pipe = tiny_sd()
-    overrides = {name: value for name, value in settings_for("robust", {}).to_dict().items()
+    overrides = {name: value for name, value in settings_for("adversarial", {}).to_dict().items()
                  if name not in ("method", "rounds", "round_steps", "probe_steps", "steps", "reference_count",
                                  "reference_steps", "retain_count")}
-    plain, none = quick(pipe, preset="balanced", **overrides), quick(pipe, preset="robust", rounds=0)
+    plain, none = quick(pipe, preset="balanced", **overrides), quick(pipe, preset="adversarial", rounds=0)
     assert all(torch.equal(plain.tensors[name], none.tensors[name]) for name in plain.tensors)
 
 
@@ -50,9 +50,9 @@ def test_finds_come_as_often_as_plain_prompts_with_the_same_images_and_anchors()
     pipe = tiny_sd()
     task = task_of(pipe, CAT, DOG)
     forget = forget_set(task)
-    finds = robust.findings(task, quick(pipe, steps=1), forget, 0)
+    finds = adversarial.findings(task, quick(pipe, steps=1), forget, 0)
     assert len(finds) == 6
-    both = robust.with_finds(forget, finds)
+    both = adversarial.with_finds(forget, finds)
     plain = both.prompt_of < len(forget.given)
     assert int(plain.sum()) == 6 * len(forget.prompt_of) and len(both.given) == len(forget.given) + sum(
         len(find.prompts) for find in finds)
@@ -67,7 +67,7 @@ def test_finds_come_as_often_as_plain_prompts_with_the_same_images_and_anchors()
             assert torch.equal(row, find.rows["encoder_hidden_states"][place])
             number += 1
         first += len(find.prompts)
-    assert number and robust.with_finds(forget, []) is forget
+    assert number and adversarial.with_finds(forget, []) is forget
 
 
 def test_the_closed_form_finds_what_keys_and_values_answer_as_before():
@@ -79,7 +79,7 @@ def test_the_closed_form_finds_what_keys_and_values_answer_as_before():
     width = next(iter(weights.values())).shape[1]
     turned = torch.eye(width) + 0.5 * torch.roll(torch.eye(width), 1, 0)  # every W' = W turned, so e' = turned^-1 e
     patch = Patch("weights", {f"{name}.weight": w @ turned - w for name, w in weights.items()}, {})
-    (find,) = robust.closed_form(task, patch, forget, torch.arange(len(forget.concept)))
+    (find,) = adversarial.closed_form(task, patch, forget, torch.arange(len(forget.concept)))
     said, own = find.rows["encoder_hidden_states"], forget.given.rows["encoder_hidden_states"][:len(forget.concept)]
     marked = find.concept
     missed, missed_before = ((torch.stack([(value @ turned.T)[marked] - own[marked] for value in (some,)])).norm()
@@ -93,12 +93,12 @@ def test_the_pairs_that_a_patch_hurts_most_come_twice():
     task = task_of(pipe, retain_count=8)
     forget = forget_set(task)
     retain = retain_set(task, forget)
-    hurt = robust.with_hurt_pairs(task, quick(pipe, steps=2), retain)
+    hurt = adversarial.with_hurt_pairs(task, quick(pipe, steps=2), retain)
     added = len(hurt.prompt_of) - len(retain.prompt_of)
     assert added == max(1, round(0.25 * len(retain.prompt_of)))
     pairs = set(zip(retain.latent_of.tolist(), retain.prompt_of.tolist(), strict=True))
     assert {*zip(hurt.latent_of[-added:].tolist(), hurt.prompt_of[-added:].tolist(), strict=True)} <= pairs
-    unchanged = robust.with_hurt_pairs(task, quick(pipe, steps=1, learning_rate=0.0), retain)
+    unchanged = adversarial.with_hurt_pairs(task, quick(pipe, steps=1, learning_rate=0.0), retain)
     assert len(unchanged.prompt_of) == len(hurt.prompt_of)
 
 
