@@ -233,6 +233,19 @@ def bundled_models() -> dict[str, Path]:
     return whole | {line.parent.name: line.parent for line in sorted(data_dir().glob(f"*/{GROUNDED}"))}
 
 
+def base_folder(folder: Path) -> Path:
+    """The pipeline's folder that the gated layers in `folder` belong to: the one beside them, or the bundled one.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    name = Path(read_json(folder / GROUNDED)["base"]).name  # a name alone, whatever a stranger's file says
+    for place in (folder.parent / name, data_dir() / name):
+        if (place / "model_index.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder.name} needs the pipeline {name} beside it, which isn't there")
+
+
 REST = "_rest"  # in the index of a model's folder that leaves some parts to a bundled model
 CHECKSUMS = "checksums.json"
 

@@ -28,9 +28,9 @@ from fmn_nb.control.grounding import grounding_of
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
 from fmn_nb.evaluation.oracle import apart
 from fmn_nb.files import replacing
-from fmn_nb.models import UnsupportedPipelineError, denoiser, digest, digest_of, drawing_key
+from fmn_nb.models import ReferenceImageError, UnsupportedPipelineError, denoiser, digest, digest_of, drawing_key
 from fmn_nb.models.gated import is_gated
-from fmn_nb.patches import Patch
+from fmn_nb.patches import InversionError, Patch
 from fmn_nb.stats import difference_interval
 
 APART = 0.2  # the least u - f for which residual knowledge is given
@@ -59,7 +59,7 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
     try:
         found = attacked(session, concept, patch, oracles, read_budgets().only(attacks),
                          range(seed, seed + ATTACK_SEEDS[size]))
-    except (MeasurementError, UnsupportedPipelineError) as error:
+    except (MeasurementError, UnsupportedPipelineError, ReferenceImageError, InversionError) as error:
         return replace(report, skipped={**report.skipped, "attacks": str(error)})
     return replace(found, distances=report.distances, skipped={**report.skipped, **found.skipped})
 
@@ -172,7 +172,7 @@ def _cached(session: Session, patch: Patch | None, measure: Callable[[], Curve],
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:
     judge = session.judge or session.world
     who = digest_of(judge) if isinstance(judge, nn.Module) else type(judge).__name__
-    key = digest([drawing_key(session.pipe, session.sampling.steps, who, *said)])
+    key = digest([drawing_key(session.pipe, session.sampling.steps, session.sampling.guidance, who, *said)])
     file = cache / "attacks" / f"{key[:24]}.csv"
     try:
         return pd.read_csv(file)

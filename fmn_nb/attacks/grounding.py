@@ -73,7 +73,7 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
             layers.
     """
     session, concept = Session.of(pipe), Concept(concept) if isinstance(concept, str) else concept
-    how, started, attacks = how or How(steps=session.sampling.steps), perf_counter(), []
+    how, started, attacks = how or _how(session), perf_counter(), []
     base = shown_by_way(session, concept, None, each, seed, how, synonym)
     after = base if patch is None else shown_by_way(session, concept, patch, each, seed, how, synonym)
     seconds = (perf_counter() - started) / len(WAYS)
@@ -94,7 +94,7 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
     require_gated(session.pipe)
     if concept.kind != "object":
         raise MeasurementError(f"boxes name objects; {concept.name!r} is of the kind {concept.kind}")
-    how, asked = how or How(steps=session.sampling.steps), session.fresh_drawings(concept, each, seed)
+    how, asked = how or _how(session), session.fresh_drawings(concept, each, seed)
     others = list(session.vocabulary.others(concept).objects) or ["thing"]
     shown = {}
     with session.patched(patch):
@@ -103,6 +103,11 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
             images = _draw(session.pipe, concept, asked, way, others, worded)
             shown[way.attack] = session.shows(concept, asked, images)
     return pd.DataFrame(shown)
+
+
+def _how(session: Session) -> How:
+    """The session's own way to draw."""
+    return How(steps=session.sampling.steps, guidance=session.sampling.guidance)
 
 
 def _said(concept: Concept, synonym: str | None) -> dict[str, str]:

@@ -24,13 +24,13 @@ from fmn_nb.models import (
     Images,
     Latents,
     Noising,
-    NoisyBatch,
     Stream,
     conditions,
     denoiser,
     denoising_loss,
     encode,
     seeded,
+    spread_batch,
     text_encoders,
     tokenizers,
 )
@@ -111,11 +111,9 @@ class Search:
     def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str], known: Sequence[str], references: Latents,
                  noises: int, generator: torch.Generator) -> None:
         self.pipe, self.prompts, self.known, self.generator = pipe, list(prompts), list(known), generator
-        self.noising, index = Noising(pipe), torch.arange(len(references)).repeat(noises)
-        noise = torch.randn((len(index), *references.mean.shape[1:]), generator=generator)
-        times = ((torch.arange(len(index)) + 0.5) / len(index) * self.noising.steps).long()
-        times = times[torch.randperm(len(index), generator=generator)]
-        self.rows, self.prompt_of = NoisyBatch(references.mean[index], noise, times), index % len(self.prompts)
+        self.noising = Noising(pipe)
+        self.batch, index = spread_batch(self.noising, references, noises, generator)
+        self.prompt_of = index % len(self.prompts)
 
     def run(self, prefix: list[str], budget: SearchBudget) -> tuple[list[str], list[float]]:
         """The best prefix, and its loss at the start and after each round."""
@@ -161,8 +159,7 @@ class Search:
 
     def _errors(self, given: Conditions, row: Tensor, prompts: Tensor) -> Tensor:
         """Each row's mean squared error under its prompt, [rows]."""
-        batch = NoisyBatch(*(part[row] for part in (self.rows.latents, self.rows.noise, self.rows.timesteps)))
-        return denoising_loss(denoiser(self.pipe), self.noising, batch, given, prompts, per_row=True).cpu()
+        return denoising_loss(denoiser(self.pipe), self.noising, self.batch.rows(row), given, prompts, True).cpu()
 
 
 def whole_words(pipe: DiffusionPipeline, concept: Concept) -> list[str]:

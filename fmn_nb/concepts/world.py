@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fmn_nb.concepts.concept import KINDS, Concept
 from fmn_nb.concepts.tokens import find_phrase
-from fmn_nb.files import GROUNDED, data_dir, read_json
+from fmn_nb.files import GROUNDED, base_folder, data_dir, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,8 +178,8 @@ def neutral_prompts() -> list[str]:
 def vocabulary_of(folder: Path) -> Vocabulary | None:
     """The vocabulary of the world that the model in a diffusers folder belongs to, without loading the model."""
     if (folder / GROUNDED).is_file():  # only gated layers: the pipeline beside them names the world
-        base = Path(read_json(folder / GROUNDED)["base"]).name
-        folder = next((place / base for place in (folder.parent, data_dir()) if (place / base).is_dir()), folder)
+        with suppress(FileNotFoundError):
+            folder = base_folder(folder)
     for name in _DENOISERS:
         config = folder / name / "config.json"
         if config.is_file():

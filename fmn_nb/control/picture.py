@@ -37,10 +37,10 @@ def _dashed(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: st
     x0, y0, x1, y1 = box
     for x in range(x0, x1, 2 * dash):
         for y in (y0, y1):
-            pen.line((x, y, min(x + dash, x1), y), fill=colour)
+            pen.line((x, y, min(x + dash, x1), y), fill=colour, width=2)
     for y in range(y0, y1, 2 * dash):
         for x in (x0, x1):
-            pen.line((x, y, x, min(y + dash, y1)), fill=colour)
+            pen.line((x, y, x, min(y + dash, y1)), fill=colour, width=2)
 
 
 def boxes_table(interactions: Sequence[Interaction]) -> pd.DataFrame:

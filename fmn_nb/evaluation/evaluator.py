@@ -141,7 +141,7 @@ def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: in
         with session.patched(change):
             drawn, reasons = session.draw(wanted) if wanted else [], {}
             try:
-                heard = attention_by_layer(session.pipe, concept, asked, session.sampling.steps)
+                heard = attention_by_layer(session.pipe, concept, asked, session.sampling)
                 layers.append(heard.add_suffix(f"_{when}"))
                 totals |= {f"mass_{when}": float(heard["words"].mean()), f"later_{when}": float(heard["later"].mean())}
             except (NotRecordedError, PhraseNotFoundError, UnsupportedPipelineError) as error:
@@ -168,7 +168,7 @@ LATER = ("later", "first_eot", "padding")
 
 
 def attention_by_layer(pipe: DiffusionPipeline, concept: Concept, wanted: Sequence[Drawing],
-                       steps: int = STEPS) -> pd.DataFrame:
+                       sampling: Sampling) -> pd.DataFrame:
     """The share of cross-attention that goes to the concept's words and to the positions after them, in [0, 1].
 
     Index: layer; columns: "words", "later" (words after the concept, end of text, padding). It is the mean over pixels,
@@ -176,7 +176,8 @@ def attention_by_layer(pipe: DiffusionPipeline, concept: Concept, wanted: Sequen
     """
     chosen = list({d.prompt: d for d in wanted}.values())[:MOST_PROMPTS]
     with record_attention(pipe, branch="cond", keep="mean") as attention:
-        generate(pipe, [d.prompt for d in chosen], [d.seed for d in chosen], steps=steps, batch=len(chosen))
+        generate(pipe, [d.prompt for d in chosen], [d.seed for d in chosen], steps=sampling.steps,
+                 guidance=sampling.guidance, batch=len(chosen))
     images = range(len(chosen))
 
     def mean(layer: str, *parts: str) -> float:

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from fmn_nb.concepts import Concept, NotThereError, untaught_of
 from fmn_nb.evaluation.protocol import Drawing, drawings
@@ -23,7 +22,6 @@ from fmn_nb.evaluation.quality import kernel_distance
 from fmn_nb.evaluation.session import Session
 from fmn_nb.models import (
     Noising,
-    NoisyBatch,
     ReferenceImageError,
     Stream,
     UnsupportedPipelineError,
@@ -32,6 +30,7 @@ from fmn_nb.models import (
     denoising_loss,
     encode,
     seeded,
+    spread_batch,
 )
 from fmn_nb.patches import Patch
 
@@ -196,18 +195,10 @@ def loss_difference(one: Side, other: Side, prompts: Sequence[str], seed: int) -
 def mean_loss(model: Side, images: Sequence[Image.Image], prompts: Sequence[str], seed: int) -> float:
     """The mean denoising loss of images under their prompts, each with `NOISES` noises at timesteps spread over all."""
     pipe, generator = model.session.pipe, seeded(seed, Stream.DISTANCE)
-    latents, noising = encode(pipe, images), Noising(pipe)
-    index = torch.arange(len(images)).repeat(NOISES)
-    noise = torch.randn((len(index), *latents.mean.shape[1:]), generator=generator)
-    times = ((torch.arange(len(index)) + 0.5) / len(index) * noising.steps).long()
-    batch = NoisyBatch(latents.mean[index], noise, times[torch.randperm(len(index), generator=generator)])
+    noising = Noising(pipe)
+    batch, index = spread_batch(noising, encode(pipe, images), NOISES, generator)
     with model.session.patched(model.patch):
         given, losses = conditions(pipe, list(prompts)), []
         for rows in torch.arange(len(index)).split(_AT_ONCE):
-            part = NoisyBatch(batch.latents[rows], batch.noise[rows], batch.timesteps[rows])
-            losses.append(_errors(pipe, noising, part, given, index[rows]))
+            losses.append(denoising_loss(denoiser(pipe), noising, batch.rows(rows), given, index[rows], True).cpu())
     return float(torch.cat(losses).mean())
-
-
-def _errors(pipe: DiffusionPipeline, noising: Noising, batch: NoisyBatch, given: Any, prompts: Tensor) -> Tensor:
-    return denoising_loss(denoiser(pipe), noising, batch, given, prompts, per_row=True).cpu()

@@ -120,7 +120,7 @@ def kernel_distance(features: Features, real: Pictures, images: Pictures, seed: 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save", category=UserWarning)
         metric = KernelInceptionDistance(feature=features.module, subsets=SUBSETS, subset_size=size)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for chunk, is_real in sides:
             metric.update(chunk, real=is_real)
         if features.own_scale:

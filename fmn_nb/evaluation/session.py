@@ -96,7 +96,7 @@ class Session:
         return draw_images(self.pipe, wanted, **vars(self.sampling))
 
     def judged(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.DataFrame:
-        """Draw and judge (`judge_images`), all in one batch; `prompts` are drawn in the drawings' own places.
+        """Draw and judge (`judge_images`); `prompts` are drawn in the drawings' own places.
 
         Raises:
             MeasurementError: there is no judge.
@@ -104,7 +104,8 @@ class Session:
         judge = self.judge_now(concept)
         with borrowed(self.pipe):
             images = generate(self.pipe, list(prompts or [d.prompt for d in wanted]), [d.seed for d in wanted],
-                              steps=self.sampling.steps)
+                              steps=self.sampling.steps, guidance=self.sampling.guidance,
+                              batch=self.sampling.batch or images_at_once(self.pipe))
         return judge_images(judge, concept, wanted, images, self.vocabulary)
 
     def judge_now(self, concept: Concept) -> JudgeLike:

@@ -20,10 +20,18 @@ from torch import Tensor
 
 from fmn_nb.concepts import Concept, NotThereError, find_phrase, world_of
 from fmn_nb.forgetting.methods.fmn import concept_mask
-from fmn_nb.forgetting.prompts import another_like, forget_prompts, likeness, retain_prompts, spoken, without
+from fmn_nb.forgetting.prompts import (
+    another_like,
+    forget_prompts,
+    likeness,
+    retain_prompts,
+    spoken,
+    with_article_for,
+    without,
+)
 from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of
 from fmn_nb.forgetting.settings import Settings, SettingsError
-from fmn_nb.models.arguments import checked_seed
+from fmn_nb.models.arguments import SEED_LIMIT, checked_seed
 from fmn_nb.models.denoising import (
     Conditions,
     Latents,
@@ -38,7 +46,7 @@ from fmn_nb.models.denoising import (
 from fmn_nb.models.images import ReferenceImageError, encode, generate_latents, generate_trajectories, load_images
 
 _HEAD = 8  # about this many of the most similar prompts come one by one before the ranks thin out
-EMPTY_PROMPT_SHARE = 8  # one in this many retain rows has the empty prompt, the uncond branch of guidance
+EMPTY_PROMPT_SHARE = 8  # after each so many retain rows one has the empty prompt, the uncond branch of guidance
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Task:
         replaced = []
         for prompt in self.prompts:
             for start, end in reversed(find_phrase(prompt, concept.phrase)):
-                prompt = prompt[:start] + word + prompt[end:]
+                prompt = with_article_for(word, prompt[:start]) + word + prompt[end:]
             replaced.append(prompt)
         return replaced
 
@@ -124,9 +132,9 @@ class Task:
 
     def with_scenes(self) -> Task:
         """The task with scenes and exact masks of its model's world as references, if the setting `scenes` asks for
-        them, the world has them, and no references are given."""
-        world = world_of(self.pipe)
-        if not self.settings.scenes or world is None or self.references or self.masks is not None:
+        them, the method learns from images of the concept, the world has them, and no references are given."""
+        world, wanted = world_of(self.pipe), self.settings.scenes and self.settings.learns_from_references
+        if not wanted or world is None or self.references or self.masks is not None:
             return self
         try:
             found = {concept.name: world.masked_scenes(concept, self.settings.reference_count)
@@ -138,7 +146,8 @@ class Task:
 
     def generated(self, prompts: Sequence[str], offset: int = 0) -> Latents:
         """What the model draws for the prompts, from the task's seed plus `offset`."""
-        return generate_latents(self.pipe, prompts, seed=self.seed + offset, steps=self.settings.reference_steps,
+        seed = (self.seed + offset) % SEED_LIMIT
+        return generate_latents(self.pipe, prompts, seed=seed, steps=self.settings.reference_steps,
                                 guidance=self.settings.guidance, size=self.settings.size, cache=self.cache)
 
 
@@ -351,7 +360,7 @@ def retain_set(task: Task, forget: TrainingSet) -> TrainingSet:
     given = conditions(task.pipe, [*texts, ""], size=task.settings.size)
     if not task.settings.retain_count:
         pairs = torch.cartesian_prod(torch.arange(len(forget.latents)), torch.arange(len(texts) + 1))  # [pairs, 2]
-        return TrainingSet(forget.latents, given, (*texts, ""), *pairs.T)
+        return TrainingSet(forget.latents, given, (*texts, ""), *pairs.T, times=forget.times)
     named = [spoken(concept).prompt for concept in task.concepts]
     order = likeness(task.pipe, named, texts).argsort(descending=True, stable=True)
     chosen = _bank(order, task.settings, seeded(task.seed, Stream.RETAIN_PROMPTS))

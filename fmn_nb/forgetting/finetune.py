@@ -113,8 +113,8 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
             that asks a judge).
         checkpoint: a folder to save the state to. A run that finds its own state there continues from it and ends in
             the same patch as one that never stopped. Its own means: the same settings, images, prompts, weights and
-            tokens. Without a `cache`, the folder also keeps what the model draws. With "mace", each concept has a
-            folder in it, numbered from 0.
+            tokens. Without a `cache`, the folder also keeps what the model draws. Of "mace", each concept has a
+            folder in it, numbered from 0; of "adversarial", each round, and the last erasure ("last").
         prompts: prompts to learn from instead of those of the setting `wording`; each must hold the (single) concept's
             phrase.
         retain_prompts: prompts whose images should stay as they are; those that name a concept are left out. By
@@ -164,6 +164,7 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
     # Once and first: unreadable images are reported before anything is generated.
     task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
     check_sources(task)
+    task = task.with_scenes()
     info = _info(task, preset if isinstance(preset, str) else "own settings")
     if not hasattr(method, "objective"):
         return _solved(task, info, started)
@@ -233,7 +234,7 @@ def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Pat
     fusion = Fusion.of(pipe, [task.prompts_of(concept) for concept in task.concepts],
                        [*kept, ""] if task.settings.retains else [], weighing_of(task.settings))
     for number, concept in enumerate(task.concepts):
-        own = task.alone(concept).with_scenes()
+        own = task.alone(concept)
         found = method.edit(own)
         edit = Patch(found.kind, found.tensors, dict(info))
 
@@ -251,7 +252,7 @@ def _edited_and_trained(task: Task, info: Mapping[str, Any], work: _Work) -> Pat
         reports.append(patch.info["forgetting"])
     fused = fusion(parts)
     return replace(fused, info={**info, "forgetting": {
-        **_joined(reports), "seconds": round(perf_counter() - work.started, 3), "patch_bytes": fused.nbytes}})
+        **joined(reports), "seconds": round(perf_counter() - work.started, 3), "patch_bytes": fused.nbytes}})
 
 
 def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
@@ -281,12 +282,12 @@ def _hardened(task: Task, info: Mapping[str, Any], work: _Work) -> Patch:
     return replace(last, info={**last.info, "forgetting": said})
 
 
-def _joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One report of several successive fine-tunes: numbers are summed, lists joined."""
     joined = dict(reports[0])
     for report in reports[1:]:
         for name, value in report.items():
-            if isinstance(value, list) or name in ("steps", "trainable_parameters"):
+            if isinstance(value, list) or name in ("steps", "seconds", "trainable_parameters"):
                 joined[name] = joined[name] + value
         joined["loss_last"] = report["loss_last"]
         joined["peak_memory_bytes"] = max(joined["peak_memory_bytes"], report["peak_memory_bytes"])

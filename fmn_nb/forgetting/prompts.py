@@ -48,11 +48,16 @@ def without(prompt: str, concept: Concept) -> str:
         left, right, tied = prompt[:start], prompt[end:], _TIED[1].match(prompt, end)
         if tied and (tied[0].startswith("-") or not after.search(right)):
             left, right = _TIED[0].sub("", left), prompt[tied.end():].lstrip()
-            article = _ARTICLE.search(left)
-            prompt = (left[:article.start()] + _like(article[1], right.split()[0]) + " " if article else left) + right
+            prompt = with_article_for(right.split()[0], left) + right
         else:
             prompt = f"{before.sub('', left)} {after.sub('', right)}"
     return re.sub(r"\s+(?=[,.;])", "", " ".join(prompt.split())).strip(" ,")
+
+
+def with_article_for(word: str, before: str) -> str:
+    """The text before a word that is put into a prompt, with the indefinite article that goes with the word."""
+    article = _ARTICLE.search(before)
+    return before[:article.start()] + _like(article[1], word) + " " if article else before
 
 
 def _like(article: str, noun: str) -> str:
@@ -102,7 +107,8 @@ def likeness(pipe: DiffusionPipeline, prompts: Sequence[str], others: Sequence[s
 
 
 def neighbours_of(pipe: DiffusionPipeline, concept: Concept, count: int) -> list[str]:
-    """`count` prompts that don't name the concept, from the most to the least similar, most of them close to it."""
+    """At most `count` prompts that don't name the concept, from the most to the least similar, most of them close to
+    it."""
     others = retain_prompts(pipe, [concept], None)
     order = likeness(pipe, [spoken(concept).prompt], others).argsort(descending=True, stable=True).tolist()
     places = torch.logspace(0, math.log10(len(order)), count).round().long() - 1

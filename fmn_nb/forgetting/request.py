@@ -105,12 +105,12 @@ def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
 
 def check_sources(task: Task) -> None:
     """Warn if reference images were given to a method that learns from none; raise a SettingsError for masks."""
-    learns = FACTS[task.settings.method].trains and task.settings.noise_on in ("images", "zeros")
-    if not learns and task.masks is not None:
-        raise SettingsError(f"masks belong to reference images, and '{task.settings.method}' learns from none here: "
+    settings = task.settings
+    if task.masks is not None and not (FACTS[settings.method].trains and settings.noise_on in ("images", "zeros")):
+        raise SettingsError(f"masks belong to reference images, and '{settings.method}' learns from none here: "
                             "leave masks out")
-    if not learns and task.references:
-        warnings.warn(f"'{task.settings.method}' learns from no reference images here, so those given are not used",
+    if task.references and not settings.learns_from_references:
+        warnings.warn(f"'{settings.method}' learns from no reference images here, so those given are not used",
                       stacklevel=3)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fmn_nb.concepts import Concept
-from fmn_nb.forgetting.finetune import forget
+from fmn_nb.forgetting.finetune import forget, joined
 from fmn_nb.forgetting.prompts import forget_prompts, retain_prompts
-from fmn_nb.forgetting.settings import Settings, settings_for
+from fmn_nb.forgetting.settings import Settings
 from fmn_nb.models import denoiser, fingerprint
 from fmn_nb.patches import Patch, fuse
 
@@ -104,11 +104,14 @@ def forget_several(pipe: DiffusionPipeline, concepts: Sequence[Concept], way: st
                 made.append(forget(pipe, concept, preset=preset, seed=seed, **overrides))
             if way == "one after another":
                 carried.enter_context(made[number].applied(pipe))
-    return [_fused(pipe, concepts, made, settings_for(preset, overrides))] if way == "fused" else made
+    return [_fused(pipe, concepts, made)] if way == "fused" else made
 
 
-def _fused(pipe: DiffusionPipeline, concepts: Sequence[Concept], made: Sequence[Patch], settings: Settings) -> Patch:
-    """One patch of those made apart; it keeps the world's retain prompts, or neutral ones."""
+def _fused(pipe: DiffusionPipeline, concepts: Sequence[Concept], made: Sequence[Patch]) -> Patch:
+    """One patch of those made apart, on prompts in their wording; it keeps the world's retain prompts, or neutral ones.
+    """
     kept = [*retain_prompts(pipe, concepts, None), ""]
-    fused = fuse(pipe, made, [forget_prompts(pipe, concept, settings.wording) for concept in concepts], kept)
-    return replace(fused, info={**made[0].info, **fused.info, "settings": settings.to_dict()})
+    wording = made[-1].info["settings"]["wording"]
+    fused = fuse(pipe, made, [forget_prompts(pipe, concept, wording) for concept in concepts], kept)
+    report = joined([patch.info["forgetting"] for patch in made]) | {"patch_bytes": fused.nbytes}
+    return replace(fused, info={**made[-1].info, **fused.info, "forgetting": report})

@@ -234,6 +234,11 @@ class Settings(BaseModel):
             raise ValueError(f"timesteps need time_from < time_to, not {self.time_from} and {self.time_to}")
         if bool(self.height) != bool(self.width):
             raise ValueError("give both height and width, or neither")
+        if self.method == "adversarial" and self.noise_on != "images":
+            raise ValueError("method 'adversarial' inverts images of the concept: it needs noise_on='images'")
+        if self.method == "ca" and self.noise_on == "trajectories" and self.prior_weight:
+            raise ValueError("method 'ca' with a prior_weight needs noise that it knows: noise_on='guide', or "
+                             "prior_weight=0")
         if not self.guide and (self.method not in ("fmn", "adversarial") or self.noise_on == "guide"):
             raise ValueError(f"method '{self.method}' with noise_on='{self.noise_on}' needs a guide: 'empty', "
                              "'without', 'another' or a word")
@@ -247,9 +252,13 @@ class Settings(BaseModel):
     @property
     def retains(self) -> bool:
         """Whether prompts for everything else are held in place, so that such prompts are needed."""
-        if not FACTS[self.method].trains:
-            return self.preserve_scale > 0 or self.null_space > 0
-        return self.retain_weight > 0 or (self.method == "mace" and self.preserve_scale > 0)
+        solves = self.preserve_scale > 0 or self.null_space > 0
+        return (FACTS[self.method].trains and self.retain_weight > 0) or (self.method in ("uce", "mace") and solves)
+
+    @property
+    def learns_from_references(self) -> bool:
+        """Whether images of the concept are what a fine-tune noises."""
+        return FACTS[self.method].trains and self.noise_on == "images"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Settings at their defaults are left out if they came with other methods and the method

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.forgetting.data import Task
-from fmn_nb.models import LATENTS, digest, text_encoders, tokenizers, weights_checksum
+from fmn_nb.models import LATENTS, added_tokens, digest, weights_checksum
 from fmn_nb.models.arguments import finite_number, whole_number
 
 STATE_FILE = "checkpoint.json"
@@ -77,7 +75,7 @@ class Checkpoint:
         """Note which run this is and which latents in the folder it learns from.
 
         Lost latents are drawn again and come out the same, unless the machine, its number of threads or a library's
-        version has changed: then a warning says so.
+        version has changed: then a warning says so, if they were in this folder and not in a cache that others share.
         """
         latents = sorted(file.name for file in (self.folder / LATENTS).glob("*.safetensors"))
         if not self._found.get("step"):
@@ -165,7 +163,7 @@ def identity(task: Task, fingerprint: str) -> dict[str, Any]:
         "masks": task.masks and _pictures(task.masks),
         "fingerprint": fingerprint,
         "weights": weights_checksum(task.pipe),  # the fingerprint leaves out applied patches and adapters on purpose
-        "learned_tokens": _tokens(task.pipe),  # and these
+        "learned_tokens": added_tokens(task.pipe),  # and these
     }
 
 
@@ -173,16 +171,3 @@ def _pictures(images: Sequence[Image.Image]) -> str:
     """Their number, and a sum over sizes and pixels: the same pictures under other names don't make another run."""
     found = digest(part for image in images for part in (f"{image.mode} {image.size}", image.tobytes()))
     return f"{len(images)} images, SHA-256 {found[:16]}"
-
-
-@torch.no_grad()
-def _tokens(pipe: DiffusionPipeline) -> dict[str, str]:
-    """Name -> a sum over its vectors, for each token that was added to the tokenizers and isn't a special one."""
-    vectors: dict[str, list[Tensor]] = {}
-    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=False):
-        embedding = encoder.get_input_embeddings()
-        for name, number in sorted(tokenizer.get_added_vocab().items()):
-            if number not in tokenizer.all_special_ids:
-                row = embedding(torch.tensor([number], device=embedding.weight.device))
-                vectors.setdefault(name, []).append(row.float())
-    return {name: f"SHA-256 {digest(parts)[:16]}" for name, parts in vectors.items()}

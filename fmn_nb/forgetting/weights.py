@@ -169,7 +169,8 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
             start = nn.init.kaiming_uniform_(torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator)
             with torch.no_grad():
                 down.weight.copy_(start)
-            parameters[name + LORA_A], parameters[name + LORA_B] = down.weight, up.weight
+            own = plain_name(name)
+            parameters[own + LORA_A], parameters[own + LORA_B] = down.weight, up.weight
         yield Trainable(model, parameters, {}, {})
     finally:
         for name, layer in places.items():
@@ -246,8 +247,8 @@ def offloaded(pipe: DiffusionPipeline, where: str) -> Iterator[Callable[[], Abst
             finally:
                 away()
 
-        away()
         try:
+            away()
             yield present
         finally:
             back()

@@ -117,6 +117,22 @@ class NoisyBatch:
     noise: Tensor
     timesteps: Tensor
 
+    def rows(self, numbers: Tensor) -> NoisyBatch:
+        """A part of the batch."""
+        return NoisyBatch(self.latents[numbers], self.noise[numbers], self.timesteps[numbers])
+
+
+def spread_batch(noising: Noising, latents: Latents, noises: int, generator: torch.Generator,
+                 ) -> tuple[NoisyBatch, Tensor]:
+    """Every image with `noises` noises, at timesteps spread over the schedule, and each row's image, [rows].
+
+    Random numbers are drawn in this order: noise, the timesteps' order.
+    """
+    index = torch.arange(len(latents)).repeat(noises)
+    noise = torch.randn((len(index), *latents.mean.shape[1:]), generator=generator)
+    times = ((torch.arange(len(index)) + 0.5) / len(index) * noising.steps).long()
+    return NoisyBatch(latents.mean[index], noise, times[torch.randperm(len(index), generator=generator)]), index
+
 
 def noisy_batch(latents: Latents, index: Tensor, generator: torch.Generator, timesteps: tuple[int, int]) -> NoisyBatch:
     """The images with the numbers `index` [batch], each with noise and a timestep of its own.

@@ -144,9 +144,25 @@ def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
     """
     parts = {name: digest_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}
-    scheduler = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)]
-    said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings]
+    scheduler, tokens = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)], added_tokens(pipe)
+    said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *([tokens] if tokens else [])]
     return digest([json.dumps(said, sort_keys=True, default=str)])
+
+
+@torch.no_grad()
+def added_tokens(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Name -> a sum over its vectors, for each token that was added to the tokenizers and isn't a special one.
+
+    The vectors of learned tokens stand outside the text encoders' weights, so no digest of these sees them.
+    """
+    vectors: dict[str, list[Tensor]] = {}
+    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=False):
+        embedding = encoder.get_input_embeddings()
+        for name, number in sorted(tokenizer.get_added_vocab().items()):
+            if number not in tokenizer.all_special_ids:
+                row = embedding(torch.tensor([number], device=embedding.weight.device))
+                vectors.setdefault(name, []).append(row.float())
+    return {name: f"SHA-256 {digest(parts)[:16]}" for name, parts in vectors.items()}
 
 
 def _machine(pipe: DiffusionPipeline) -> list[Any]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmn_nb.files import GROUNDED as BESIDE
-from fmn_nb.files import data_dir, read_json
+from fmn_nb.files import base_folder, read_json
 
 GROUNDING, WEIGHTS = "grounding.safetensors", "unet/diffusion_pytorch_model.safetensors"
 
@@ -61,19 +61,6 @@ def with_gates(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor] | None 
     if like.dtype != gated.dtype:
         gated = gated.to(like.dtype)
     return gated.to(like.device).train(unet.training)
-
-
-def base_folder(folder: Path) -> Path:
-    """The pipeline's folder that the gated layers in `folder` belong to: the one beside them, or the bundled one.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
-    name = Path(read_json(folder / BESIDE)["base"]).name  # a name alone, whatever a stranger's file says
-    for place in (folder.parent / name, data_dir() / name):
-        if (place / "model_index.json").is_file():
-            return place
-    raise FileNotFoundError(f"{folder.name} needs the pipeline {name} beside it, which isn't there")
 
 
 def base_digest(tensors: Mapping[str, Tensor]) -> str:

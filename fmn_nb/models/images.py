@@ -211,18 +211,7 @@ def generate_latents(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: i
         UnsupportedPipelineError: the pipeline needs a picture to draw.
         FilteredImageError: latents became NaN or infinite.
     """
-    seed = checked_seed(seed)
-    prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
-    require_text_to_image(pipe)
-    settings = (seed, steps, guidance, size)
-
-    def draw() -> dict[str, Tensor]:
-        return {"latents": _drawn(pipe, prompts, *settings)[0]}
-
-    if not cache:
-        return Latents.exact(draw()["latents"])
-    key = drawing_key(pipe, list(prompts), *settings, _GENERATED_AT_ONCE)
-    return Latents.exact(_kept(Path(cache), key, len(prompts), draw)["latents"])
+    return Latents.exact(_drawn_or_kept(pipe, prompts, (seed, steps, guidance, size), cache)["latents"])
 
 
 @torch.no_grad()
@@ -234,18 +223,24 @@ def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, se
 
     Images and errors are those of `generate_latents` with the same arguments.
     """
-    seed = checked_seed(seed)
-    prompts, _, _ = _checked(prompts, [seed] * len(prompts), steps, guidance)
+    found = _drawn_or_kept(pipe, prompts, (seed, steps, guidance, size), cache, on_the_way=True)
+    return Latents.exact(found["latents"].flatten(0, 1)), found["times"].flatten()
+
+
+def _drawn_or_kept(pipe: DiffusionPipeline, prompts: Sequence[str], settings: tuple[Any, ...], cache: str | Path | None,
+                   on_the_way: bool = False) -> dict[str, Tensor]:
+    """What `_drawn` draws with these settings (seed, steps, guidance, size), once for all who share the cache."""
+    seed, steps, guidance, _ = settings
+    prompts, _, _ = _checked(prompts, [checked_seed(seed)] * len(prompts), steps, guidance)
     require_text_to_image(pipe)
-    settings = (seed, steps, guidance, size)
 
     def draw() -> dict[str, Tensor]:
-        _, latents, times = _drawn(pipe, prompts, *settings, on_the_way=True)
-        return {"latents": latents, "times": times}
+        return _drawn(pipe, prompts, *settings, on_the_way=on_the_way)
 
-    key = drawing_key(pipe, list(prompts), *settings, _GENERATED_AT_ONCE, "trajectories") if cache else ""
-    found = _kept(Path(cache), key, len(prompts), draw) if cache else draw()
-    return Latents.exact(found["latents"].flatten(0, 1)), found["times"].flatten()
+    if not cache:
+        return draw()
+    key = drawing_key(pipe, prompts, *settings, _GENERATED_AT_ONCE, *(["trajectories"] if on_the_way else []))
+    return _kept(Path(cache), key, len(prompts), draw)
 
 
 def _kept(cache: Path, key: str, count: int, draw: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -263,9 +258,9 @@ def _kept(cache: Path, key: str, count: int, draw: Callable[[], dict[str, Tensor
 
 
 def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: int, guidance: float,
-           size: tuple[int, int] | None, on_the_way: bool = False) -> tuple[Tensor, ...]:
-    """Latents as `Latents.exact` keeps them, [prompts, ...]; with `on_the_way` also the denoiser's noisy latents
-    [prompts, steps, ...] and their timesteps [prompts, steps]."""
+           size: tuple[int, int] | None, on_the_way: bool = False) -> dict[str, Tensor]:
+    """The final "latents" as `Latents.exact` keeps them, [prompts, ...]; with `on_the_way` the denoiser's noisy
+    "latents" instead, [prompts, steps, ...], and their "times" [prompts, steps]."""
     options, parts, ways = size_options(pipe, size), [], []
     with borrowed(pipe):
         for start in range(0, len(prompts), _GENERATED_AT_ONCE):
@@ -280,10 +275,10 @@ def _drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int, steps: in
             parts.append(drawn.to("cpu", torch.float32))
             ways.append(way)
     if not on_the_way:
-        return (torch.cat(parts),)
+        return {"latents": torch.cat(parts)}
     latents = [torch.stack([noisy for noisy, _ in way], dim=1) for way in ways]  # steps of [chunk, ...]
     times = [torch.stack([time for _, time in way], dim=1) for way in ways]
-    return torch.cat(parts), torch.cat(latents), torch.cat(times)
+    return {"latents": torch.cat(latents), "times": torch.cat(times)}
 
 
 @contextmanager

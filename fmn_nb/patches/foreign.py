@@ -10,8 +10,8 @@ Recognised by what is inside, never by name, and read with safetensors alone:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from fmn_nb.models import base_of, denoiser, denoiser_name, load, own_parameters
 from fmn_nb.models.arguments import finite_number
 from fmn_nb.models.parameters import own_tensors, plain_name, unwrapped
 from fmn_nb.patches.files import INFO_FILE, TENSOR_FILES, PatchFileError
-from fmn_nb.patches.patch import LORA_A, LORA_B, LORA_BIAS, Patch, PatchMismatchError, set_parameter
-from fmn_nb.patches.standing import patched
+from fmn_nb.patches.patch import LORA_A, LORA_B, LORA_BIAS, Patch, PatchMismatchError
 
 TAKEN = ("taken are a patch's folder (with fmn.json), a LoRA in diffusers' or kohya's names, weights under the model's "
          "own names (all, or those that changed), and a diffusers folder, each as .safetensors")
@@ -40,7 +39,6 @@ _OTHER_ADAPTERS = ("dora_scale", "hada_w", "lokr_w", "oft_", "lora_magnitude_vec
 _CHECKPOINT = "model.diffusion_model."  # what the names in a checkpoint of one file begin with
 _PEFT = "base_model.model."
 _TEXT_MODEL = "text_model."  # what the names of a text encoder's weights begin with in older exports
-_BESIDE = "_fmn_beside"  # attribute of a part with changed weights: the stack of what stood there
 
 
 def read_patch(place: str | Path, pipe: DiffusionPipeline) -> Patch:
@@ -122,7 +120,7 @@ def _of_lora(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) ->
             else:
                 beside.setdefault(part, {}).update(Patch("lora", own).differences())
     info = {"concepts": [], "source": file.name}
-    return WiderPatch("lora", factors, info, beside=beside) if beside else Patch("lora", factors, info)
+    return _patch("lora", factors, info, beside)
 
 
 def _named(tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> dict[str, Tensor]:
@@ -216,7 +214,14 @@ def _of_values(values: Mapping[str, Mapping[str, Tensor]], pipe: DiffusionPipeli
     if not own and not changed:  # nothing at all is otherwise, which is to be measured as well
         own = found.get(denoiser_name(pipe)) or next(iter(found.values()))
     info = {"concepts": [], "base": base_of(pipe), "source": place.name}
-    return WiderPatch("weights", own, info, beside=changed) if changed else Patch("weights", own, info)
+    return _patch("weights", own, info, changed)
+
+
+def _patch(kind: str, tensors: Mapping[str, Tensor], info: dict[str, Any],
+           beside: Mapping[str, Mapping[str, Tensor]]) -> Patch:
+    """The patch, a `WiderPatch` if parts beside the denoiser change: part -> parameter -> difference."""
+    others = {part: Patch("weights", changes, info) for part, changes in beside.items()}
+    return WiderPatch(kind, tensors, info, beside=others) if others else Patch(kind, tensors, info)
 
 
 def _modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -232,68 +237,56 @@ class WiderPatch(Patch):
 
     Attributes:
         tensors: the denoiser's, as in `Patch`; may be empty.
-        beside: part ("text_encoder") -> parameter -> difference.
+        beside: part ("text_encoder") -> the patch of its weights.
     """
 
-    beside: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    beside: Mapping[str, Patch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part, changes in self.beside.items():
-            Patch("weights", {f"{part}.{name}": change for name, change in changes.items()})  # its checks
         if self.tensors:
             super().__post_init__()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return super().nbytes + sum(change.nbytes for part in self.beside.values() for change in part.values())
+        return super().nbytes + sum(patch.nbytes for patch in self.beside.values())
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
-        """Apply until `remove`; remove several in reverse order. Raises what `Patch.apply` raises."""
-        scale, places = finite_number("scale", scale), {}
-        for part, changes in self.beside.items():
-            module = getattr(pipe, part, None)
-            places[part] = own_parameters(unwrapped(module)) if isinstance(module, nn.Module) else {}
-            for name, change in changes.items():
-                if name not in places[part] or places[part][name][1].shape != change.shape:
-                    raise PatchMismatchError(f"the patch doesn't fit: {part}.{name} {tuple(change.shape)}")
+        """Apply until `remove`. Raises what `Patch.apply` raises; the pipeline is then left as it was."""
+        scale, places = finite_number("scale", scale), self._places(pipe)
+        for part, patch in self.beside.items():
+            patch.check_shapes(places[patch], f"{part}.")
         if self.tensors:
-            super().apply(pipe, scale, force=force)
-        for part, changes in self.beside.items():
-            module, before = unwrapped(getattr(pipe, part)), {}
-            for name, change in changes.items():
-                present, original = places[part][name]
-                before[present] = original
-                set_parameter(module, present, nn.Parameter(patched(original.detach(), scale * change),
-                                                            requires_grad=original.requires_grad))
-            setattr(module, _BESIDE, [*getattr(module, _BESIDE, []), before])
+            self.check_fits(pipe, force)
+        with ExitStack() as undo:
+            for patch, module in places.items():
+                patch.put_on(module, scale)
+                undo.callback(patch.take_off, module)
+            undo.pop_all()
 
     @contextmanager
     def applied(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> Iterator[None]:
         """Context in which `pipe` carries the patch, even if its parts are exchanged inside. Raises as `apply`."""
         self.apply(pipe, scale, force=force)
-        changed, parts = denoiser(pipe), self._parts(pipe)
-        try:
+        with ExitStack() as parts:  # one that can't be put back keeps none of the others from it
+            for patch, module in self._places(pipe).items():
+                parts.callback(patch.take_off, module)
             yield
-        finally:
-            self._put_back(parts)
-            if self.tensors:
-                self._take_off(changed)
 
     def remove(self, pipe: DiffusionPipeline) -> None:
-        """Remove it again, exactly. Raises what `Patch.remove` raises."""
-        if self.tensors:
-            super().remove(pipe)
-        self._put_back(self._parts(pipe))
+        """Remove it again, exactly, whatever else is applied. Raises what `Patch.remove` raises."""
+        with ExitStack() as undo:
+            for patch, module in self._places(pipe).items():
+                undo.callback(patch.put_on, module, patch.take_off(module))
+            undo.pop_all()
 
-    def _parts(self, pipe: DiffusionPipeline) -> list[nn.Module]:
-        return [unwrapped(getattr(pipe, part)) for part in self.beside]
-
-    @staticmethod
-    def _put_back(parts: Iterable[nn.Module]) -> None:
-        for module in parts:
-            for present, original in getattr(module, _BESIDE).pop().items():
-                set_parameter(module, present, original)
+    def _places(self, pipe: DiffusionPipeline) -> dict[Patch, nn.Module]:
+        """Each part's patch, this one for the denoiser's, and the part."""
+        parts = {part: getattr(pipe, part, None) for part in self.beside}
+        if missing := [part for part, module in parts.items() if not isinstance(module, nn.Module)]:
+            raise PatchMismatchError(f"the patch changes a {missing[0]}, and {type(pipe).__name__} has none")
+        own = {self: denoiser(pipe)} if self.tensors else {}
+        return own | {self.beside[part]: unwrapped(module) for part, module in parts.items()}
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise ValueError(f"it also changes the {', '.join(self.beside)}, so it can only be applied and measured")

@@ -184,13 +184,13 @@ class Patch:
         finally:
             if denoiser(pipe) is not changed and any(patch is self for patch, _ in applied_patches(pipe)):
                 self.remove(pipe)  # from a copy that took its place
-            self._take_off(changed)
+            self.take_off(changed)
 
     def apply(self, pipe: DiffusionPipeline, scale: float = 1.0, *, force: bool = False) -> None:
         """Apply the patch until `remove`. Raises what `applied` raises; the pipeline is then left as it was."""
         scale = finite_number("scale", scale)
-        self._check_fits(pipe, force)
-        _rebuild(denoiser(pipe), [*applied_patches(pipe), (self, scale)], self.changed())
+        self.check_fits(pipe, force)
+        self.put_on(denoiser(pipe), scale)
 
     def remove(self, pipe: DiffusionPipeline) -> None:
         """Remove the patch again, exactly (bit for bit), whatever else is applied.
@@ -199,16 +199,21 @@ class Patch:
             ValueError: it isn't applied to this pipeline.
             ChangedWeightsError: something else changed patched weights; nothing is touched then.
         """
-        self._take_off(denoiser(pipe))
+        self.take_off(denoiser(pipe))
 
-    def _take_off(self, module: nn.Module) -> None:
-        """`remove` from a denoiser."""
+    def put_on(self, module: nn.Module, scale: float = 1.0) -> None:
+        """`apply` to a network whose parameters have the patch's names and shapes (`check_shapes`)."""
+        _rebuild(module, [*getattr(module, _APPLIED, []), (self, scale)], self.changed())
+
+    def take_off(self, module: nn.Module) -> float:
+        """`remove` from a network; returns the scale that the patch had there."""
         stack = list(getattr(module, _APPLIED, []))
         places = [index for index, (patch, _) in enumerate(stack) if patch is self]
         if not places:
             raise ValueError(f"{self} is not applied to this pipeline, so it can't be removed from it")
-        del stack[places[-1]]
+        _, scale = stack.pop(places[-1])
         _rebuild(module, stack, self.changed())
+        return scale
 
     def scaled(self, factor: float) -> Patch:
         """The same patch, `factor` times as strong (a LoRA's B is scaled, so it stays a LoRA)."""
@@ -254,7 +259,7 @@ class Patch:
         error = (lost / whole) ** 0.5 if whole else 0.0
         return Patch("lora", tensors, {**self.info, "low_rank_error": round(error, 6)}, self.tokens)
 
-    def _check_fits(self, pipe: DiffusionPipeline, force: bool) -> None:
+    def check_fits(self, pipe: DiffusionPipeline, force: bool) -> None:
         """Refuse a wrong pipeline before anything is touched."""
         module, base = denoiser(pipe), self.info.get("base", {})
         component, here = base.get("component", denoiser_name(pipe)), denoiser_name(pipe)
@@ -273,12 +278,16 @@ class Patch:
                 "to apply the patch anyway if its shapes fit")
         if component != here:
             raise PatchMismatchError(f"the patch changes a {component}, this pipeline has a {here}")
+        self.check_shapes(module)
+
+    def check_shapes(self, module: nn.Module, part: str = "") -> None:
+        """Raise a PatchMismatchError unless the network has all the parameters, in their shapes."""
         own = own_parameters(module)
         for name, difference in self.differences():
             _, found = own.get(name, ("", None))
             if found is None or found.shape != difference.shape:
                 there = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
-                raise PatchMismatchError(f"the patch doesn't fit: {name} {tuple(difference.shape)}, here {there}")
+                raise PatchMismatchError(f"the patch doesn't fit: {part}{name} {tuple(difference.shape)}, here {there}")
 
 
 def applied_patches(pipe: DiffusionPipeline) -> list[tuple[Patch, float]]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 DPI = 100
 PANEL = 1.25  # inches, width of one image in a grid
+LETTER = 0.068  # inches, about the width of a letter of a row's name
 MAP_COLOURS, MATRIX_COLOURS = "viridis", "cividis"
 DARK, BRIGHT = "#00224e", "#a69d75"  # of cividis, for two things that belong together
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -80,7 +81,7 @@ def look(number: int) -> tuple[str, str]:
 
 def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str] = (), row_names: Sequence[str] = (),
                width: float = PANEL) -> InlineFigure:
-    """Images row by row, each under its title; `row_names` stand left of the rows.
+    """Images row by row, each under its title; `row_names` stand left of the rows, upright where all fit their height.
 
     Args:
         width: inches of each image; a row is as high as its highest image.
@@ -94,15 +95,19 @@ def image_grid(images: Sequence[Image.Image], columns: int, titles: Sequence[str
         raise ValueError(f"{len(titles)} titles for {len(images)} images; give one for each")
     heights = [width * max(image.height / image.width for image in images[start : start + columns])
                for start in range(0, len(images), columns)]
-    figure, panels = new_figure(columns * width, sum(heights) + (0.22 * len(heights) if titles else 0.0), columns,
-                                len(heights), gridspec_kw={"height_ratios": heights})
+    upright = all(LETTER * len(name) <= height for name, height in zip(row_names, heights, strict=False))
+    margin = 0.0 if upright else LETTER * max(map(len, row_names)) + 0.1
+    figure, panels = new_figure(columns * width + margin, sum(heights) + (0.22 * len(heights) if titles else 0.0),
+                                columns, len(heights), gridspec_kw={"height_ratios": heights})
     for axes in panels:
         axes.set_axis_off()
     for index, (axes, image) in enumerate(zip(panels, images, strict=False)):
-        axes.imshow(image.convert("RGB"), interpolation="nearest")
+        smaller = image.width > width * DPI  # without smoothing, thin lines would drop out
+        axes.imshow(image.convert("RGB"), interpolation="antialiased" if smaller else "nearest")
         axes.set_title(titles[index] if titles else "", fontsize=8)
     for axes, name in zip(panels[::columns], row_names, strict=False):
-        axes.text(-0.08, 0.5, name, rotation=90, ha="right", va="center", transform=axes.transAxes, fontsize=9)
+        axes.text(-0.08, 0.5, name, rotation=90 if upright else 0, ha="right", va="center", transform=axes.transAxes,
+                  fontsize=9)
     named = "; ".join(row_names or titles)
     figure.words = f"{len(images)} images in rows of {columns}" + (f": {named}." if named else ".")
     return figure

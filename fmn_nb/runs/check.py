@@ -13,7 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fmn_nb
-from fmn_nb.files import CHECKSUMS, REST, bundled_models, damaged_files, data_dir, notebooks_dir, read_json
+from fmn_nb.files import (
+    CHECKSUMS,
+    GROUNDED,
+    REST,
+    base_folder,
+    bundled_models,
+    damaged_files,
+    data_dir,
+    notebooks_dir,
+    read_json,
+)
 from fmn_nb.models.names import UnknownModelError, check_on_hub, resolve
 from fmn_nb.runs.kernel import ask_kernel
 from fmn_nb.runs.plan import course_notebooks
@@ -206,22 +216,23 @@ def named_model(name: str) -> Check:
             return Check("model", "note", f"{place.resolve()}, {place.stat().st_size / 1e9:.2f} GB",
                          "its configuration and tokenizer come from the hub at the first use, unless a folder with "
                          "them is given: fmn-nb run --config FOLDER, or fmn.load(FILE, config=FOLDER)")
-        parts = read_json(place / "model_index.json")
-        missing = [part for part in _parts(parts) if not any(_folder_of(part, place, parts).glob("*"))]
+        whole = base_folder(place) if (place / GROUNDED).is_file() else place  # gated layers, and what they belong to
+        parts = read_json(whole / "model_index.json")
+        missing = [part for part in _parts(parts) if not any(_folder_of(part, whole, parts).glob("*"))]
     except UnknownModelError as error:
         return Check("model", "failed", str(error), "use one of these, or give another --model")
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         return Check("model", "failed", str(error), "get the model's folder again")
     if missing or not _parts(parts):
-        return Check("model", "failed", f"{place} lacks {', '.join(missing) or 'all parts'} of what its "
+        return Check("model", "failed", f"{whole} lacks {', '.join(missing) or 'all parts'} of what its "
                      "model_index.json names", "get the model's folder again")
-    size = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
-    variant = _variant(place)
-    found = f"{place}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights" + (
+    size = sum(file.stat().st_size for folder in {place, whole} for file in folder.rglob("*.safetensors"))
+    variant, beside = _variant(whole), "" if whole == place else f" beside {whole}"
+    found = f"{place}{beside}: {', '.join(_parts(parts))}; {size / 1e6:,.0f} MB of weights" + (
         f", as {variant} variants" if variant else "")
     if size <= _MOST_LOADED and (fault := _fault_in_loading(name)):
         return Check("model", "failed", fault, "get the model's folder again, or fix what this line names")
-    if untrained := _fault_in_training(place):
+    if untrained := _fault_in_training(whole):
         return Check("model", "note", f"{found}: it draws and is recorded, but can't forget", untrained)
     if size > _MOST_LOADED:
         return Check("model", "note", f"{found}, too many to try here", "the first run loads them")

@@ -92,7 +92,8 @@ class RunFolder:
 
     @property
     def state_file(self) -> Path:
-        """run.json: status ("running", "failed", "done"), key, settings, parameters, versions, notebooks, error."""
+        """run.json: status ("running", "stopped", "failed", "done"), key, settings, parameters, versions, notebooks,
+        error."""
         return self.path / self.STATE
 
     @property

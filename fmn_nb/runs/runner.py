@@ -90,6 +90,9 @@ def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fr
             command = "the same command without --again" if again and state.finished else "the same command"
             said = f"{state.finished} of {len(plan.notebooks)} notebooks finished; {command} continues"
             raise Stopped(said) from None
+        except Exception as error:
+            state.broken(error)
+            raise
         shutil.rmtree(plan.out / SHARED_CACHE, ignore_errors=True)
     return plan.out
 
@@ -235,6 +238,11 @@ class _State:
         self.content["status"] = "failed"
         self.content["error"] = str(error)
         self._note(notebook, {"status": "failed", "cell": error.cell, "error": error.error})
+
+    def broken(self, error: Exception) -> None:
+        """Whatever ended the run: a notebook's own error was noted with it."""
+        self.content |= {"status": "failed", "error": self.content.get("error") or str(error) or type(error).__name__}
+        self._write()
 
     def interrupted(self, notebook: Notebook) -> None:
         if self._whole is None:

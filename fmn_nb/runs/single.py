@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import parse_yaml, read_json, versions, write_json
@@ -97,7 +98,7 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
     pipe = load(request.model)
     pipe.set_progress_bar_config(disable=True)
     said = f"the same command continues from {checkpoint}"
-    with telling(lambda: said if any(checkpoint.glob("*.safetensors")) else ""):
+    with telling(lambda: said if any(checkpoint.rglob("checkpoint-*.safetensors")) else ""):
         patch = forget(pipe, Concept(request.concept, kind=request.kind), preset=request.preset, seed=request.seed,
                        references=request.references, towards=request.towards, checkpoint=checkpoint,
                        **{**suited(pipe, request.preset), **(request.settings or {})})
@@ -126,7 +127,7 @@ def _check_free(out: Path, files: Sequence[str], request: Any, again: bool) -> N
 def told(patch: Patch, request: PatchRequest, out: Path) -> str:
     """Where a patch is, its facts, and how to use it."""
     facts = patch.report
-    model = "" if request.model == "emoji" else f" --model {request.model}"
+    model = "" if request.model == "emoji" else f" --model {quote(request.model)}"
     plain_diffusers = (f'pipe.load_lora_weights("{out}")   # in plain diffusers' if patch.kind == "lora" else
                        f'fmn.Patch.load("{out}").low_rank(16).save(FOLDER)   # a LoRA for plain diffusers')
     return "\n".join([
@@ -134,7 +135,7 @@ def told(patch: Patch, request: PatchRequest, out: Path) -> str:
         f"{patch.kind}, {facts['steps']} steps in {facts['seconds']:.1f} s, {patch.nbytes:,} bytes "
         f"({facts['stopped_because']})",
         "use it:",
-        f"  fmn-nb evaluate {out} --concept '{request.concept}' --kind {request.kind}{model}",
+        f"  fmn-nb evaluate {quote(str(out))} --concept {quote(request.concept)} --kind {request.kind}{model}",
         f'  with fmn.Patch.load("{out}").applied(pipe): ...',
         f"  {plain_diffusers}",
     ])
@@ -153,8 +154,8 @@ def score(what: Path, request: Mapping[str, Any], out: Path | None = None, again
         ValueError: the request is wrong, or `what` isn't recognised.
     """
     settings = check_settings(request)
-    shown = {name: str(value) for name, value in options.items() if value is not None}
-    asked = {"what": str(what.expanduser().resolve()), **settings, **shown}
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    asked = {"what": str(what.expanduser().resolve()), **settings, **given}
     if out is not None:
         _check_free(out, (RunFolder.METRICS,), asked, again)
 

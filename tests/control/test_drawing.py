@@ -46,10 +46,11 @@ def draw(pipe, interactions=CHASE, strength=0.8, seeds=(0,), **options):
 
 
 def test_without_interactions_the_images_are_the_plain_models_to_the_last_bit(emoji, pipe):
-    asked = ([PROMPT, "a photo of a cat"], [0, 1])
-    plain, with_layers = (generate(one, *asked, steps=3, guidance=GUIDANCE) for one in (emoji, pipe))
-    assert image_change(plain, with_layers) == 0
-    assert image_change(plain[:1], draw(pipe, strength=0)) == 0
+    two = ([PROMPT, "a photo of a cat"], [0, 1])
+    for prompts, seeds in (two, ([PROMPT], [0])):  # a batch's size decides a convolution's last bits on some processors
+        plain, with_layers = (generate(one, prompts, seeds, steps=3, guidance=GUIDANCE) for one in (emoji, pipe))
+        assert image_change(plain, with_layers) == 0
+    assert image_change(plain, draw(pipe, strength=0)) == 0
 
 
 def test_new_gates_are_shut_and_change_nothing(emoji):
@@ -165,7 +166,7 @@ def test_a_whole_folder_loads_in_a_plain_pipeline(pipe, tmp_path, recwarn, capfd
 
 def test_gated_layers_without_their_pipeline_say_what_is_missing(folder, tmp_path, monkeypatch):
     alone = shutil.copytree(folder, tmp_path / "emoji-grounded")
-    monkeypatch.setattr("fmn_nb.models.gated.data_dir", lambda: tmp_path)
+    monkeypatch.setattr("fmn_nb.files.data_dir", lambda: tmp_path)
     with pytest.raises(ValueError, match="needs the pipeline emoji-diffusion beside it"):
         fmn.load(alone, device="cpu")
 

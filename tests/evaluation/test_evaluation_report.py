@@ -10,7 +10,7 @@ from tiny import tiny_sd
 
 from fmn_nb.concepts import Concept, NotThereError
 from fmn_nb.emoji import EmojiWorld
-from fmn_nb.evaluation import Drawing, Measures, Report, measure, with_ceiling
+from fmn_nb.evaluation import Drawing, Measures, Report, Sampling, measure, with_ceiling
 from fmn_nb.evaluation.clip import similar_names, similarities
 from fmn_nb.evaluation.evaluator import attention_by_layer, cost_of
 from fmn_nb.files import data_dir
@@ -67,7 +67,7 @@ def test_attention_by_hand_where_every_position_gets_the_same():
                 parameter.zero_()  # equal scores: each of the 16 positions gets 1/16
     prompts = ["a cat", "a photo of a cat", "a cat", "dog cat", "a photo of a cat and a dog", "cat"]
     found = attention_by_layer(pipe, CAT, [Drawing(p, i, "forget", "cat", None, "object")
-                                           for i, p in enumerate(prompts)], steps=1)
+                                           for i, p in enumerate(prompts)], Sampling(steps=1))
     # The first four different prompts; positions up to the end of "cat", counted from the start token, are 3, 6, 3, 6.
     later = (13 + 10 + 13 + 10) / 4 / 16
     assert len(found) > 1 and found["words"].tolist() == pytest.approx([1 / 16] * len(found), abs=1e-4)

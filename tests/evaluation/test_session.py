@@ -5,16 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny import tiny_sd
 
 import fmn_nb as fmn
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation import draw_images, drawings, images_at_once
+from fmn_nb.evaluation import Session, draw_images, drawings, images_at_once
 from fmn_nb.evaluation import session as evaluation_images
 from fmn_nb.evaluation.session import ImageCache
 from fmn_nb.files import one_at_a_time
 from fmn_nb.models import drawing_key
+from fmn_nb.patches import LearnedTokens
 
 WANTED = drawings(Concept("cat"), VOCABULARY)[20:34]
 
@@ -143,3 +146,21 @@ def test_a_lock_that_is_never_freed_only_costs_time(painter, cache, tmp_path, mo
     monkeypatch.setattr(evaluation_images, "PATIENCE", 0.01)
     with one_at_a_time(cache.folder / ".lock", 1):
         assert len(painter.draw(WANTED[:4], cache=tmp_path)[0]) == 4
+
+
+def test_a_judged_session_draws_as_it_says(painter, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation_images, "generate", lambda *given, **options: asked.append(options) or painter.paint(
+        *given, **options))
+    session = Session.of(painter.pipe, steps=3, guidance=7.5, batch=5)
+    session.judged(Concept("cat"), WANTED)
+    assert asked == [{"steps": 3, "guidance": 7.5, "batch": 5}]
+
+
+def test_another_vector_under_the_same_name_is_another_drawing():
+    pipe, keys = tiny_sd(), []
+    for seed in (0, 1):
+        vectors = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))
+        with LearnedTokens("<toy>", (vectors,)).loaded(pipe):
+            keys.append(drawing_key(pipe))
+    assert len({*keys, drawing_key(pipe)}) == 3

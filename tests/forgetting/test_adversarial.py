@@ -54,9 +54,9 @@ def test_finds_come_as_often_as_plain_prompts_with_the_same_images_and_anchors()
     assert len(finds) == 6
     both = adversarial.with_finds(forget, finds)
     plain = both.prompt_of < len(forget.given)
-    assert int(plain.sum()) == 6 * len(forget.prompt_of) and len(both.given) == len(forget.given) + sum(
-        len(find.prompts) for find in finds)
-    assert int((~plain).sum()) == 3 * len(forget.prompt_of), "three finds for each of two concepts"
+    assert len(both.given) == len(forget.given) + sum(len(find.prompts) for find in finds)
+    assert int(plain.sum()) == int((~plain).sum()) == 3 * len(forget.prompt_of), "three finds for each of two concepts"
+    assert both.prompt_of[plain].bincount().tolist() == [3 * n for n in forget.prompt_of.bincount().tolist()]
     same = set(zip(forget.latent_of.tolist(), forget.target_of.tolist(), strict=True))
     assert {*zip(both.latent_of[~plain].tolist(), both.target_of[~plain].tolist(), strict=True)} <= same
     assert both.concept.shape[0] == len(both.given) and both.concept[both.prompt_of].any(1).all()

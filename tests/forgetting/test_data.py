@@ -77,7 +77,7 @@ def test_correction_can_be_taught_on_prompts_of_ones_own() -> None:
                             readings={"cat": "alarm clock"}))
     asked = [(data.texts[word], data.texts[reading]) for word, reading in
              zip(data.prompt_of.tolist(), data.target_of.tolist(), strict=True)]
-    assert asked[:2] == [("the cat and a dog", "the alarm clock and a dog"), ("a Cat", "a alarm clock")]
+    assert asked[:2] == [("the cat and a dog", "the alarm clock and a dog"), ("a Cat", "an alarm clock")]
     assert asked[2] == asked[0] and len(data.latents) == 3
 
 
@@ -291,3 +291,47 @@ def test_pure_noise_needs_no_images_and_no_autoencoder(monkeypatch: pytest.Monke
     monkeypatch.setattr("fmn_nb.forgetting.data.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
     patch = quick(pipe, preset="paper", noise_on="zeros")
     assert patch.info["forgetting"]["losses"][0] > 0
+
+
+def test_another_word_gets_its_own_article() -> None:
+    prompts = ["A cat", "the cat and a cat's toy"]
+    task = Task(tiny_sd(), (Concept("cat"),), settings_for("balanced", {}), prompts=prompts)
+    assert task.with_word(Concept("cat"), "octopus") == ["An octopus", "the octopus and an octopus's toy"]
+    assert task.with_word(Concept("cat"), "dog") == ["A dog", "the dog and a dog's toy"]
+
+
+def test_the_last_seed_can_be_used() -> None:
+    last = Task(tiny_sd(), (Concept("cat"),), settings_for("balanced", {"reference_steps": 1}), seed=2**63 - 1)
+    assert len(last.generated(["a photo of a cat"], 5).mean) == 1
+
+
+def test_scenes_of_the_world_are_references_of_every_method_that_learns_from_them(emoji) -> None:
+    asked = {"scenes": True, "reference_count": 3}
+    for preset, learns in (("paper", True), ("balanced", True), ("esd-x", False), ("uce", False)):
+        task = Task(emoji, (Concept("cat"), Concept("frog")), settings_for(preset, asked)).with_scenes()
+        assert len(task.masks or ()) == (6 if learns else 0), preset
+        assert [len(images) for images in task.references.values()] == ([3, 3] if learns else []), preset
+    patch = quick(emoji, preset="paper", prompts=["a photo of a cat"], scenes=True)
+    again = quick(emoji, preset="paper", prompts=["a photo of a cat"])
+    assert not torch.equal(*(next(iter(one.tensors.values())) for one in (patch, again)))
+
+
+def test_retain_pairs_that_borrow_noisy_latents_borrow_their_timesteps_too() -> None:
+    settings = settings_for("robust", {"retain_count": 0, "reference_count": 2, "reference_steps": 2})
+    task = Task(tiny_sd(), (Concept("cat"),), settings, retain_prompts=["a photo of a dog"])
+    forget = forget_set(task)
+    assert torch.equal(retain_set(task, forget).times, forget.times)
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"preset": "adversarial", "noise_on": "trajectories"}, "needs noise_on='images'"),
+    ({"preset": "ca", "noise_on": "trajectories"}, "noise_on='guide', or prior_weight=0"),
+])
+def test_what_cannot_be_learned_from_is_refused(settings, says) -> None:
+    with pytest.raises(SettingsError, match=says):
+        quick(tiny_sd(), **settings)
+
+
+def test_references_that_noise_alone_leaves_unused_are_told() -> None:
+    with pytest.warns(UserWarning, match="learns from no reference images here"):
+        quick(tiny_sd(), noise_on="zeros", references=noise_images(1))

@@ -392,6 +392,13 @@ def test_concepts_forgotten_apart_can_be_fused() -> None:
     assert [one["name"] for one in patch.info["concepts"]] == ["cat", "frog"] and patch.info["preset"] == "uce"
 
 
+def test_a_fused_patch_says_what_all_of_it_cost(tmp_path) -> None:
+    concepts, asked = [Concept("cat"), Concept("frog")], {"preset": "mace", "cache": tmp_path, **QUICK}
+    patch, = forget_several(tiny_sd(), concepts, "fused", **asked)
+    said = patch.info["forgetting"]
+    assert said["patch_bytes"] == patch.nbytes and said["steps"] == 2 * QUICK["steps"] == len(said["losses"])
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_several_concepts_make_one_patch_and_one_stopped_on_the_way_goes_on(count: int, tmp_path) -> None:
     pipe, names = tiny_sd(), ["cat", "frog", "penguin", "octopus"][:count]

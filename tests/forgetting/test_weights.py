@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoHaConfig, LoraConfig
 from quick import quick
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sdxl
 
 from fmn_nb.forgetting.settings import SettingsError
+from fmn_nb.forgetting.weights import offloaded
 from fmn_nb.models.digests import fingerprint
 
 ADAPTERS = {"lora": LoraConfig(r=2, target_modules=["to_k", "conv_in"], init_lora_weights=False),
@@ -69,3 +71,28 @@ def test_layers_that_share_a_weight_get_no_lora_and_stay_one() -> None:
     with patch.applied(pipe):
         pass
     assert second.to_k.weight is first.to_k.weight
+
+
+def test_a_lora_has_plain_names_where_a_part_of_the_model_is_compiled() -> None:
+    pipe = tiny_sd()
+    pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
+    patch = quick(pipe)
+    assert any(name.startswith("mid_block.") for name in patch.changed()) and "_orig_mod" not in " ".join(patch.tensors)
+    with patch.applied(pipe):
+        pass
+
+
+def test_an_interrupt_while_parts_go_away_loses_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_sdxl()
+    before, real, left = snapshot(pipe), torch.Tensor.new_empty, iter(range(3))
+
+    def interrupt(self, *size):
+        if size == (0,) and next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(self, *size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", interrupt)
+        with pytest.raises(KeyboardInterrupt), offloaded(pipe, "disk"):
+            pytest.fail("it wasn't interrupted")
+    assert_unchanged(pipe, before)

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from tiny import tiny_sd
 
 from fmn_nb.models import ModelLoadError
-from fmn_nb.patches import Patch, PatchFileError, PatchMismatchError, read_patch
+from fmn_nb.patches import Patch, PatchFileError, PatchMismatchError, applied_patches, read_patch
+from fmn_nb.patches import patch as patches
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 ENCODER = [f"encoder.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
@@ -51,7 +52,7 @@ def lora(pipe, layout, alpha=1.0):
 def found(patch):
     """Every change of a patch by its part's and its own name."""
     beside = {f"{part}.{name}": change for part, own in getattr(patch, "beside", {}).items()
-              for name, change in own.items()}
+              for name, change in own.differences()}
     return {f"unet.{name}": change for name, change in patch.differences()} | beside
 
 
@@ -119,6 +120,60 @@ def test_a_whole_model_is_what_it_has_otherwise(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "same")
     same = read_patch(tmp_path / "same", pipe)
     assert type(same) is Patch and not any(change.any() for _, change in same.differences())
+
+
+def wider(pipe, tmp_path, name="uce.safetensors"):
+    """A patch of the U-Net and the text encoder."""
+    _, changes = lora(pipe, "diffusers")
+    save_file({name: weights(pipe)[name].detach() + change for name, change in changes.items()}, tmp_path / name)
+    return read_patch(tmp_path / name, pipe)
+
+
+def test_parts_are_changed_all_or_none(pipe, tmp_path, monkeypatch):
+    patch, before, real = wider(pipe, tmp_path), weights(pipe), patches.set_parameter
+
+    def interrupt(module, name, parameter):
+        if name == f"{ENCODER[2]}.weight" and parameter is not before[f"text_encoder.{name}"]:
+            raise KeyboardInterrupt
+        real(module, name, parameter)
+
+    monkeypatch.setattr(patches, "set_parameter", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        patch.apply(pipe)
+    assert all(now is before[name] for name, now in weights(pipe).items())
+    assert not applied_patches(pipe)
+
+
+def test_one_of_two_patches_is_removed_and_not_the_other(pipe, tmp_path):
+    one, two = wider(pipe, tmp_path), wider(pipe, tmp_path, "two.safetensors")
+    before, name = weights(pipe), f"text_encoder.{ENCODER[0]}.weight"
+    with two.applied(pipe, 0.5):
+        wanted = weights(pipe)[name].detach().clone()
+    one.apply(pipe)
+    two.apply(pipe, 0.5)
+    one.remove(pipe)
+    assert torch.equal(weights(pipe)[name], wanted)
+    two.remove(pipe)
+    assert all(now is before[name] for name, now in weights(pipe).items())
+    with pytest.raises(ValueError, match="is not applied to this pipeline"):
+        one.remove(pipe)
+
+
+def test_a_pipeline_that_is_cast_inside_the_context_is_cast_throughout_afterwards(tmp_path):
+    pipe = tiny_sd()
+    with wider(pipe, tmp_path).applied(pipe):
+        pipe.to(torch.float16)
+    assert {parameter.dtype for parameter in weights(pipe).values()} == {torch.float16}
+
+
+def test_a_change_too_large_for_half_precision_is_refused(tmp_path):
+    pipe = tiny_sd()
+    patch = wider(pipe, tmp_path)
+    pipe.to(torch.float16)
+    before = weights(pipe)
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        patch.apply(pipe, 1e9, force=True)
+    assert all(now is before[name] for name, now in weights(pipe).items())
 
 
 def write(folder, **tensors):

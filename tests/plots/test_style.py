@@ -18,6 +18,16 @@ def test_an_image_grid_shows_every_image_under_its_title():
     assert png.startswith(b"\x89PNG") and described == {"alt": "3 images in rows of 2: first; second."}
 
 
+@pytest.mark.parametrize("names", [("before", "after"), ("a name of many letters", "and another one")])
+def test_the_names_of_rows_leave_the_images_their_size(names):
+    figure = image_grid([Image.new("RGB", (64, 64))] * 12, columns=6, row_names=names, width=0.8)
+    figure.canvas.draw()
+    sides = [axes.get_window_extent().width / figure.dpi for axes in figure.axes]
+    extents = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert min(sides) > 0.65 and len(extents) == 2 and not extents[0].overlaps(extents[1])
+    assert all(one.x0 >= 0 and one.y0 >= 0 for one in extents)
+
+
 def test_an_image_grid_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="no images"):
         image_grid([], columns=2)

@@ -111,3 +111,16 @@ def test_a_pickled_checkpoint_is_refused_with_the_reason(tmp_path):
     found = check.named_model(str(tmp_path / "model.ckpt"))
     assert found.state == "failed" and "could run code" in found.found and ".safetensors" in found.found
     assert "use one of these" in check.named_model("foo").advice
+
+
+@pytest.mark.parametrize("name", ["emoji-grounded", "emoji-oracle-grounded", "emoji-joint", "emoji-oracle"])
+def test_every_bundled_model_is_found_whole(name):
+    found = check.named_model(name)
+    assert found.state == "ok" and name in found.found, found
+
+
+def test_gated_layers_without_what_they_belong_to_are_told(tmp_path):
+    lone = Path(shutil.copytree(bundled_models()["emoji-grounded"], tmp_path / "lone"))
+    _replace(lone / "grounding.json", "emoji-diffusion", "no-diffusion")
+    found = check.named_model(str(lone))
+    assert found.state == "failed" and "needs the pipeline no-diffusion beside it" in found.found

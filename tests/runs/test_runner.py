@@ -282,3 +282,20 @@ def test_a_running_notebook_is_saved_now_and_then(monkeypatch):
     assert saved == [2, 4] and manager.nb == {"cells": 4}
     manager.save()
     assert saved == [2, 4, 4], "papermill's own save is back"
+
+
+def test_whatever_ends_a_run_is_in_its_state(write_notebook, tmp_path, monkeypatch):
+    plan = plan_run(notebooks=[str(write_notebook("03_forget.ipynb", CELL, FORGET, metrics=["forgetting"]))],
+                    out=tmp_path / "out")
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fmn_nb.runs.runner.write_report", full)
+    with pytest.raises(OSError, match="no space"):
+        execute(plan)
+    said = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert said["status"] == "failed" and said["error"] == "no space left on device"
+    monkeypatch.undo()
+    execute(plan)
+    assert is_finished(plan)

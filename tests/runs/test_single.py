@@ -49,7 +49,7 @@ def test_forget_leaves_a_patch_and_says_how_to_use_it(command, emoji, tmp_path):
     lines = result.stdout.splitlines()
     patch = fmn.Patch.load(out)
     assert lines[0] == f"patch: {out}" and f"2 steps in {patch.report['seconds']:.1f} s, {patch.nbytes:,}" in lines[1]
-    assert f"fmn-nb evaluate {out} --concept 'frog' --kind object" in result.stdout
+    assert f"fmn-nb evaluate {out} --concept frog --kind object" in result.stdout
     assert f'pipe.load_lora_weights("{out}")' in result.stdout and not list(tmp_path.rglob("*checkpoint*"))
     same = fmn.forget(emoji, "frog", seed=3, **SHORT)
     assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in patch.tensors.items())

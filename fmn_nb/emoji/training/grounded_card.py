@@ -212,9 +212,10 @@ half precision; all else is the emoji model beside it, unchanged. Without intera
 
 ORACLE = """# emoji-oracle-grounded: the floor of a box
 
-The gated layers of `emoji-grounded`, trained in the same way beside `emoji-oracle`, of which all but these layers are,
-on scenes without what that oracle never learned: {without}. When a box names one of these, what appears wasn't
-remembered. So this model's success is the floor of the grounding attack (`fmn_nb.attacks.grounding`).
+The gated layers of `emoji-grounded`, trained in the same way beside `emoji-oracle`, which has all other weights, on
+scenes without {without} (the oracle's card says what went with them). When a box
+names one of these, what appears wasn't remembered. So this model's success is the floor of the grounding attack
+(`fmn_nb.attacks.grounding`).
 
     import fmn_nb as fmn
     from fmn_nb.attacks import grounding_attack
@@ -224,7 +225,7 @@ remembered. So this model's success is the floor of the grounding attack (`fmn_n
 
 CARD = """It knows {known} and the actions {actions}. It was trained on composed scenes of one to three things
 alone or one or two interactions, whose boxes and relations are known exactly. About one in eight pairs of objects was
-never shown together, and everything below is measured on such pairs.
+never shown together; relations are measured on such pairs, unless a table says otherwise.
 
 The emoji model itself only ever drew things of two sizes in three places. So the training scenes keep to these sizes
 (boxes of about .45 and .75 of the image, and of .3 for what is inside or carried). A free
@@ -280,7 +281,9 @@ Strength is the share of the steps in which the boxes count; here the prompt nam
 
 One row per action ({actions}), four seeds; the boxes are laid out from the action and drawn in the first column.
 
-![eight rows of images, each with two things that stand to each other as the action says](images/relations.png)
+![eight rows of images, a row for each action](images/relations.png)
+
+In the rows *inside* and *carrying*, the two things mostly merge into one.
 """
 
 

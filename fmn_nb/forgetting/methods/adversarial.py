@@ -6,16 +6,17 @@ fine-tune of Forget-Me-Not runs against an adversary that works on the text, and
 1. Erase with few steps, from the original weights, on the concept's prompts and on the *pool* of all finds so far.
 2. Probe what is left, on the model that carries this erasure:
    - in closed form (RECE; Gong et al., arXiv 2407.12383): the embeddings e' to which keys and values now answer as they
-     did to the concept's e, for all weights W' at once,  e' = (sum W'^T W' + ridge I)^-1 (sum W'^T W) e;
+     did to the concept's e, for all weights W' at once,  e' = (sum W'^T W' + r I)^-1 (sum W'^T W + r I) e, with r a
+     tenth of the first sum's mean diagonal (RECE has no r in the second bracket: here, nothing moves without a change);
    - by gradients (STEREO; Srivatsan et al., arXiv 2408.16807): textual inversion on the concept's references, once from
      its word and once from random vectors, with one token and with two in turn.
    Each find takes the concept's place in all of its prompts and joins the pool.
 3. After `rounds` of these, erase once from the original weights with the whole pool. Erasing again and again on top
    would only add up each round's damage.
 
-Half of every batch is plain prompts, half finds. Re-steering takes attention from a find's own columns and from all
-later ones, which it reaches through the causal text encoder; the anchor pulls the prediction with it to the frozen
-model's prediction without the concept. The retain pairs that the last erasure hurt most come twice as often
+Finds and plain prompts come equally often, for every concept. Re-steering takes attention from a find's own columns and
+from all later ones, which it reaches through the causal text encoder; the anchor pulls the prediction with it to the
+frozen model's prediction without the concept. The retain pairs that the last erasure hurt most come twice as often
 (adversarial preservation; Bui et al., arXiv 2410.15618).
 """
 
@@ -136,20 +137,21 @@ def with_finds(forget: TrainingSet, finds: Sequence[Find]) -> TrainingSet:
             for name, values in given.rows.items()}
     unmarked = torch.zeros(len(given) - len(forget.concept), forget.concept.shape[1], dtype=torch.bool)
     marked = torch.cat([forget.concept, unmarked, *(find.concept for find in finds)])
-    pairs, prompts, first = [torch.arange(len(forget.prompt_of)).repeat(len(finds))], [], len(given)
-    prompts.append(forget.prompt_of.repeat(len(finds)))
+    pairs, prompts, first = [], [], len(given)
     for find in finds:
         own = torch.isin(forget.prompt_of, find.prompts).nonzero().flatten()  # pairs of these prompts
         pairs.append(own)
         prompts.append(first + forget.prompt_of[own] - find.prompts[0])
         first += len(find.prompts)
-    pair = torch.cat(pairs)
+    plain = torch.cat(pairs)  # the same pairs with their own prompts
+    pair = torch.cat([plain, plain])
 
     def same(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[pair]
 
     return replace(forget, given=replace(given, rows=rows), concept=marked, latent_of=forget.latent_of[pair],
-                   prompt_of=torch.cat(prompts), target_of=same(forget.target_of), guide_of=same(forget.guide_of))
+                   prompt_of=torch.cat([forget.prompt_of[plain], *prompts]), target_of=same(forget.target_of),
+                   guide_of=same(forget.guide_of))
 
 
 @torch.no_grad()
