@@ -284,7 +284,8 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
               **request: Any) -> None:
     """Make one table of all concepts: forgotten, kept, cost.
 
-    The same command continues where it stopped; finished jobs are never repeated.
+    The same command continues where it stopped; finished jobs are never repeated, nor what a table in --out holds of
+    the same model and settings.
     """
     with plain_errors():
         _share_cores()
@@ -306,7 +307,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
 
         from fmn_nb.attacks.attack import InversionBudget
         from fmn_nb.attacks.floor import ATTACKS
-        from fmn_nb.runs.benchmark import run_benchmark, schedule
+        from fmn_nb.runs.benchmark import kept_rows, run_benchmark, schedule
         from fmn_nb.runs.measure import ATTACK_IMAGES, Bench
 
         budget = InversionBudget(steps=attack, images=ATTACK_IMAGES) if attack else None
@@ -317,7 +318,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
                       beside=beside)
         workers = request["workers"]
         if request["plan"]:
-            click.echo("\n".join(schedule(bench, jobs, workers, request["limit"])))
+            click.echo("\n".join(schedule(bench, jobs, workers, request["limit"], kept_rows(bench, jobs, out))))
             return
         made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), TUNED_ON: tuned_on(file),
                 **({"note": note} if note else {})}

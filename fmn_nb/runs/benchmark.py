@@ -2,7 +2,7 @@
 
 A job forgets one concept with one preset and one seed (`fmn_nb.runs.measure`). This file says which jobs there are, and
 makes the table of their results. Killed at any moment and started again, the command continues where it was and ends in
-the same table.
+the same table. A table that is there already can grow: what it holds of the same model and settings isn't done again.
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
     OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
@@ -215,12 +215,13 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     """
     from fmn_nb.runs.executors import executed
 
-    def finished() -> str:
-        done = sum(bench.stored(job) is not None for job in jobs)
-        return f"{done} of {len(jobs)} jobs finished; the same command continues"
+    kept, failures = kept_rows(bench, jobs, out), []
 
-    todo, failures = [job for job in jobs if bench.stored(job) is None][:limit], []
-    log("\n".join(schedule(bench, jobs, workers, limit)))
+    def finished() -> str:
+        return f"{len(jobs) - len(left_of(bench, jobs, kept))} of {len(jobs)} jobs finished; the same command continues"
+
+    todo = left_of(bench, jobs, kept)[:limit]
+    log("\n".join(schedule(bench, jobs, workers, limit, kept)))
     with telling(finished):
         ended = (executed(todo, bench.attempt, workers) if min(workers, len(todo)) > 1
                  else ((job, bench.attempt(job)) for job in todo))
@@ -229,26 +230,61 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
                 failures += [f"{job.name}: {error}"] if error else []
                 said = f"{job.name}: FAILED: {error}" if error else _described(job, bench.stored(job))
                 log(f"[{number}/{len(todo)}] {said}")
-        found = {job: result for job in jobs if (result := bench.stored(job)) is not None}
+        found = {job: result for job in jobs if (result := bench.stored(job) or kept.get(job)) is not None}
         if not found:
             raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
         missing = [job.name for job in jobs if job not in found]
         told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
-        table = _write_results(out, found, {**made, "model": bench.model, **bench.shared}, told)
+        table = _write_results(out, found, {**made, **identity_of(bench)}, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
                              + "\n  ".join(failures))
     return table
 
 
-def schedule(bench: Bench, jobs: Sequence[Job], workers: int = 1, limit: int | None = None) -> list[str]:
+def identity_of(bench: Bench) -> dict[str, Any]:
+    """What results.json says of the model, the judge and the ways of measuring: rows of others aren't comparable."""
+    from fmn_nb.runs.measure import ALGORITHM
+
+    return {"model": bench.model, "algorithm": ALGORITHM, **bench.shared}
+
+
+def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
+    """Job -> {"row": its row in the table in `out`}, if that table was made in the same way and the job with the same
+    settings; none for jobs that end in attacks.
+    """
+    import pandas as pd
+
+    try:
+        made, table = read_json(out / RESULTS_FILE), pd.read_csv(out / TABLE_FILE)
+        said = {name: made[name] for name in identity_of(bench)}
+        rows = {(row["concept"], row["preset"], row["seed"]): row
+                for row in table.drop(columns=TUNED_ON, errors="ignore").to_dict("records")}
+        settings, size = made["settings"], made["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if said != identity_of(bench):
+        return {}
+    return {job: {"row": rows[place]} for job in jobs
+            if (place := (job.concept.name, job.preset, job.seed)) in rows and job.size == size
+            and settings.get(job.preset) == job.settings.to_dict() and not bench.attacks(job)
+            and not bench.compares(job)}
+
+
+def left_of(bench: Bench, jobs: Sequence[Job], kept: Mapping[Job, Any] | None = None) -> list[Job]:
+    """The jobs that are neither in the work folder nor in the table of before."""
+    return [job for job in jobs if job not in (kept or {}) and bench.stored(job) is None]
+
+
+def schedule(bench: Bench, jobs: Sequence[Job], workers: int = 1, limit: int | None = None,
+             kept: Mapping[Job, Any] | None = None) -> list[str]:
     """What there is to do and how long it will take, judging by done jobs of the same presets in the work folder.
 
     It has a line for each preset and one for all.
     """
     from fmn_nb.runs.progress import readable_time
 
-    left, lines, whole = [job for job in jobs if bench.stored(job) is None], [], 0.0
+    left, lines, whole = left_of(bench, jobs, kept), [], 0.0
     todo = left[:limit]
     for preset, count in Counter(job.preset for job in todo).items():
         results = [read_json(file) for file in bench.work.glob(f"*-{preset}-seed*.json")]
@@ -307,10 +343,8 @@ def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) 
     """
     import pandas as pd
 
-    table = pd.DataFrame([_row(job, result) for job, result in found.items()])
-    stated = pd.DataFrame([{"job_seconds": result.get("seconds"), "drew_all": result.get("draws"),
-                            **result.get("facts", {})} for result in found.values()])
-    return table.join(stated).assign(tuned_on=table["concept"].isin(list(tuned)))
+    table = pd.DataFrame([result["row"] if "row" in result else _row(job, result) for job, result in found.items()])
+    return table.assign(tuned_on=table["concept"].isin(list(tuned)))
 
 
 def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +365,8 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
     if attack := result.get("attack"):
         row |= {**_with_bounds("attack_success", attack["success"], attack["low"], attack["high"]),
                 "attack_images": attack["count"]}
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+    return rounded | {"job_seconds": result.get("seconds"), "drew_all": result.get("draws"), **result.get("facts", {})}
 
 
 def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:

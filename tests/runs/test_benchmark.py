@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from fmn_nb.runs.benchmark import (
     EXCESS_FILE,
     BenchmarkError,
     excess_summary,
+    kept_rows,
     plan_jobs,
     read_overrides,
     run_benchmark,
@@ -181,6 +183,27 @@ def test_other_settings_or_another_model_are_other_jobs(bench: Bench, few) -> No
     other = replace(bench)
     vars(other)["shared"] = {**bench.shared, "fingerprint": "0"}
     assert other.stored(job) is None
+
+
+def test_a_table_grows_without_its_work_folder(bench: Bench, few, tmp_path: Path) -> None:
+    jobs, lines = short_plan("cat", "frog", presets=("balanced", "paper")), []
+    whole = run(replace(bench, work=tmp_path / "whole" / "work"), jobs)
+    out = run(bench, [job for job in jobs if job.preset == "balanced"])
+    shutil.rmtree(bench.work)
+    run(bench, jobs, log=lines.append)
+    assert "4 jobs, 2 done before, 2 to do now" in lines[0] and len(list(bench.work.glob("*.json"))) == 2
+    timed = [*COSTS, "job_seconds"]
+    tables = [pd.read_csv(one / "results.csv").drop(columns=timed) for one in (whole, out)]
+    pd.testing.assert_frame_equal(*tables)
+    shutil.rmtree(bench.work)
+    assert len(kept_rows(bench, jobs, out)) == 4
+    others = plan_jobs(VOCABULARY, ["cat"], ["balanced"], overrides={"balanced": {**SHORT, "steps": 2}})
+    assert not kept_rows(bench, others, out), "other settings"
+    assert not kept_rows(replace(bench, sampling=Sampling(steps=3, batch=6)), jobs, out), "drawn in another way"
+    attacked = replace(bench, attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
+    assert not kept_rows(attacked, jobs, out), "to be attacked"
+    (out / "results.json").write_text("{")
+    assert not kept_rows(bench, jobs, out)
 
 
 def test_a_failing_job_is_named_and_tried_again(bench: Bench, few, tmp_path: Path, monkeypatch) -> None:
