@@ -168,8 +168,8 @@ def search_bench(pipe):
 def test_the_scores_are_the_gradient_of_the_loss(make) -> None:
     """A step towards a word's embedding changes the exact loss as its score says, to first order."""
     search = search_bench(make())
-    search.pipe, (latents, noise, times) = make().to(dtype=torch.float64), vars(search.rows).values()
-    search.rows = NoisyBatch(latents.double(), noise.double(), times)
+    search.pipe, (latents, noise, times) = make().to(dtype=torch.float64), vars(search.batch).values()
+    search.batch = NoisyBatch(latents.double(), noise.double(), times)
     prefix, share = search.known[:2], 1e-3
     scores, base = search.scores(prefix), search.losses([prefix])[0]
     vocabulary = search.pipe.tokenizer.get_vocab()

@@ -27,9 +27,9 @@ def drawn(monkeypatch):
     """How many times the model drew."""
     calls, draw = [], references._drawn
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         calls.append(arguments)
-        return draw(*arguments)
+        return draw(*arguments, **options)
 
     monkeypatch.setattr(references, "_drawn", counted)
     return calls
