@@ -4,8 +4,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "denoising": ["Conditions", "Latents", "Noising", "NoisyBatch", "SeedOffset", "Stream", "borrowed", "conditions",
-        "denoising_loss", "noisy_batch", "predict", "predict_noisy", "seeded",
-        "spread_batch"],
+        "denoising_loss", "noisy_batch", "predict", "predict_noisy", "seeded", "spread_batch"],
     "device": ["Cost", "HALVES", "Memory", "MixedPrecision", "evaluating", "measured_cost", "without_gradients"],
     "digests": ["added_tokens", "base_of", "digest", "digest_of", "drawing_key", "fingerprint", "is_base", "model_name",
         "weights_checksum"],

@@ -230,8 +230,9 @@ def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, se
 def _drawn_or_kept(pipe: DiffusionPipeline, prompts: Sequence[str], settings: tuple[Any, ...], cache: str | Path | None,
                    on_the_way: bool = False) -> dict[str, Tensor]:
     """What `_drawn` draws with these settings (seed, steps, guidance, size), once for all who share the cache."""
-    seed, steps, guidance, _ = settings
-    prompts, _, _ = _checked(prompts, [checked_seed(seed)] * len(prompts), steps, guidance)
+    seed, steps, guidance, size = settings
+    prompts, _, _ = _checked(prompts, [seed := checked_seed(seed)] * len(prompts), steps, guidance)
+    settings = seed, steps, guidance, size
     require_text_to_image(pipe)
 
     def draw() -> dict[str, Tensor]:
