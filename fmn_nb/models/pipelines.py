@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fmn_nb.files import REST
-from fmn_nb.models.gated import BESIDE, base_folder, check_base, stored_tensors, with_gates
+from fmn_nb.files import REST, base_folder
+from fmn_nb.models.gated import BESIDE, check_base, stored_tensors, with_gates
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.models.parameters import unwrapped
 
