@@ -22,13 +22,15 @@ _SUITED = {  # a start, not a result: they were never tuned on a large model
     "balanced": {"learning_rate": 1e-4, "retain_batch": 2, "retain_count": 16, "gradient_checkpointing": True},
     "paper": {"train": "cross_attention", "gradient_checkpointing": True},
     "adversarial": {"learning_rate": 1e-4, "batch_size": 2, "retain_batch": 2, "retain_count": 16,
-               "gradient_checkpointing": True},
+                    "gradient_checkpointing": True},
     "resteer": {"learning_rate": 1e-4, "retain_batch": 2, "retain_count": 16, "gradient_checkpointing": True},
     # The others' published rates; fewer images than theirs.
     "esd-x": {"learning_rate": 1e-5, "reference_count": 8, "batch_size": 1, "gradient_checkpointing": True},
     "esd-u": {"learning_rate": 1e-5, "reference_count": 8, "batch_size": 1, "gradient_checkpointing": True},
     "robust": {"train": "except_cross_attention", "learning_rate": 1e-5, "reference_count": 8, "batch_size": 1,
                "retain_batch": 2, "retain_count": 16, "gradient_checkpointing": True},
+    "joint": {"learning_rate": 1e-4, "reference_count": 8, "batch_size": 1, "retain_batch": 2, "retain_count": 16,
+              "gradient_checkpointing": True},
     "ca": {"learning_rate": 1.6e-5, "reference_count": 16, "batch_size": 4, "gradient_checkpointing": True},
     "mace": {"learning_rate": 1e-5, "gradient_checkpointing": True},
 }

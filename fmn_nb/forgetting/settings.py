@@ -273,6 +273,11 @@ _OF_OTHERS = ("guide", "tokens", "erase_scale", "preserve_scale", "ridge", "null
 _OF_ADVERSARIAL = {"rounds", "round_steps", "probe_steps"}
 _KEYS_AND_VALUES = ("to_k", "to_v")
 _NOTHING_ELSE: dict[str, Any] = {"retain_weight": 0.0, "towards_weight": 0.0}  # no term beside the objective
+_BALANCED: dict[str, Any] = {
+    "positions": ("words",), "norm": "published", "anchor_weight": 2e3, "anchor_guidance": 1.0, "retain_weight": 4e3,
+    "retain_batch": 16, "retain_count": 64, "reference_steps": 10, "towards_weight": 4e3, "learning_rate": 2e-2,
+    "schedule": "cosine", "steps": 35,
+}
 _ESD: dict[str, Any] = {
     "method": "esd", "guide": "another", "noise_on": "trajectories", "anchor_guidance": 1.0, **_NOTHING_ELSE,
     "reference_count": 32, "guidance": 3.0, "weight_decay": 0.0, "clip": 0.0, "batch_size": 8, "steps": 100,
@@ -289,11 +294,7 @@ PRESETS: dict[str, Settings] = {
     # away from the concept (`anchor_weight`), which erases most and ends what leaks through the later columns; and a
     # strong retain term. Found on the emoji model: re-steering the later columns too made no difference there. For a
     # large model start from a learning rate of about 1e-4.
-    "balanced": Settings(
-        positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
-        retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
-        learning_rate=2e-2, schedule="cosine", steps=35,
-    ),
+    "balanced": Settings(**_BALANCED),
     # Attention erasure that stands alone: each cross-attention layer learns to write for the concept's prompt what it
     # wrote without the concept, and as far again beyond; no prediction is pulled anywhere but by the retain term. Found
     # on the emoji model (data/results/tuning/resteer.csv), where a norm of attention, or of what the concept's own
@@ -307,11 +308,7 @@ PRESETS: dict[str, Settings] = {
     ),
     # Forgetting with an adversary in the loop: "balanced" against a pool of what attacks find, and then once more with
     # all of it. The numbers beside the rounds are those of "balanced", with twice its batch for the finds.
-    "adversarial": Settings(
-        method="adversarial", positions=("words",), norm="published", anchor_weight=2e3, anchor_guidance=1.0,
-        retain_weight=4e3, retain_batch=16, retain_count=64, reference_steps=10, towards_weight=4e3,
-        learning_rate=2e-2, schedule="cosine", batch_size=8, steps=60,
-    ),
+    "adversarial": Settings(**{**_BALANCED, "method": "adversarial", "batch_size": 8, "steps": 60}),
     # The methods beside it, each with what is published of it in its own file: the best by mean H of what was tried
     # here on one object and one style (data/results/tuning-methods), and of equals the smaller rate. For every method
     # the best guide was another name of the kind, also where the paper has the empty prompt.
@@ -323,6 +320,12 @@ PRESETS: dict[str, Settings] = {
     # ESD's target in all weights, so that a learned word finds little to draw, and the rest held in place.
     "robust": Settings(**{**_ESD, "train": "denoiser", "learning_rate": 3e-4, "retain_weight": 1.0, "retain_batch": 8,
                           "retain_count": 64}),
+    # Forgetting where text and image attend to each other, as in Flux and Stable Diffusion 3, found on the joint model
+    # with one object and one style (data/results/tuning-joint). There, what trains attention's projections alone erases
+    # the object and hardly the style. So this trains ESD's target, the rest held in place, into the two layers that
+    # take in the text: its columns, and the pooled vector, which passes all attention by.
+    "joint": Settings(**{**_ESD, "projections": ("context_embedder", "time_text_embed.text_embedder.linear_1"),
+                         "learning_rate": 5e-3, "retain_weight": 1.0, "retain_batch": 8, "retain_count": 64}),
     "ca": Settings(
         method="ca", guide="another", noise_on="guide", train="projections", projections=_KEYS_AND_VALUES,
         **_NOTHING_ELSE, reference_count=64, reference_steps=10, learning_rate=5e-4, clip=0.0, batch_size=8, steps=100,

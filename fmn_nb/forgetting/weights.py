@@ -27,6 +27,7 @@ from fmn_nb.models import HALVES, denoiser, own_parameters, plain_name, text_enc
 from fmn_nb.patches import LORA_A, LORA_B, is_fused, set_parameter
 
 _ADAPTER = "forget"
+_OF_JOINT_ATTENTION = ("add_", "context_embedder", "time_text_embed.")  # how names of such layers begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,10 @@ def trained_layers(model: nn.Module, settings: Settings) -> list[str]:
     for projection in settings.projections:
         if not any(f"{layer}.{projection}" in modules for layer in layers) and not _is_linear(modules.get(projection)):
             inside = sorted({name for layer in layers for name, _ in modules[layer].named_modules() if name})
-            raise SettingsError(f"no attention layer has a projection '{projection}'; there are {', '.join(inside)}")
+            hint = ("; this one belongs to joint attention, as in Flux and Stable Diffusion 3"
+                    if projection.startswith(_OF_JOINT_ATTENTION) else "")
+            raise SettingsError(f"no attention layer has a projection '{projection}'; there are {', '.join(inside)}"
+                                f"{hint}")
     wanted = [f"{layer}.{projection}" for layer in layers for projection in settings.projections]
     wanted += [projection for projection in settings.projections if _is_linear(modules.get(projection))]
     found = {name: modules.get(name) for name in wanted}  # an adapter's layer keeps the model's own inside

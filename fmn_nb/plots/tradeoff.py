@@ -17,7 +17,7 @@ from fmn_nb.plots.style import InlineFigure, look, new_figure
 
 NAMED = 5  # this many points of each preset are named: those furthest from the corner
 CORNER = 0.12  # a point nearer than this to its ceiling needs no name
-MOST_INSIDE, COLUMNS_BELOW = 12, 4  # entries of a legend inside the axes; columns of one below them
+MOST_INSIDE, COLUMNS_BELOW = 12, 4  # entries of a legend inside the axes; columns of one below them, at most
 NAMES = {"ua": "forgotten: UA", "ira": "kept nearby: IRA", "cra": "kept elsewhere: CRA", "h": "harmonic mean: H",
          "kept": "kept: mean of IRA and CRA"}
 
@@ -137,10 +137,14 @@ def _legend(axes: Axes, place: str = "best", title: str | None = None) -> None:
     if len(labels) <= MOST_INSIDE:
         axes.legend(fontsize=8, loc=place, title=title)
         return
-    figure, rows = axes.figure, -(-len(labels) // COLUMNS_BELOW)
+    figure = axes.figure
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.2 * rows)
-    figure.legend(handles, labels, fontsize=7, ncols=COLUMNS_BELOW, loc="outside lower center", title=title)
+    for columns in range(COLUMNS_BELOW, 0, -1):  # as many as long names leave room for
+        legend = figure.legend(handles, labels, fontsize=7, ncols=columns, loc="outside lower center", title=title)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_size_inches(width, height + 0.2 * -(-len(labels) // columns))  # a row more for each row of the legend
 
 
 def _square(kept: str = NAMES["kept"], least: float = 0.0) -> dict[str, object]:

@@ -57,7 +57,7 @@ def test_every_method_has_its_facts_and_a_preset() -> None:
 
 @pytest.mark.filterwarnings("ignore:a pooled text embedding")
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "joint"])
 def test_every_preset_on_a_u_net(preset: str, make, tmp_path) -> None:
     pipe = make()
     before = snapshot(pipe)
@@ -70,6 +70,28 @@ def test_every_preset_on_a_u_net(preset: str, make, tmp_path) -> None:
     still = generate(pipe)
     with again.applied(pipe):
         assert np.abs(generate(pipe) - still).max() > 0
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
+def test_the_preset_for_joint_attention_trains_what_the_text_says(make, tmp_path) -> None:
+    pipe = make()
+    still, before = generate(pipe), snapshot(pipe)
+    patch = Patch.load(forget(pipe, "cat", preset="joint", **QUICK).save(tmp_path))
+    assert_unchanged(pipe, before)
+    changed = " ".join(patch.changed())
+    assert "context_embedder" in changed and "time_text_embed.text_embedder.linear_1" in changed
+    with patch.applied(pipe):
+        assert np.abs(generate(pipe) - still).max() > 0
+
+
+def test_the_preset_for_joint_attention_is_refused_elsewhere_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr("fmn_nb.forgetting.data.generate_latents", lambda *_, **__: pytest.fail("images were drawn"))
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="joint attention, as in Flux and Stable Diffusion 3") as error:
+        forget(pipe, "cat", preset="joint")
+    assert "\n" not in str(error.value)
+    assert_unchanged(pipe, before)
 
 
 @pytest.mark.parametrize("preset", ["uce", "mace"])

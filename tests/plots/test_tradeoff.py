@@ -65,3 +65,14 @@ def test_a_long_legend_stands_below_the_points():
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 20 and not figure.axes[1].get_legend()
     assert legend.get_window_extent().y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def test_a_legend_of_long_names_has_fewer_columns_rather_than_lose_its_ends():
+    presets = [f"a-preset-with-a-name-of-many-letters-{number}" for number in range(14)]
+    table = pd.DataFrame({"preset": presets, "concept": "cat", "ua": 0.5, "ira": 0.9, "cra": 0.9, "base_ira": 1.0,
+                          "base_cra": 1.0})
+    figure = forgetting_against_keeping(table)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.width
+    assert legend.get_window_extent().y1 < figure.axes[0].get_tightbbox().y0
