@@ -12,6 +12,12 @@ OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are to
 # Nothing here may reach for the network: a hub id in a test is a mistake that must show at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# With `-n 2`, each of the two workers takes its share of the cores: with threads for all cores in both, they'd wait for
+# one another, and everything would take several times as long.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+
 
 #: several fine-tunes and attacks each: `pytest -m slow notebooks`
 SLOW_NOTEBOOKS = ("04_", "05_", "06_", "08_", "09_", "10_")
