@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from written_notebooks import write_notebook_at
 
+from fmn_nb.runs.executors import thread_variables, threads_each
+
 OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are too few for a cold import
 
 # Nothing here may reach for the network: a hub id in a test is a mistake that must show at once.
@@ -15,8 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # With `-n 2`, each of the two workers takes its share of the cores: with threads for all cores in both, they'd wait for
 # one another, and everything would take several times as long.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+    os.environ.update(thread_variables(threads_each(int(os.environ["PYTEST_XDIST_WORKER_COUNT"])), os.environ))
 
 
 #: several fine-tunes and attacks each: `pytest -m slow notebooks`

@@ -282,6 +282,7 @@ _ESD: dict[str, Any] = {
     "method": "esd", "guide": "another", "noise_on": "trajectories", "anchor_guidance": 1.0, **_NOTHING_ELSE,
     "reference_count": 32, "guidance": 3.0, "weight_decay": 0.0, "clip": 0.0, "batch_size": 8, "steps": 100,
 }
+_ESD_AND_RETAIN: dict[str, Any] = {**_ESD, "retain_weight": 1.0, "retain_batch": 8, "retain_count": 64}
 
 PRESETS: dict[str, Settings] = {
     # The published algorithm and defaults (SHI-Labs/Forget-Me-Not). Kept on purpose, as they are the method: no
@@ -318,14 +319,13 @@ PRESETS: dict[str, Settings] = {
     "esd-u": Settings(**_ESD, learning_rate=3e-4, train="except_cross_attention"),
     # Forgetting that withstands attacks on the text, found on one object and one style (data/results/tuning-robust):
     # ESD's target in all weights, so that a learned word finds little to draw, and the rest held in place.
-    "robust": Settings(**{**_ESD, "train": "denoiser", "learning_rate": 3e-4, "retain_weight": 1.0, "retain_batch": 8,
-                          "retain_count": 64}),
+    "robust": Settings(**_ESD_AND_RETAIN, train="denoiser", learning_rate=3e-4),
     # Forgetting where text and image attend to each other, as in Flux and Stable Diffusion 3, found on the joint model
     # with one object and one style (data/results/tuning-joint). There, what trains attention's projections alone erases
     # the object and hardly the style. So this trains ESD's target, the rest held in place, into the two layers that
     # take in the text: its columns, and the pooled vector, which passes all attention by.
-    "joint": Settings(**{**_ESD, "projections": ("context_embedder", "time_text_embed.text_embedder.linear_1"),
-                         "learning_rate": 5e-3, "retain_weight": 1.0, "retain_batch": 8, "retain_count": 64}),
+    "joint": Settings(**_ESD_AND_RETAIN, projections=("context_embedder", "time_text_embed.text_embedder.linear_1"),
+                      learning_rate=5e-3),
     "ca": Settings(
         method="ca", guide="another", noise_on="guide", train="projections", projections=_KEYS_AND_VALUES,
         **_NOTHING_ELSE, reference_count=64, reference_steps=10, learning_rate=5e-4, clip=0.0, batch_size=8, steps=100,
