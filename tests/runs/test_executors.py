@@ -1,5 +1,6 @@
 """Dask's workers: their own processes, an existing scheduler's, Slurm's through a stand-in; some killed in a run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pandas
 import psutil
 import pytest
+from distributed import Client
 
 from fmn_nb.runs import executors
 from fmn_nb.runs.executors import executed, threads_each
@@ -42,9 +44,10 @@ def scheduler(tmp_path):
         time.sleep(0.1)
     for _ in range(2):
         start("worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard")
-    import json
-
-    yield json.loads(file.read_text())["address"]
+    address = json.loads(file.read_text())["address"]
+    with Client(address) as client:  # a run that starts before the second worker is there would have all cores
+        client.wait_for_workers(2, timeout=60)
+    yield address
     for process in processes:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             one.kill()
