@@ -10,14 +10,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from fmn_nb.plots.style import InlineFigure, look, new_figure
 
 NAMED = 5  # this many points of each preset are named: those furthest from the corner
 CORNER = 0.12  # a point nearer than this to its ceiling needs no name
 MOST_INSIDE, COLUMNS_BELOW = 12, 4  # entries of a legend inside the axes; columns of one below them, at most
+FEW_DECADES = 200  # a logarithmic axis whose ends have a smaller ratio also has ticks at 2 and 5
 NAMES = {"ua": "forgotten: UA", "ira": "kept nearby: IRA", "cra": "kept elsewhere: CRA", "h": "harmonic mean: H",
          "kept": "kept: mean of IRA and CRA"}
 
@@ -33,6 +37,7 @@ def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keepi
     _points(axes, points.rename(columns={"ua": "x", "kept": "y"}).assign(name=names))
     axes.set(**_square(), title=title)
     _legend(axes, "lower left")
+    _names_apart(axes)
     return figure
 
 
@@ -40,7 +45,7 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     """A point per concept and preset, the mean over its seeds: UA to the right, the mean of IRA and CRA upwards.
 
     The dashed line is the ceiling of keeping: the base model's own mean of IRA and CRA, over the same concepts; the
-    aim is where it meets UA = 1. The points furthest from there are named.
+    aim is where it meets UA = 1. The points furthest from there are named, as far as there is room.
 
     Args:
         table: columns preset, concept, ua, ira, cra, base_ira, base_cra, as `fmn-nb benchmark` writes them.
@@ -63,6 +68,7 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     _points(axes, points)
     axes.set(**_square(), title="Forgetting against keeping")
     _legend(axes, "lower left")
+    _names_apart(axes)
     sentences = [f"{preset}: {len(rows)} concepts, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
                  for preset, rows in points.groupby("group", sort=False)]
     figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
@@ -89,7 +95,8 @@ def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
     costs = {"seconds": "seconds of forgetting", "patch_bytes": "bytes of the patch"}
     for axes, (cost, label) in zip(panels, costs.items(), strict=True):
         _points(axes, points.assign(x=[row.get(cost) for row in rows]))
-        axes.set(xscale="log", ylim=(-0.04, 1.06), xlabel=label)
+        axes.set(ylim=(-0.04, 1.06), xlabel=label)
+        _logarithmic(axes)
     panels[0].set(ylabel=NAMES["h"])
     _legend(panels[1], "lower right")
     figure.suptitle("What it costs, what it gives")
@@ -145,6 +152,28 @@ def _legend(axes: Axes, place: str = "best", title: str | None = None) -> None:
             break
         legend.remove()
     figure.set_size_inches(width, height + 0.2 * -(-len(labels) // columns))  # a row more for each row of the legend
+
+
+def _names_apart(axes: Axes) -> None:
+    """Leave out names that would cover a point or a name before them; call it when everything else is in place."""
+    axes.figure.draw_without_rendering()  # or the texts have no extent yet
+    dots = axes.transData.transform(np.concatenate([line.get_xydata() for line in axes.lines]))  # [points, 2]
+    taken = [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in dots]
+    for text in list(axes.texts):
+        box = text.get_window_extent()
+        if box.count_overlaps(taken):
+            text.remove()
+        else:
+            taken.append(box)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic x axis whose ticks have plain numbers (20, 500k), more of them where it spans little."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < FEW_DECADES else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _square(kept: str = NAMES["kept"], least: float = 0.0) -> dict[str, object]:

@@ -57,6 +57,21 @@ def test_every_preset_has_its_cost_and_its_interval():
         cost_of_presets(summary[1:2])
 
 
+def test_names_and_numbers_never_cover_one_another():
+    rows = [{"preset": preset, "concept": f"{name} of {preset}", "ua": ua + 0.01 * number, "ira": 1.0, "cra": 1.0,
+             "base_ira": 1.0, "base_cra": 1.0} for preset, ua in (("a", 0.0), ("b", 0.0), ("c", 0.5))
+            for number, name in enumerate(("first", "second"))]
+    figure = forgetting_against_keeping(pd.DataFrame(rows))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"first of a", "first of c"}
+    costs = cost_of_presets([{"preset": name, "kind": "all", "h": 0.5, "seconds": seconds, "patch_bytes": size}
+                             for name, seconds, size in (("a", 1.3, 1.5e4), ("b", 18.0, 2e5), ("c", 55.0, 6e6))])
+    for axes, texts in ((figure.axes[0], figure.axes[0].texts),
+                        *((axes, axes.get_xticklabels(which="both")) for axes in costs.axes)):
+        axes.figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+        assert boxes and not any(box.overlaps(other) for number, box in enumerate(boxes) for other in boxes[:number])
+
+
 def test_a_long_legend_stands_below_the_points():
     rows = [{"preset": f"variant-{n}", "kind": "all", "h": 0.5, "seconds": 1 + n, "patch_bytes": 100.0 + n}
             for n in range(20)]
