@@ -13,6 +13,8 @@ from pathlib import Path
 from fmn_nb.files import GROUNDED
 from fmn_nb.files import bundled_models as bundled
 
+ORACLE = "emoji-oracle"  # the bundled oracle
+GROUNDED_ORACLE = f"{ORACLE}-grounded"  # the same with gated layers of its own
 HUB_PATIENCE = 10  # seconds for the hub's answer
 _WITHOUT = '--without "cat,banana,guitar,rocket,fluent,Bruno,wild bat" --out runs/oracle'
 _AND_COPIED = " (then copy its folder from runs/oracle into the kit's data folder)"
@@ -20,8 +22,8 @@ _AND_COPIED = " (then copy its folder from runs/oracle into the kit's data folde
 TRAINED_BY = {
     "emoji-joint": "fmn-nb pretrain --organism joint",
     "emoji-grounded": "fmn-nb pretrain --organism grounded",
-    "emoji-oracle": f"fmn-nb pretrain {_WITHOUT}{_AND_COPIED}",
-    "emoji-oracle-grounded": f"fmn-nb pretrain --organism grounded {_WITHOUT}{_AND_COPIED}",
+    ORACLE: f"fmn-nb pretrain {_WITHOUT}{_AND_COPIED}",
+    GROUNDED_ORACLE: f"fmn-nb pretrain --organism grounded {_WITHOUT}{_AND_COPIED}",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")

@@ -14,7 +14,7 @@ from fmn_nb.evaluation.oracle import taught
 from fmn_nb.evaluation.session import Session
 from fmn_nb.forgetting.reuse import patch_for
 from fmn_nb.models.gated import is_gated
-from fmn_nb.models.names import UnknownModelError
+from fmn_nb.models.names import GROUNDED_ORACLE, ORACLE, UnknownModelError
 from fmn_nb.models.pipelines import denoiser, load
 from fmn_nb.patches.patch import Patch
 from fmn_nb.runs.folder import save_image
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from matplotlib.figure import Figure
 
-ORACLE = "emoji-oracle"
-GROUNDED_ORACLE = "emoji-oracle-grounded"  # the same with gated layers of its own
 STAND_IN = "emoji", "cat"  # the model and the concept to show things on if the chosen model can't
 JOINT = "emoji-joint"  # the stand-in for what is shown on joint attention
 #: what a notebook may need of its model -> whether a pipeline has it

@@ -21,11 +21,12 @@ from transformers import CLIPTextModel
 
 from fmn_nb.concepts import UNTAUGHT_KEY, Concept
 from fmn_nb.emoji.training.card import Quality, training_table
-from fmn_nb.emoji.training.request import ORACLE, Request
+from fmn_nb.emoji.training.request import Request
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import Session, Share, share_of
 from fmn_nb.files import REST, bundled_models, read_json, replacing, replacing_folder, sha256, write_json, write_text
 from fmn_nb.models import GUIDANCE, generate, load
+from fmn_nb.models.names import ORACLE
 from fmn_nb.plots import as_png, few_colours, image_grid
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

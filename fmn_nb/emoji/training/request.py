@@ -13,9 +13,9 @@ from typing import Any
 
 from fmn_nb.emoji.world import OBJECTS, STYLES, VOCABULARY
 from fmn_nb.files import data_dir, read_json, write_json
+from fmn_nb.models.names import GROUNDED_ORACLE, ORACLE
 
 REQUEST_FILE = "request.json"
-ORACLE = "emoji-oracle"  # name and folder of the bundled oracle
 UNCHECKPOINTED = ("sprites", "quality")  # stages that resume nothing
 
 
@@ -47,7 +47,7 @@ ORGANISMS: dict[str, Organism] = {
     "joint": Organism("emoji-joint", "fmn_nb.emoji.training.joint:JointPretraining", ("joint", "quality"), ("joint",),
                       "emoji-joint"),
     "grounded": Organism("emoji-grounded", "fmn_nb.emoji.training.grounded:GroundedPretraining",
-                         ("grounded", "quality"), ("grounded", "quality"), f"{ORACLE}-grounded"),
+                         ("grounded", "quality"), ("grounded", "quality"), GROUNDED_ORACLE),
 }
 
 
