@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,24 +251,40 @@ def identity_of(bench: Bench) -> dict[str, Any]:
 
 def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
     """Job -> {"row": its row in the table in `out`}, if that table was made in the same way and the job with the same
-    settings; none for jobs that end in attacks.
+    settings and attacks; with `attack` and `oracle` as a result has them, where the job ends in these.
     """
     import pandas as pd
 
     try:
         made, table = read_json(out / RESULTS_FILE), pd.read_csv(out / TABLE_FILE)
         said = {name: made[name] for name in identity_of(bench)}
-        rows = {(row["concept"], row["preset"], row["seed"]): row
-                for row in table.drop(columns=TUNED_ON, errors="ignore").to_dict("records")}
-        settings, size = made["settings"], made["size"]
+        settings, size, budget = made["settings"], made["size"], made.get("attack", {}).get("budget")
+        beside = {name: value for name, value in made.get("oracle", {}).items() if name != "summary"}
+        above = pd.read_csv(out / EXCESS_FILE).fillna({"budget": ""}) if beside else table[:0]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     if said != identity_of(bench):
         return {}
-    return {job: {"row": rows[place]} for job in jobs
-            if (place := (job.concept.name, job.preset, job.seed)) in rows and job.size == size
-            and settings.get(job.preset) == job.settings.to_dict() and not bench.attacks(job)
-            and not bench.compares(job)}
+    rows, excess = _by_job(table), _by_job(above)
+    kept: dict[Job, dict[str, Any]] = {}
+    for job in jobs:
+        place = job.concept.name, job.preset, job.seed
+        if place not in rows or job.size != size or settings.get(job.preset) != job.settings.to_dict():
+            continue
+        attacks, compares = bench.attacks(job), bench.compares(job)
+        if attacks and budget != asdict(bench.attack):
+            continue
+        if compares and (place not in excess or beside != bench.compared_with):
+            continue
+        kept[job] = {"row": rows[place][0], **({"attack": {"budget": budget}} if attacks else {}),
+                     **({"oracle": {"compared_with": beside, "excess": excess[place]}} if compares else {})}
+    return kept
+
+
+def _by_job(table: pd.DataFrame) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """A written table's rows as they were measured, by concept, preset and seed."""
+    measured = table.drop(columns=TUNED_ON, errors="ignore")
+    return {place: rows.to_dict("records") for place, rows in measured.groupby(["concept", "preset", "seed"])}
 
 
 def left_of(bench: Bench, jobs: Sequence[Job], kept: Mapping[Job, Any] | None = None) -> list[Job]:
@@ -377,6 +393,7 @@ def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ())
 
     rows = []
     for job, result in found.items():
+        rows += [{**row, "tuned_on": job.concept.name in tuned} for row in result.get("oracle", {}).get("excess", ())]
         revive = result.get("oracle", {}).get("steps_to_revive", {})
         for attack in result.get("oracle", {}).get("attacks", ()):
             back = revive.get(attack["attack"], {})

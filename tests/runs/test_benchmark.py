@@ -318,6 +318,9 @@ def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few) -> None
     table = pd.read_csv(run(attacked, jobs) / "results.csv")
     assert table["attack_images"].fillna(0).tolist() == [2, 0]
     assert all(attacked.stored(job) for job in jobs), "both are done"
+    shutil.rmtree(bench.work)
+    pd.testing.assert_frame_equal(pd.read_csv(run(attacked, jobs) / "results.csv"), table)
+    assert not list(bench.work.glob("*.json")), "the table keeps the attack"
 
 
 def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, oracle_folder, monkeypatch) -> None:
@@ -343,8 +346,16 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     assert said["summary"][0]["excess"] == 0.5 and said["budgets"] and len(said["oracles"]) == 1
     assert beside.stored(jobs[0]) and not bench.oracles and bench.stored(jobs[0]), "done, with it and without"
     assert replace(beside, beside=("relearning",)).stored(jobs[0]) is None, "other attacks"
-    monkeypatch.setattr(measure, "read_budgets", lambda: SimpleNamespace(source="others"))
-    assert replace(beside).stored(jobs[0]) is None and replace(beside).stored(jobs[1]), "other budgets"
+    with monkeypatch.context() as later:
+        later.setattr(measure, "read_budgets", lambda: SimpleNamespace(source="others"))
+        assert replace(beside).stored(jobs[0]) is None and replace(beside).stored(jobs[1]), "other budgets"
+    before, made = [pd.read_csv(out / name) for name in ("results.csv", EXCESS_FILE)], read_json(out / "results.json")
+    shutil.rmtree(bench.work)
+    assert run(beside, jobs) == out and not list(bench.work.glob("*.json")), "a table keeps its attacks as well"
+    for name, table in zip(("results.csv", EXCESS_FILE), before, strict=True):
+        pd.testing.assert_frame_equal(pd.read_csv(out / name), table)
+    assert read_json(out / "results.json") == made
+    assert jobs[0] not in kept_rows(replace(beside, beside=("relearning",)), jobs, out), "other attacks"
 
 
 def test_excess_is_averaged_over_concepts_that_no_tuning_saw() -> None:
