@@ -21,6 +21,7 @@ MAP_COLOURS, MATRIX_COLOURS = "viridis", "cividis"
 DARK, BRIGHT = "#00224e", "#a69d75"  # of cividis, for two things that belong together
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "^", "s", "D", "v", "P")
+LOOKS = len(COLOURS) * len(MARKERS)  # pairs of these, before `look` repeats itself
 
 
 class InlineFigure(Figure):
@@ -75,7 +76,7 @@ def few_colours(image: Image.Image, most: int = 256) -> Image.Image:
 
 
 def look(number: int) -> tuple[str, str]:
-    """(colour, marker) of a figure's group, another pair for each of the first 36."""
+    """(colour, marker) of a figure's group, another pair for each of the first `LOOKS`."""
     return COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 

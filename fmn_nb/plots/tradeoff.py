@@ -41,7 +41,7 @@ def tradeoff_figure(points: pd.DataFrame, title: str = "forgetting against keepi
     return figure
 
 
-def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
+def forgetting_against_keeping(table: pd.DataFrame, groups: Mapping[str, str] | None = None) -> InlineFigure:
     """A point per concept and preset, the mean over its seeds: UA to the right, the mean of IRA and CRA upwards.
 
     The dashed line is the ceiling of keeping: the base model's own mean of IRA and CRA, over the same concepts; the
@@ -49,6 +49,7 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
 
     Args:
         table: columns preset, concept, ua, ira, cra, base_ira, base_cra, as `fmn-nb benchmark` writes them.
+        groups: preset -> a group that shares its look, if there are more presets than looks; then presets are named.
 
     Raises:
         ValueError: an empty table.
@@ -58,10 +59,11 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     columns = ["ua", "ira", "cra", "base_ira", "base_cra"]
     means = table.groupby(["preset", "concept"], sort=False)[columns].mean().reset_index()
     ceiling = float(means[["base_ira", "base_cra"]].to_numpy().mean())
-    points = pd.DataFrame({"group": means["preset"], "x": means["ua"], "y": means[["ira", "cra"]].mean(axis=1)})
+    group = means["preset"].map(groups or (lambda preset: preset))
+    points = pd.DataFrame({"group": group, "x": means["ua"], "y": means[["ira", "cra"]].mean(axis=1)})
     distance = ((1 - points["x"]) ** 2 + (ceiling - points["y"]).clip(lower=0) ** 2) ** 0.5
     rank = distance.groupby(points["group"]).rank(ascending=False, method="first")
-    points["name"] = means["concept"].where((distance > CORNER) & (rank <= NAMED), "")
+    points["name"] = means["preset" if groups else "concept"].where((distance > CORNER) & (rank <= NAMED), "")
     figure, (axes,) = new_figure(6.4, 5.0)
     axes.axhline(ceiling, color="0.35", linestyle="--", linewidth=1, label=f"ceiling: the base model, {ceiling:.2f}")
     axes.plot(1, ceiling, marker="*", markersize=16, color="0.35", linestyle="none", label="the aim", zorder=1)
@@ -69,18 +71,20 @@ def forgetting_against_keeping(table: pd.DataFrame) -> InlineFigure:
     axes.set(**_square(), title="Forgetting against keeping")
     _legend(axes, "lower left")
     _names_apart(axes)
-    sentences = [f"{preset}: {len(rows)} concepts, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
-                 for preset, rows in points.groupby("group", sort=False)]
+    what = "points" if groups else "concepts"
+    sentences = [f"{name}: {len(rows)} {what}, UA {rows['x'].mean():.2f} on average, kept {rows['y'].mean():.2f}"
+                 for name, rows in points.groupby("group", sort=False)]
     figure.words = f"The base model keeps {ceiling:.2f}. " + ". ".join(sentences) + "."
     return figure
 
 
-def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
+def cost_of_presets(summary: Sequence[Mapping[str, Any]], groups: Mapping[str, str] | None = None) -> InlineFigure:
     """What each preset costs and gives, one point each: H upwards with its 95% interval over concepts; to the right,
     the seconds of forgetting in one panel and the patch's bytes in the other.
 
     Args:
         summary: rows with preset, kind, h, seconds and patch_bytes, as results.json of `fmn-nb benchmark` has them.
+        groups: preset -> a group that shares its look, if there are more presets than looks.
 
     Raises:
         ValueError: no row is of all kinds.
@@ -89,8 +93,10 @@ def cost_of_presets(summary: Sequence[Mapping[str, Any]]) -> InlineFigure:
     if not rows:
         raise ValueError("no rows to show")
     bounds = [row.get("h_ci95", (row["h"], row["h"])) for row in rows]
-    points = pd.DataFrame({"group": [row["preset"] for row in rows], "name": "", "y": [row["h"] for row in rows],
-                           "y_low": [low for low, _ in bounds], "y_high": [high for _, high in bounds]})
+    shared = groups or {}
+    points = pd.DataFrame({"group": [shared.get(row["preset"], row["preset"]) for row in rows], "name": "",
+                           "y": [row["h"] for row in rows], "y_low": [low for low, _ in bounds],
+                           "y_high": [high for _, high in bounds]})
     figure, panels = new_figure(9.0, 3.8, 2, sharey=True)
     costs = {"seconds": "seconds of forgetting", "patch_bytes": "bytes of the patch"}
     for axes, (cost, label) in zip(panels, costs.items(), strict=True):

@@ -25,7 +25,7 @@ from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import Vocabulary
 from fmn_nb.evaluation.protocol import REPEATS
 from fmn_nb.files import read_json, read_yaml, replacing, versions, write_json, write_text
-from fmn_nb.forgetting.settings import PRESETS, Settings, SettingsError, settings_for
+from fmn_nb.forgetting.settings import FACTS, PRESETS, Settings, SettingsError, settings_for
 from fmn_nb.models.arguments import checked_seed
 from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
@@ -344,11 +344,27 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
         "summary": means, **attacks, **told,
     })
-    for name, figure in (("forgetting-against-keeping", forgetting_against_keeping(table)),
-                         ("cost", cost_of_presets(means))):
+    groups = groups_of({job.preset: job.settings for job in found})
+    for name, figure in (("forgetting-against-keeping", forgetting_against_keeping(table, groups)),
+                         ("cost", cost_of_presets(means, groups))):
         with replacing(out / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", metadata={"Description": figure.words})
     return out / TABLE_FILE
+
+
+def groups_of(variants: Mapping[str, Settings]) -> dict[str, str] | None:
+    """What shares a look in the figures if there are more variants than looks: the method, and what it trains if that
+    differs between its variants. None if each can have its own.
+    """
+    from fmn_nb.plots.style import LOOKS
+
+    if len(variants) <= LOOKS:
+        return None
+    ways = {name: settings.train if FACTS[settings.method].trains else "" for name, settings in variants.items()}
+    differing = {one.method for one in variants.values()
+                 if len({ways[name] for name, other in variants.items() if other.method == one.method}) > 1}
+    return {name: settings.method + (f", {ways[name]}" if settings.method in differing else "")
+            for name, settings in variants.items()}
 
 
 def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:

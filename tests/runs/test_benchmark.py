@@ -21,6 +21,7 @@ from fmn_nb.evaluation.oracle import OracleReport
 from fmn_nb.evaluation.session import Sampling
 from fmn_nb.files import read_json
 from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
+from fmn_nb.plots.style import LOOKS
 from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 from fmn_nb.runs import executors, measure
 from fmn_nb.runs.benchmark import (
@@ -28,6 +29,7 @@ from fmn_nb.runs.benchmark import (
     EXCESS_FILE,
     BenchmarkError,
     excess_summary,
+    groups_of,
     kept_rows,
     plan_jobs,
     read_overrides,
@@ -364,6 +366,20 @@ def test_excess_is_averaged_over_concepts_that_no_tuning_saw() -> None:
             for name, s in (("cat", 1.0), ("dog", 0.3), ("frog", 0.5))]
     (mean,) = excess_summary(pd.DataFrame(rows))
     assert mean["concepts"] == 2 and mean["excess"] == pytest.approx(0.3) and len(mean["excess_ci95"]) == 2
+
+
+def test_more_variants_than_looks_share_those_of_their_methods() -> None:
+    few = {f"esd-{rate}": settings_for("esd-x", {"learning_rate": rate * 1e-4}) for rate in range(1, LOOKS + 1)}
+    assert groups_of(few) is None
+    assert set(groups_of({**few, "uce": PRESETS["uce"]}).values()) == {"esd", "uce"}
+    apart = groups_of({**few, "uce": PRESETS["uce"], "esd-u": PRESETS["esd-u"]})
+    assert (apart["esd-1"], apart["esd-u"], apart["uce"]) == ("esd, lora", "esd, except_cross_attention", "uce")
+    table = pd.DataFrame([{"preset": name, "concept": "cat", "ua": 0.5, "ira": 1.0, "cra": 1.0, "base_ira": 1.0,
+                           "base_cra": 1.0} for name in apart])
+    costs = [{"preset": name, "kind": "all", "h": 0.5, "seconds": 1.0, "patch_bytes": 10.0} for name in apart]
+    for figure in (forgetting_against_keeping(table, apart), cost_of_presets(costs, apart)):
+        names = {text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()}
+        assert names >= set(apart.values()) and not names & set(few)
 
 
 def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
