@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,13 +271,13 @@ def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[st
         place = job.concept.name, job.preset, job.seed
         if place not in rows or job.size != size or settings.get(job.preset) != job.settings.to_dict():
             continue
-        attacks, compares = bench.attacks(job), bench.compares(job)
-        if attacks and budget != asdict(bench.attack):
+        if not bench.ends_as_asked(job, budget, beside if place in excess else None):
             continue
-        if compares and (place not in excess or beside != bench.compared_with):
-            continue
-        kept[job] = {"row": rows[place][0], **({"attack": {"budget": budget}} if attacks else {}),
-                     **({"oracle": {"compared_with": beside, "excess": excess[place]}} if compares else {})}
+        kept[job] = {"row": rows[place][0]}
+        if bench.attacks(job):
+            kept[job]["attack"] = {"budget": budget}
+        if bench.compares(job):
+            kept[job]["oracle"] = {"compared_with": beside, "excess": excess[place]}
     return kept
 
 
@@ -360,11 +360,11 @@ def groups_of(variants: Mapping[str, Settings]) -> dict[str, str] | None:
 
     if len(variants) <= LOOKS:
         return None
-    ways = {name: settings.train if FACTS[settings.method].trains else "" for name, settings in variants.items()}
-    differing = {one.method for one in variants.values()
-                 if len({ways[name] for name, other in variants.items() if other.method == one.method}) > 1}
-    return {name: settings.method + (f", {ways[name]}" if settings.method in differing else "")
-            for name, settings in variants.items()}
+    trained: dict[str, set[str]] = {}
+    for one in variants.values():
+        trained.setdefault(one.method, set()).add(one.train if FACTS[one.method].trains else "")
+    return {name: f"{one.method}, {one.train}" if len(trained[one.method]) > 1 else one.method
+            for name, one in variants.items()}
 
 
 def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:

@@ -106,9 +106,13 @@ class Bench:
         if not (file := self.file_of(job)).is_file():
             return None
         result = read_json(file)
-        attacked = not self.attacks(job) or result.get("attack", {}).get("budget") == asdict(self.attack)
-        compared = not self.compares(job) or result.get("oracle", {}).get("compared_with") == self.compared_with
-        return result if attacked and compared else None
+        budget, beside = result.get("attack", {}).get("budget"), result.get("oracle", {}).get("compared_with")
+        return result if self.ends_as_asked(job, budget, beside) else None
+
+    def ends_as_asked(self, job: Job, budget: Any, beside: Any) -> bool:
+        """Whether a result with an attack of that budget, compared with what `beside` says, has all the job ends in."""
+        return ((not self.attacks(job) or budget == asdict(self.attack))
+                and (not self.compares(job) or beside == self.compared_with))
 
     def attacks(self, job: Job) -> bool:
         """Whether the job ends in an attack."""
