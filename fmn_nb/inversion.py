@@ -65,7 +65,8 @@ class InversionSettings:
                 raise InversionError(f"{name} must be a whole number from 1, not {getattr(self, name)!r}")
         if self.norm not in ("vocabulary", "free") and not (isinstance(self.norm, (int, float)) and self.norm > 0):
             raise InversionError(f"norm is a positive number, 'vocabulary' or 'free', not {self.norm!r}")
-        if not all(isfinite(x) and x >= 0 for x in (self.learning_rate, self.weight_decay, self.warmup)):
+        numbers = self.learning_rate, self.weight_decay, self.warmup
+        if not all(isinstance(x, (int, float)) and isfinite(x) and x >= 0 for x in numbers):
             raise InversionError("learning_rate, weight_decay and warmup must be finite numbers from 0")
 
 

@@ -23,7 +23,8 @@ from fmn_nb.attacks.budgets import GROUNDING, Budgets, read_budgets
 from fmn_nb.attacks.curves import CURVES, IMAGES, REVIVED, Tries, mean_curve, success_curve
 from fmn_nb.attacks.grounding import grounded_oracle, shown_by_way
 from fmn_nb.attacks.relearning import steps_until
-from fmn_nb.concepts import Concept
+from fmn_nb.concepts import Concept, NotThereError
+from fmn_nb.control import InteractionError
 from fmn_nb.control.grounding import grounding_of
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
 from fmn_nb.evaluation.oracle import apart
@@ -96,7 +97,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
         revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
     try:
         rows |= grounding_rows(session, concept, patch, oracles, seeds, images) if budgets.grounding else {}
-    except MeasurementError as error:
+    except (MeasurementError, InteractionError) as error:
         missing["grounding"] = str(error)
     table = pd.DataFrame.from_dict(rows, orient="index")
     if rows:
@@ -142,8 +143,8 @@ def grounding_rows(session: Session, concept: Concept, patch: Patch | None, orac
             shown = shown_by_way(model, concept, change, images, seed)
             return pd.DataFrame({"attack": shown.columns, "successes": shown.sum().to_numpy(), "images": len(shown)})
 
-        return _cached(model, change, measure, [
-            concept.kind, concept.name, "grounding", images, seed, digest_of(grounding_of(model.pipe))])
+        return _cached(model, concept, change, measure, [
+            "grounding, seen", images, seed, digest_of(grounding_of(model.pipe))])
 
     known = [counted(session, None, seed) for seed in seeds]
     tables = {"forgetting model": known if patch is None else [counted(session, patch, seed) for seed in seeds],
@@ -159,20 +160,28 @@ def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: st
     def measure() -> Curve:
         return success_curve(session, concept, patch, attack, tries)
 
-    return _cached(session, patch, measure, [
-        concept.kind, concept.name, attack, list(tries.at), tries.images, tries.seed])
+    return _cached(session, concept, patch, measure, [attack, list(tries.at), tries.images, tries.seed])
 
 
-def _cached(session: Session, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:
-    """What `measure` finds; of an unpatched model it is kept in the session's cache."""
-    cache = session.sampling.cache
-    return measure() if patch is not None or cache is None else _kept(Path(cache), session, measure, said)
+def _cached(session: Session, concept: Concept, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:
+    """What `measure` finds; of an unpatched model, judged by a network, it is kept in the session's cache."""
+    cache, judge = session.sampling.cache, _judge_digest(session, concept)
+    if patch is not None or cache is None or judge is None:
+        return measure()
+    return _kept(Path(cache), session, measure, [judge, concept.kind, concept.name, concept.phrase, *said])
+
+
+def _judge_digest(session: Session, concept: Concept) -> str | None:
+    """A sum over the judge's weights; None without a judge, or where it isn't a network."""
+    try:
+        judge = session.judge_for(concept)
+    except NotThereError:  # which `measure` says better
+        return None
+    return digest_of(judge) if isinstance(judge, nn.Module) else None
 
 
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:
-    judge = session.judge or session.world
-    who = digest_of(judge) if isinstance(judge, nn.Module) else type(judge).__name__
-    key = digest([drawing_key(session.pipe, session.sampling.steps, session.sampling.guidance, who, *said)])
+    key = digest([drawing_key(session.pipe, session.sampling.steps, session.sampling.guidance, *said)])
     file = cache / "attacks" / f"{key[:24]}.csv"
     try:
         return pd.read_csv(file)

@@ -19,9 +19,9 @@ from fmn_nb.attacks.attack import Attack
 from fmn_nb.concepts import Concept
 from fmn_nb.control import How, Interaction, draw_grounded, with_grounding
 from fmn_nb.control.grounding import require_gated
-from fmn_nb.evaluation import MeasurementError, Session, share_of
+from fmn_nb.evaluation import MeasurementError, Session, judge_images, share_of
 from fmn_nb.evaluation.protocol import Drawing
-from fmn_nb.models import generate
+from fmn_nb.models import denoiser, generate
 from fmn_nb.models.gated import base_digest, is_gated
 from fmn_nb.patches import Patch
 from fmn_nb.stats import difference_interval
@@ -87,7 +87,8 @@ def grounding_attack(pipe: DiffusionPipeline | Session, concept: Concept | str, 
 
 def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: int, seed: int, how: How | None = None,
                  synonym: str | None = None) -> pd.DataFrame:
-    """Whether each image of one model shows the concept: a row for each drawing, a column for each attack.
+    """Whether each image of one model shows the concept, alone or beside something else: a row for each drawing, a
+    column for each attack.
 
     Raises: as `grounding_attack`.
     """
@@ -101,7 +102,8 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
         for way in WAYS:
             worded = replace(how, said=_said(concept, synonym) if way.synonym else {})
             images = _draw(session.pipe, concept, asked, way, others, worded)
-            shown[way.attack] = session.shows(concept, asked, images)
+            judged = judge_images(session.judge_now(concept), concept, asked, images, session.vocabulary)
+            shown[way.attack] = ~judged["gone"].astype(bool)  # also where something else stands out more
     return pd.DataFrame(shown)
 
 
@@ -150,9 +152,10 @@ def grounded_oracle(oracle: DiffusionPipeline, like: DiffusionPipeline) -> Diffu
     Raises:
         MeasurementError: the oracle has none of its own, and its other weights differ.
     """
-    if is_gated(oracle.unet):
+    own = denoiser(oracle)
+    if is_gated(own):
         return oracle
-    if base_digest(oracle.unet.state_dict()) != base_digest(like.unet.state_dict()):
+    if base_digest(own.state_dict()) != base_digest(denoiser(like).state_dict()):
         raise MeasurementError("the oracle has no gated layers, and those of another model draw nothing on it: take "
                                "'emoji-oracle-grounded', or train its own beside it (fmn-nb pretrain --organism "
                                "grounded, with the oracle's --without)")

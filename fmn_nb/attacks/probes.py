@@ -275,6 +275,7 @@ def judges_guidance(probed: Probed) -> Seen:
             clean.requires_grad_()
             pixels = pipe.vae.decode((clean / scale + shift).to(pipe.vae.dtype), return_dict=False)[0]
             (gradient,) = torch.autograd.grad(wanted(pixels).sum(), clean)
+        gradient = gradient.float()  # half precision would lose its square
         size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12).reshape(-1, 1, 1, 1)
         return {"latents": latents + PUSH * (1 - share) ** 0.5 * (gradient / size).to(latents)}
 
@@ -294,11 +295,11 @@ def concept_logit(judge: Any, concept: Concept, session: Session) -> Callable[[T
     label = concept.name if concept.kind == "style" else session.vocabulary.target_label(concept)
     if not isinstance(judge, nn.Module) or label not in names:
         raise NotProbedError("the judge gives no gradient: it isn't a network with labels and styles")
-    place = list(names).index(label)
+    place, device = list(names).index(label), next(judge.parameters()).device
 
     def wanted(pixels: Tensor) -> Tensor:
         sized = F.interpolate(pixels.float(), (judge.config.image_size,) * 2, mode="bilinear", align_corners=False)
-        labels, styles = judge(sized)
+        labels, styles = judge(sized.to(device))
         return styles.log_softmax(1)[:, place] if concept.kind == "style" else F.logsigmoid(labels[:, place])
 
     return wanted

@@ -89,7 +89,8 @@ def begin_search(session: Session, concept: Concept, references: Images | None, 
     Raises:
         MeasurementError: too few references, or no tokenizer with whole words.
     """
-    prompts = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
+    shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
+    prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
     pictures = session.references(concept, references, budget.references, seed)
     known = whole_words(session.pipe, concept)
     asked, generator = session.fresh_drawings(concept, budget.images, seed), seeded(seed, Stream.PROMPT_SEARCH)

@@ -136,5 +136,5 @@ def _tuning(session: Session, latents: Latents, prompts: Sequence[str], budget: 
 
 def steps_until(table: pd.DataFrame, share: float = 0.5) -> int | None:
     """The fewest steps in the table after which at least this share of images shows the concept, or None."""
-    reached = table.loc[table["share"] >= share, "steps"]
+    reached = table.loc[table["successes"] >= share * table["images"], "steps"]  # a mean of shares rounds
     return int(reached.min()) if len(reached) else None

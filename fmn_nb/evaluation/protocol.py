@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any, Literal
 
 import pandas as pd
@@ -59,10 +60,10 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
         raise ValueError(f"{size!r} is not a size of evaluation; choose quick or full")
     vocabulary.check(concept)
     left, openings = vocabulary.others(concept), vocabulary.openings[:NAME_PROMPTS]
-    stride = max(1, len(vocabulary.objects) * len(vocabulary.styles) // QUICK_RETAIN_SET) if size == "quick" else 1
+    chosen = _some(len(vocabulary.objects), len(vocabulary.styles), QUICK_RETAIN_SET if size == "quick" else None)
     retain = [draw(name, style, "retain", "style" if concept.kind == "style" else "object")
               for i, name in enumerate(vocabulary.objects) for j, style in enumerate(vocabulary.styles)
-              if name in left.objects and style in left.styles and (i + j) % stride == 0]
+              if name in left.objects and style in left.styles and (i, j) in chosen]
     if concept.kind == "style":
         forget = [draw(name, concept.name, "forget", "style") for name in left.objects]
     elif concept.kind == "identity":
@@ -73,6 +74,17 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
         forget = [draw(concept.name, style, "forget", "object", label) for style in vocabulary.styles]
     repeats = max(REPEATS[size], FORGET_SET[size] // len(forget))
     return repeated(forget, repeats, seed) + repeated(retain, REPEATS[size], seed)
+
+
+def _some(objects: int, styles: int, about: int | None) -> set[tuple[int, int]]:
+    """About this many of all (object, style), each object and each style about equally often; None: all of them."""
+    stride = 1 if about is None else max(1, objects * styles // about)
+    every = [(i, j) for i in range(objects) for j in range(styles)]
+    if stride <= max(objects, styles):
+        return {(i, j) for i, j in every if (i + j) % stride == 0}
+    while gcd(stride, styles) > 1:  # or only some styles would ever be chosen
+        stride += 1
+    return set(every[::stride])
 
 
 def sentence(things: Sequence[str], style: str | None = None, style_phrase: str = "in the style of {}") -> str:

@@ -131,6 +131,8 @@ class Session:
 
         They are drawn with other seeds than the evaluation's, so that an attack isn't judged on images that chose it.
         """
+        if count < 1:
+            raise MeasurementError(f"at least one image is needed, not {count}")
         forget = [d for d in drawings(concept, self.vocabulary, seed) if d.role == "forget"]
         prompts = evenly(list({d.prompt: d for d in forget}.values()), count)
         rounds = -(-count // len(prompts))

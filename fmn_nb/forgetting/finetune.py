@@ -288,7 +288,7 @@ def joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for report in reports[1:]:
         for name, value in report.items():
             if isinstance(value, list) or name in ("steps", "seconds", "trainable_parameters"):
-                joined[name] = joined[name] + value
+                joined[name] = joined.get(name, type(value)()) + value
         joined["loss_last"] = report["loss_last"]
         joined["peak_memory_bytes"] = max(joined["peak_memory_bytes"], report["peak_memory_bytes"])
         if report["stopped_because"] not in joined["stopped_because"]:

@@ -49,6 +49,7 @@ FACTS: dict[str, Facts] = {
     "mace": Facts(True, "of the concept, with masks", True, True, "arXiv 2403.06135"),
 }
 
+MIDDLE_ENDS = 0.7  # of the schedule: above it, `time_density` "middle" is next to 0
 Part = Literal["words", "later", "first_eot", "padding", "every_eot"]
 Few = Annotated[int, Field(ge=1, le=4096)]  # what goes through the model, or stands in it, at once
 Many = Annotated[int, Field(ge=1, le=100_000)]  # images, or steps of one
@@ -239,6 +240,13 @@ class Settings(BaseModel):
         if self.method == "ca" and self.noise_on == "trajectories" and self.prior_weight:
             raise ValueError("method 'ca' with a prior_weight needs noise that it knows: noise_on='guide', or "
                              "prior_weight=0")
+        if self.method == "mace" and self.null_space:
+            raise ValueError("method 'mace' fuses its change by weights, which a null space doesn't survive: set "
+                             "preserve_scale instead of null_space")
+        if self.time_density == "middle" and (self.time_from > MIDDLE_ENDS or self.noise_on == "trajectories"):
+            raise ValueError("time_density='middle' draws timesteps around the middle of the schedule: it needs "
+                             f"time_from at most {MIDDLE_ENDS}, and noise that isn't on trajectories, which have "
+                             "timesteps of their own")
         if not self.guide and (self.method not in ("fmn", "adversarial") or self.noise_on == "guide"):
             raise ValueError(f"method '{self.method}' with noise_on='{self.noise_on}' needs a guide: 'empty', "
                              "'without', 'another' or a word")
@@ -312,8 +320,8 @@ PRESETS: dict[str, Settings] = {
     # all of it. The numbers beside the rounds are those of "balanced", with twice its batch for the finds.
     "adversarial": Settings(**{**_BALANCED, "method": "adversarial", "batch_size": 8, "steps": 60}),
     # The methods beside it, each with what is published of it in its own file: the best by mean H of 20 trials of each
-    # on one object and one style (data/results/tuning-methods), and of equals the first. For every method the best guide
-    # was another name of the kind, also where the paper has the empty prompt.
+    # on one object and one style (data/results/tuning-methods), and of equals the first. For every method the best
+    # guide was another name of the kind, also where the paper has the empty prompt.
     "uce": Settings(method="uce", guide="another", projections=_KEYS_AND_VALUES, tokens="later", erase_scale=10.0,
                     preserve_scale=1.0),
     "esd-x": Settings(**_ESD, learning_rate=5e-4),
@@ -359,5 +367,5 @@ def settings_for(preset: str | Settings, overrides: Mapping[str, Any]) -> Settin
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -280,7 +280,7 @@ def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[i
         like: an earlier result for the same pipeline and size, so that its arguments are examined only once.
 
     Raises:
-        UnsupportedPipelineError: the pipeline needs a picture to draw.
+        UnsupportedPipelineError: the pipeline needs a picture to draw, or counts its timesteps the other way round.
     """
     require_text_to_image(pipe)
     with borrowed(pipe):
@@ -290,6 +290,9 @@ def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[i
             rows = {n: v for n, v in one.items() if isinstance(v, Tensor) and v.ndim and len(two[n]) == 2 * len(v)}
             shared = {name: value for name, value in one.items() if name not in rows}
             first = float(pipe.scheduler.timesteps[0])
+            if first and not time:
+                raise UnsupportedPipelineError(f"{type(pipe).__name__} counts time from noise (0) to the clean image; "
+                                               "the kit trains only models whose time grows with the noise")
             like = Conditions(rows, shared, tuple(latents.shape[1:]), time / first if first else 1.0)
         calls = [_first_call(pipe, prompts[start:start + _ENCODED_AT_ONCE], size, with_gradient)
                  for start in range(0, len(prompts), _ENCODED_AT_ONCE)]

@@ -219,7 +219,7 @@ def generate_trajectories(pipe: DiffusionPipeline, prompts: Sequence[str], *, se
                           size: tuple[int, int] | None = None, cache: str | Path | None = None,
                           ) -> tuple[Latents, Tensor]:
     """What the denoiser gets on the way to each prompt's image: noisy latents, image after image, each from pure noise
-    on, and the timestep of each, [images * steps].
+    on, and the timestep of each, [images * calls]: some schedulers call the denoiser more than once for a step.
 
     Images and errors are those of `generate_latents` with the same arguments.
     """

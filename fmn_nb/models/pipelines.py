@@ -300,9 +300,13 @@ def _check_config_in_reach(file: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def require_text_to_image(pipe: DiffusionPipeline | type[DiffusionPipeline]) -> None:
-    """Raise UnsupportedPipelineError for a pipeline (or its class) that needs a picture besides the prompt."""
+    """Raise UnsupportedPipelineError for a pipeline (or its class) that needs a picture besides the prompt, or that
+    draws videos."""
     kind = pipe if isinstance(pipe, type) else type(pipe)
-    wanted = [name for name in inspect.signature(kind.__call__).parameters if name in _PICTURES]
+    taken = inspect.signature(kind.__call__).parameters
+    if "num_frames" in taken:
+        raise UnsupportedPipelineError(f"{kind.__name__} draws videos; load a text-to-image model")
+    wanted = [name for name in taken if name in _PICTURES]
     if wanted and not _PICTURE_IS_OPTIONAL.match(kind.__name__):
         raise UnsupportedPipelineError(
             f"{kind.__name__} draws from a picture ({', '.join(wanted)}), not from a prompt alone; make a "

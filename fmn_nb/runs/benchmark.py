@@ -271,7 +271,8 @@ def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[st
         place = job.concept.name, job.preset, job.seed
         if place not in rows or job.size != size or settings.get(job.preset) != job.settings.to_dict():
             continue
-        if not bench.ends_as_asked(job, budget, beside if place in excess else None):
+        attacked = pd.notna(rows[place][0].get("attack_success"))
+        if not bench.ends_as_asked(job, budget if attacked else None, beside if place in excess else None):
             continue
         kept[job] = {"row": rows[place][0]}
         if bench.attacks(job):
@@ -339,6 +340,8 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
         write_text(out / EXCESS_FILE, excess.to_csv(index=False, lineterminator="\n"))
         first = next(result["oracle"]["compared_with"] for result in found.values() if "oracle" in result)
         attacks["oracle"] = {**first, "summary": excess_summary(excess)}
+    else:
+        (out / EXCESS_FILE).unlink(missing_ok=True)  # of other settings
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),

@@ -2,7 +2,7 @@
 
 import pytest
 from gated import gated
-from judges import cats
+from judges import Puppet, cats
 from quick import quick
 
 from fmn_nb.attacks import floor, grounded_oracle, grounding_attack, grounding_table
@@ -44,6 +44,11 @@ def test_each_way_counts_what_the_judge_sees_with_and_without_the_patch(pipe):
     assert len(neutral) == 6 and not any("cat" in text for text in neutral), "boxes alone name it"
 
 
+def test_a_concept_that_something_else_outshines_is_shown_all_the_same(pipe):
+    attacks = attacked(pipe, Puppet(lambda call, image: (("dog", "cat"), "noto")))
+    assert all(attack.after.value == 1 for attack in attacks)
+
+
 def test_success_minus_the_oracles_floor(pipe):
     attacks = attacked(pipe, cats(0, 4, 3, 2))
     floor = attacked(grounded_oracle(pipe, pipe), cats(0, 1, 0, 2))
@@ -58,6 +63,7 @@ def test_success_minus_the_oracles_floor(pipe):
 def test_a_model_with_boxes_is_compared_with_its_oracle_by_them_too(emoji, pipe, oracle, monkeypatch, tmp_path):
     """The unchanged model and the oracle are asked once: what they showed is kept."""
     monkeypatch.setattr(floor, "shown_by_way", lambda *given: shown_by_way(*given, how=HOW))
+    monkeypatch.setattr(floor, "_judge_digest", lambda session, concept: str(len(session.judge.sees.__code__.co_code)))
 
     def rows(judge):
         session = Session.of(pipe, judge, steps=2, cache=tmp_path)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from judges import faithful, outcomes
 
-from fmn_nb.concepts import Concept, same_name
+from fmn_nb.concepts import Concept, Vocabulary, same_name
 from fmn_nb.emoji import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.emoji.world import VOCABULARY, caption
 from fmn_nb.evaluation import Measures, Report, drawings, measure, probe_shares, share_of
@@ -40,6 +40,15 @@ def test_prompts_are_the_captions_that_the_emoji_model_learned():
     for name in OBJECTS:
         assert sentence([name], "noto") == caption([name], "noto")
     assert sentence(["cat", "octopus"], "noto") == caption(["cat", "octopus"], "noto")
+
+
+@pytest.mark.parametrize(("objects", "styles"), [(24, 6), (100, 100), (300, 70), (1, 60), (60, 1)])
+def test_the_quick_retain_set_is_about_as_large_in_any_vocabulary(objects, styles):
+    names = [tuple(f"{kind}{number}" for number in range(count)) for kind, count in (("o", objects), ("s", styles))]
+    open_world = Vocabulary(*names, (), ("a photo of {}",))
+    kept = [d for d in drawings(CAT, open_world) if d.role == "retain"]
+    assert 48 <= len(kept) <= 72 and len({d.label for d in kept}) >= min(objects, 40)
+    assert len({d.style for d in kept}) >= min(styles, 40)
 
 
 def test_two_object_prompts_put_the_concept_on_either_side():

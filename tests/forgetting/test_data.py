@@ -326,6 +326,9 @@ def test_retain_pairs_that_borrow_noisy_latents_borrow_their_timesteps_too() -> 
 @pytest.mark.parametrize(("settings", "says"), [
     ({"preset": "adversarial", "noise_on": "trajectories"}, "needs noise_on='images'"),
     ({"preset": "ca", "noise_on": "trajectories"}, "noise_on='guide', or prior_weight=0"),
+    ({"preset": "mace", "null_space": 0.1}, "set preserve_scale instead of null_space"),
+    ({"preset": "mace", "time_from": 0.75}, "time_density='middle' .* time_from at most 0.7"),
+    ({"preset": "mace", "noise_on": "trajectories"}, "noise that isn't on trajectories"),
 ])
 def test_what_cannot_be_learned_from_is_refused(settings, says) -> None:
     with pytest.raises(SettingsError, match=says):

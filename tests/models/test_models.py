@@ -214,6 +214,13 @@ def test_single_files_that_draw_from_a_picture_are_refused(tmp_path: Path) -> No
             models.load(tmp_path / f"{name}.safetensors", device="cpu")
 
 
+def test_pipelines_that_draw_videos_are_refused() -> None:
+    from diffusers import WanPipeline
+
+    with pytest.raises(models.UnsupportedPipelineError, match="WanPipeline draws videos"):
+        models.require_text_to_image(WanPipeline)
+
+
 def test_every_text_to_image_pipeline_of_diffusers_is_taken_and_those_with_a_picture_are_not() -> None:
     from diffusers.pipelines.auto_pipeline import (
         AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -231,6 +238,6 @@ def test_every_text_to_image_pipeline_of_diffusers_is_taken_and_those_with_a_pic
     both = {kind for kind in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values()
             if models._PICTURE_IS_OPTIONAL.match(kind.__name__)}
     for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
-        assert is_refused(kind) == ("Control" in kind.__name__), kind
+        assert is_refused(kind) == ("Control" in kind.__name__ or "Helios" in kind.__name__), kind  # which draws videos
     for kind in {*AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(), *AUTO_INPAINT_PIPELINES_MAPPING.values()} - both:
         assert is_refused(kind), kind

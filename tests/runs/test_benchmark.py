@@ -204,6 +204,11 @@ def test_a_table_grows_without_its_work_folder(bench: Bench, few, tmp_path: Path
     assert not kept_rows(replace(bench, sampling=Sampling(steps=3, batch=6)), jobs, out), "drawn in another way"
     attacked = replace(bench, attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
     assert not kept_rows(attacked, jobs, out), "to be attacked"
+    twice = short_plan("cat", presets=("balanced",), seeds=(0, 1))
+    run(attacked, twice)
+    shutil.rmtree(bench.work)
+    assert set(kept_rows(attacked, twice, out)) == set(twice), "as attacked as it was: its first seed"
+    assert set(kept_rows(replace(attacked, attack_seed=1), twice, out)) == {twice[0]}, "the other seed wasn't attacked"
     (out / "results.json").write_text("{")
     assert not kept_rows(bench, jobs, out)
 
@@ -357,6 +362,9 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     for name, table in zip(("results.csv", EXCESS_FILE), before, strict=True):
         pd.testing.assert_frame_equal(pd.read_csv(out / name), table)
     assert read_json(out / "results.json") == made
+    run(bench, short_plan("cat", presets=("paper",)))
+    assert not (out / EXCESS_FILE).exists(), "of other jobs"
+    run(beside, jobs)
     assert jobs[0] not in kept_rows(replace(beside, beside=("relearning",)), jobs, out), "other attacks"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmn_nb.attention import architecture_of, pixel_grid, read_columns
-from fmn_nb.models import denoiser
+from fmn_nb.models import UnsupportedPipelineError, denoiser
 
 if TYPE_CHECKING:
     from fmn_nb.forgetting.methods import Seen
@@ -101,6 +101,7 @@ def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Seque
 
     Raises:
         PhraseNotFoundError: the prompt doesn't hold the phrase; the message lists its words.
+        UnsupportedPipelineError: the phrase's columns lie beyond `length`.
     """
     read = read_columns(pipe, prompt, length)
     own = read.find(phrase).columns
@@ -112,6 +113,9 @@ def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Seque
             columns |= {*read.first_eot, *(read.padding if pads_with_it else ())}
         elif part != "words":
             columns |= set(read.part(part, phrase))
+    if columns and max(columns) >= length:
+        raise UnsupportedPipelineError(f"{type(denoiser(pipe)).__name__} joins its encoders' columns itself: which "
+                                       f"of the {length} given ones hold the concept can't be told")
     mask = torch.zeros(length, dtype=torch.bool)
     mask[sorted(columns)] = True
     return mask
