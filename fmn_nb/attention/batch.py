@@ -409,6 +409,16 @@ def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denois
 # ---- what the text columns of a prompt are --------------------------------------------------------------------------
 
 
+def text_parts(pipe: DiffusionPipeline, length: int) -> list[range]:
+    """Which of the `length` text columns come from each tokenizer; the last one's fill what the others leave."""
+    parts, first = [], 0
+    names = architecture_of(denoiser(pipe)).tokenizers
+    for name in names[:-1]:
+        parts.append(range(first, first + getattr(pipe, name).model_max_length))
+        first = parts[-1].stop
+    return [*parts, range(first, length)]
+
+
 def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapping[str, str] | None = None,
                  embeddings: torch.Tensor | None = None) -> PromptTokens:
     """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
@@ -428,11 +438,10 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
     names = architecture.tokenizers
     if not names or (len(names) == 1 and getattr(pipe, names[0], None) is None):
         raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")
-    parts, left, chunked = [], length, False
-    for name in names:
+    parts, chunked = [], False
+    for name, place in zip(names, text_parts(pipe, length), strict=True):
         tokenizer, text = getattr(pipe, name, None), told.get(name, prompt)
-        own, first = left if name == names[-1] else tokenizer.model_max_length, length - left
-        left -= own
+        own, first = len(place), place.start
         unused = PromptTokens(text, ("",) * own, (None,) * own, (), (), (), tuple(range(own)))  # all padding
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         if encoder is None and len(names) > 1 and (embeddings is None or not embeddings[first:first + own].any()):

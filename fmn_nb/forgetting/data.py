@@ -42,6 +42,7 @@ from fmn_nb.models.denoising import (
     latent_grid,
     noisy_batch,
     seeded,
+    with_guidances_empty,
 )
 from fmn_nb.models.images import ReferenceImageError, encode, generate_latents, generate_trajectories, load_images
 
@@ -357,7 +358,7 @@ def retain_set(task: Task, forget: TrainingSet) -> TrainingSet:
     which guidance uses as its uncond branch.
     """
     texts = retain_prompts(task.pipe, task.concepts, task.retain_prompts, task.readings.values())
-    given = conditions(task.pipe, [*texts, ""], size=task.settings.size)
+    given = with_guidances_empty(task.pipe, conditions(task.pipe, [*texts, ""], size=task.settings.size))
     if not task.settings.retain_count:
         pairs = torch.cartesian_prod(torch.arange(len(forget.latents)), torch.arange(len(texts) + 1))  # [pairs, 2]
         return TrainingSet(forget.latents, given, (*texts, ""), *pairs.T, times=forget.times)

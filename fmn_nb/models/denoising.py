@@ -34,6 +34,7 @@ from fmn_nb.models.pipelines import (
 )
 
 _ENCODED_AT_ONCE = 32
+_ZEROED = {"encoder_hidden_states", "added_cond_kwargs.text_embeds"}  # what stands for an empty prompt in SDXL
 
 
 class Stream(IntEnum):
@@ -297,6 +298,17 @@ def conditions(pipe: DiffusionPipeline, prompts: Sequence[str], *, size: tuple[i
         calls = [_first_call(pipe, prompts[start:start + _ENCODED_AT_ONCE], size, with_gradient)
                  for start in range(0, len(prompts), _ENCODED_AT_ONCE)]
     return replace(like, rows={name: torch.cat([call[name] for call in calls]) for name in like.rows})
+
+
+def with_guidances_empty(pipe: DiffusionPipeline, given: Conditions) -> Conditions:
+    """The same, with the last prompt, which is empty, as guidance sees it: zeros where the pipeline is configured so
+    (`force_zeros_for_empty_prompt`, as Stable Diffusion XL is)."""
+    if not getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        return given
+    rows = dict(given.rows)
+    for name in _ZEROED & set(rows):
+        rows[name] = torch.cat([rows[name][:-1], torch.zeros_like(rows[name][-1:])])
+    return replace(given, rows=rows)
 
 
 class _FirstCall(Exception):  # noqa: N818 - a signal, not an error

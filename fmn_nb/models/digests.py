@@ -138,15 +138,30 @@ def digest_of(module: nn.Module) -> str:
 def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
     """A sum over what drawn pixels or latents depend on.
 
-    These are the weights of all parts as they are now (with patches, adapters, learned tokens), the tokenizers' added
-    words, the scheduler's settings, the processor or card, the number of threads, the versions of the libraries, and
-    `settings`: whatever else the caller's drawings depend on, as JSON values.
+    These are the weights of all parts as they are now (with patches, adapters, learned tokens), which adapters are on
+    and how strongly, the tokenizers' added words, the scheduler's settings, the processor or card, the number of
+    threads, the versions of the libraries, and `settings`: whatever else the caller's drawings depend on, as JSON
+    values.
     """
     parts = {name: digest_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}
     scheduler, tokens = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)], added_tokens(pipe)
-    said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *([tokens] if tokens else [])]
+    switches = {name: on for name, part in pipe.components.items() if isinstance(part, nn.Module)
+                if (on := _switches(part))}
+    more = [*([tokens] if tokens else []), *([{"adapters": switches}] if switches else [])]
+    said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *more]
     return digest([json.dumps(said, sort_keys=True, default=str)])
+
+
+def _switches(part: nn.Module) -> dict[str, Any]:
+    """What no weight says of a part's adapters: which are on, and how strongly (PEFT's, and image prompts')."""
+    said: dict[str, Any] = {}
+    for name, module in part.named_modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            said[name] = [scaling, module.active_adapters, module.disable_adapters]
+        if (scale := getattr(getattr(module, "processor", None), "scale", None)) is not None:
+            said[f"{name}.processor"] = scale
+    return said
 
 
 @torch.no_grad()

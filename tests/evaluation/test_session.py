@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from tiny import tiny_sd
 
@@ -155,6 +156,19 @@ def test_a_judged_session_draws_as_it_says(painter, monkeypatch):
     session = Session.of(painter.pipe, steps=3, guidance=7.5, batch=5)
     session.judged(Concept("cat"), WANTED)
     assert asked == [{"steps": 3, "guidance": 7.5, "batch": 5}]
+
+
+def test_an_adapter_switched_off_or_down_is_another_drawing():
+    pipe, keys = tiny_sd(), []
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), adapter_name="one")
+    keys.append(drawing_key(pipe))
+    pipe.unet.set_adapters(["one"], [0.3])
+    keys.append(drawing_key(pipe))
+    pipe.unet.disable_adapters()
+    keys.append(drawing_key(pipe))
+    pipe.unet.enable_adapters()
+    pipe.unet.set_adapters(["one"], [1.0])
+    assert len(set(keys)) == 3 and drawing_key(pipe) == keys[0]
 
 
 def test_another_vector_under_the_same_name_is_another_drawing():

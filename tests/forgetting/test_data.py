@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from quick import quick
 from snapshots import noise_images
-from tiny import tiny_sd
+from tiny import generate, tiny_sd, tiny_sdxl
 
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.forgetting.data import Task, TrainingSet, _bank, forget_set, retain_set, towards_set
@@ -103,6 +103,20 @@ def test_similar_prompts_get_their_share_of_the_retain_set_and_the_empty_one_is_
     assert without_images.latents is forget.latents and without_images.texts == (*prompts, "")
     pairs = zip(without_images.latent_of.tolist(), without_images.prompt_of.tolist(), strict=True)
     assert sorted(pairs) == [(latent, prompt) for latent in range(2) for prompt in range(9)]
+
+
+def test_the_empty_prompt_that_is_kept_is_the_one_that_guidance_uses() -> None:
+    pipe, seen = tiny_sdxl(), {}
+    handle = pipe.unet.register_forward_pre_hook(lambda module, given, named: seen.update(named), with_kwargs=True)
+    try:
+        generate(pipe, "a photo of a dog", guidance=4.0)
+    finally:
+        handle.remove()
+    task = Task(pipe, (Concept("cat"),), settings_for("balanced", {"retain_count": 0}),
+                references={"cat": noise_images(1)}, retain_prompts=["a photo of a dog"])
+    kept = retain_set(task, forget_set(task)).given.at([1, 0])
+    torch.testing.assert_close(kept["encoder_hidden_states"], seen["encoder_hidden_states"])
+    torch.testing.assert_close(kept["added_cond_kwargs"]["text_embeds"], seen["added_cond_kwargs"]["text_embeds"])
 
 
 def test_the_similar_prompts_of_a_large_world_stand_densely_at_the_head_of_the_order() -> None:

@@ -12,6 +12,7 @@ from quick import OTHERS, QUICK
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
+from fmn_nb.attention import read_columns
 from fmn_nb.concepts import Concept, world_of
 from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, settings_for
 from fmn_nb.forgetting.data import Task, forget_set
@@ -208,6 +209,22 @@ def test_in_joint_attention_uce_solves_for_what_takes_in_the_columns_and_the_poo
         w = weight.double()
         wanted = (2.0 * w @ guides.T @ edited + 0.7 * w @ kept.T @ kept + 0.3 * w) @ torch.linalg.inv(gram)
         assert_close(found[f"{module}.weight"].double(), wanted - w)
+
+
+def test_each_text_encoders_columns_are_paired_among_themselves() -> None:
+    pipe = tiny_sd3()
+    task = Task(pipe, ("cat",), settings_for("uce", {"guide": "dog"}), prompts=[PROMPT])
+    seen = next(seen for seen in text_inputs(pipe) if seen.argument == "encoder_hidden_states")
+    said = dict(zip((PROMPT, ANCHOR), seen.embeddings(pipe, [PROMPT, ANCHOR]), strict=True))
+    length, clip = len(said[PROMPT]), pipe.tokenizer.model_max_length
+    cat, dog = (read_columns(pipe, text, length).find(word).columns
+                for text, word in ((PROMPT, "cat"), (ANCHOR, "dog")))
+    assert len(cat) == len(dog) == 2 and cat[0] < clip <= cat[1], "a column of CLIP and one of T5"
+    edited, guides = paired(task, "last", said)
+    assert_close(edited, said[PROMPT][list(cat)])
+    assert_close(guides, said[ANCHOR][list(dog)])
+    edited, _ = paired(task, "later", said)
+    assert len(edited) == (clip - cat[0]) + (length - cat[1])
 
 
 def test_uce_is_a_lora_of_as_many_ranks_as_prompts_that_plain_diffusers_draws_the_same_with(emoji, tmp_path) -> None:

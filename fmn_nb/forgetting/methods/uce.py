@@ -32,7 +32,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fmn_nb.attention import read_columns
+from fmn_nb.attention import read_columns, text_parts
 from fmn_nb.concepts import PromptTokens
 from fmn_nb.forgetting.methods import Edit
 from fmn_nb.forgetting.prompts import retain_prompts
@@ -80,6 +80,8 @@ def solved_for(task: Task, columns: str, every: bool) -> Edit:
 def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(edited, guides), both [n, in]: columns of the prompts that name the concept, and of those that they give way to.
 
+    Each text encoder's columns (Stable Diffusion 3 has CLIP's, then T5's) are paired among themselves.
+
     Args:
         columns: "last", the concept's own last token; "later", that one and all after it, also padding; "others", all
             but the concept's own; of these, the columns before it are paired with themselves: there, a causal text
@@ -91,19 +93,23 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
         for prompt, guide in zip(task.prompts_of(concept), task.guides_of(concept), strict=True):
             own, other, length = said[prompt], said[guide], len(said[prompt])
             read, to = (read_columns(task.pipe, text, length) for text in (prompt, guide))
-            places, shift = read.find(concept.phrase).columns, _end(read) - _end(to)
-            wanted = {"last": [places[-1]], "later": range(places[-1], length),
-                      "others": [column for column in range(length) if column not in places]}[columns]
-            for column in wanted:
-                edited.append(own[column])
-                before = columns == "others" and column < places[0]
-                guides.append(own[column] if before else other[min(max(column - shift, 0), length - 1)])
+            named = read.find(concept.phrase).columns
+            for part in text_parts(task.pipe, length):
+                places, shift = [column for column in named if column in part], _end(read, part) - _end(to, part)
+                if not places:  # the encoder isn't loaded, or its limit cut the concept off
+                    continue
+                wanted = {"last": [places[-1]], "later": range(places[-1], part.stop),
+                          "others": [column for column in part if column not in places]}[columns]
+                for column in wanted:
+                    edited.append(own[column])
+                    before = columns == "others" and column < places[0]
+                    guides.append(own[column] if before else other[min(max(column - shift, part.start), part[-1])])
     return torch.stack(edited), torch.stack(guides)
 
 
-def _end(read: PromptTokens) -> int:
-    """The column of a prompt's end-of-text token; if it was cut off, the number of columns."""
-    return read.first_eot[0] if read.first_eot else len(read.tokens)
+def _end(read: PromptTokens, part: range) -> int:
+    """The column of a prompt's end-of-text token among an encoder's; if it was cut off, the one after the last."""
+    return next((column for column in read.first_eot if column in part), part.stop)
 
 
 def kept_columns(pipe: DiffusionPipeline, kept: Sequence[tuple[str, Tensor]], every: bool) -> Tensor:
