@@ -165,8 +165,9 @@ def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: st
 
 def _cached(session: Session, concept: Concept, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:
     """What `measure` finds; of an unpatched model, judged by a network, it is kept in the session's cache."""
-    cache, judge = session.sampling.cache, _judge_digest(session, concept)
-    if patch is not None or cache is None or judge is None:
+    cache = session.sampling.cache
+    judge = None if patch is not None or cache is None else _judge_digest(session, concept)
+    if judge is None:
         return measure()
     return _kept(Path(cache), session, measure, [judge, concept.kind, concept.name, concept.phrase, *said])
 
