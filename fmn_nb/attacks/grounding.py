@@ -19,7 +19,7 @@ from fmn_nb.attacks.attack import Attack
 from fmn_nb.concepts import Concept
 from fmn_nb.control import How, Interaction, draw_grounded, with_grounding
 from fmn_nb.control.grounding import require_gated
-from fmn_nb.evaluation import MeasurementError, Session, judge_images, share_of
+from fmn_nb.evaluation import MeasurementError, Session, share_of
 from fmn_nb.evaluation.protocol import Drawing
 from fmn_nb.models import denoiser, generate
 from fmn_nb.models.gated import base_digest, is_gated
@@ -102,8 +102,7 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
         for way in WAYS:
             worded = replace(how, said=_said(concept, synonym) if way.synonym else {})
             images = _draw(session.pipe, concept, asked, way, others, worded)
-            judged = judge_images(session.judge_now(concept), concept, asked, images, session.vocabulary)
-            shown[way.attack] = ~judged["gone"].astype(bool)  # also where something else stands out more
+            shown[way.attack] = session.shows(concept, asked, images, anywhere=True)  # an interaction draws two things
     return pd.DataFrame(shown)
 
 

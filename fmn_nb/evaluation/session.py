@@ -117,10 +117,11 @@ class Session:
                                    f"Session.of(pipe, judge=...), such as a ClipJudge ({missing})") from missing
 
     def shows(self, concept: Concept, wanted: Sequence[Drawing], images: Sequence[Image.Image],
-              judge: JudgeLike | None = None) -> pd.Series:
-        """For each of these images, drawn for the drawings, whether the judge (or another) sees the concept in it."""
+              judge: JudgeLike | None = None, anywhere: bool = False) -> pd.Series:
+        """For each of these images, drawn for the drawings, whether the judge (or another) sees the concept in it;
+        `anywhere`: also where something else stands out more."""
         outcomes = judge_images(judge or self.judge_now(concept), concept, wanted, images, self.vocabulary)
-        return ~outcomes["right"].astype(bool)
+        return ~outcomes["gone" if anywhere else "right"].astype(bool)
 
     def seen(self, concept: Concept, wanted: Sequence[Drawing], prompts: Sequence[str] | None = None) -> pd.Series:
         """For each drawing, whether the judge sees the concept in it; `prompts` are drawn in the drawings' places."""

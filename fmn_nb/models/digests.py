@@ -143,11 +143,11 @@ def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
     threads, the versions of the libraries, and `settings`: whatever else the caller's drawings depend on, as JSON
     values.
     """
-    parts = {name: digest_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    parts = {name: digest_of(part) for name, part in modules.items()}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}
     scheduler, tokens = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)], added_tokens(pipe)
-    switches = {name: on for name, part in pipe.components.items() if isinstance(part, nn.Module)
-                if (on := _switches(part))}
+    switches = {name: on for name, part in modules.items() if (on := _switches(part))}
     more = [*([tokens] if tokens else []), *([{"adapters": switches}] if switches else [])]
     said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *more]
     return digest([json.dumps(said, sort_keys=True, default=str)])

@@ -155,8 +155,10 @@ def test_relearning_learns_and_leaves_no_trace() -> None:
     again = attacks.relearn(session(pipe, cats(0, 1, 3)), CAT, patch, budget=budget, references=references)
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
     assert attacks.steps_until(table, 0.5) == 40 and attacks.steps_until(table, 0.9) is None
-    half = pd.DataFrame({"steps": [10], "successes": [36], "images": [72], "share": [(2 + 12 + 22) / 24 / 3]})
-    assert attacks.steps_until(half.assign(share=0.49999999999999994), 0.5) == 10, "a mean of shares rounds"
+    half = pd.DataFrame({"steps": [10], "successes": [36], "images": [72], "share": [0.49999999999999994]})
+    assert attacks.steps_until(half, 0.5) == 10, "a mean of shares rounds"
+    with pytest.raises(MeasurementError, match="at least one image is needed, not 0"):
+        session(pipe, cats(0)).fresh_drawings(CAT, 0, 0)
     assert relearning_figure({"cat": table}).words == "cat: 0.75 after 40 steps."
 
 

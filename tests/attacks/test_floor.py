@@ -188,6 +188,8 @@ def test_what_belongs_to_the_unpatched_models_is_kept(report, emoji, monkeypatch
     kept = Session.of(emoji, steps=4, cache=report[1])
     monkeypatch.setattr(floors, "success_curve", lambda *_, **__: pytest.fail("measured again"))
     again = floors.curve_of(kept, CAT, None, "relearning", Tries([0, 1], 6))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):  # by another judge
+        floors.curve_of(replace(kept, judge=cats(0)), CAT, None, "relearning", Tries([0, 1], 6))
     assert again["successes"].iloc[0] == round(6 * report[0].attacks.loc["relearning", "first"]["unchanged"])
     for path in (report[1] / "attacks").glob("*.csv"):
         path.write_text("")

@@ -14,7 +14,7 @@ from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 from fmn_nb.attention.layers import text_layers
 from fmn_nb.concepts import Concept, PhraseNotFoundError, UnknownConceptError
 from fmn_nb.forgetting import FACTS, PRESETS, Settings, SettingsError, settings_for, trainable
-from fmn_nb.forgetting.finetune import BETAS, EPSILON, forget
+from fmn_nb.forgetting.finetune import BETAS, EPSILON, forget, joined
 from fmn_nb.models import conditions, denoiser, fingerprint, load, predict, seeded
 from fmn_nb.patches.patch import applied_patches
 
@@ -257,3 +257,10 @@ def test_frozen_means_the_model_as_it_was() -> None:
                 assert torch.equal(draw(pipe), own)
             assert not torch.equal(draw(pipe), own)
         assert torch.equal(draw(pipe), own)
+
+
+def test_one_report_of_fine_tunes_of_different_methods_has_the_lists_of_all() -> None:
+    one = {"steps": 2, "losses": [1.0, 0.5], "loss_last": 0.5, "peak_memory_bytes": 1, "stopped_because": "steps"}
+    found = joined([one, {**one, "losses": [3.0], "anchor": [2.0], "loss_last": 3.0, "peak_memory_bytes": 4}])
+    assert found == {**one, "steps": 4, "losses": [1.0, 0.5, 3.0], "anchor": [2.0], "loss_last": 3.0,
+                     "peak_memory_bytes": 4}

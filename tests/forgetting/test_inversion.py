@@ -157,7 +157,8 @@ def test_wrong_requests_are_clear_errors(wrong: dict, text: str) -> None:
     with pytest.raises(InversionError, match=text):
         invert(pipe, noise_images(1), settings=QUICK, **wrong)
     assert_unchanged(pipe, before)
-    for settings in ({"tokens": 0}, {"norm": "long"}, {"norm": -1.0}, {"learning_rate": float("nan")}):
+    for settings in ({"tokens": 0}, {"norm": "long"}, {"norm": -1.0}, {"learning_rate": float("nan")},
+                     {"learning_rate": "1e-3"}):
         with pytest.raises(InversionError):
             InversionSettings(**settings)
 
