@@ -24,7 +24,7 @@ from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.gated_start import IMAGES, GatedStart, start_loss, written_for
 from fmn_nb.emoji.training.grounded_card import GroundedQuality, write_grounded_card
 from fmn_nb.emoji.training.grounded_data import WORDS, GroundedLatents, token_table
-from fmn_nb.emoji.training.networks import MIN_SNR, NOISE_SCHEDULE, Latents, Loss, Losses
+from fmn_nb.emoji.training.networks import NOISE_SCHEDULE, Latents, Loss, Losses, min_snr_weights
 from fmn_nb.emoji.training.recipe import Plan, Pretraining, generator
 from fmn_nb.emoji.training.request import ORGANISMS
 from fmn_nb.emoji.world import OBJECTS
@@ -58,9 +58,7 @@ def grounded_loss(model: GroundedDenoiser, text_encoder: CLIPTextModel, data: Gr
     `embeddings` [words, width] are the encoded `WORDS`. From step `even_from` on, all timesteps are drawn alike
     (`GroundedLatents.draw`).
     """
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=MIN_SNR) / snr
+    scheduler, weights = DDPMScheduler(**NOISE_SCHEDULE), min_snr_weights()
 
     def loss(step: int, rng: torch.Generator) -> Losses:
         drawn = data.draw(batch, rng, even=step >= even_from)

@@ -171,14 +171,22 @@ def prepare_latents(vae: AutoencoderKL, tokenizer: CLIPTokenizer, scenes: Sequen
     return Latents(mean.half().contiguous(), std.half().contiguous(), tokens.short(), scaling_factor)
 
 
+def min_snr_weights() -> Tensor:
+    """How much the squared error of the noise counts at each timestep [1000]: min(SNR, 5) / SNR.
+
+    Source: Hang et al., arXiv 2303.09556.
+    """
+    kept = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod
+    snr = kept / (1 - kept)
+    return snr.clamp(max=MIN_SNR) / snr
+
+
 def denoising_loss(denoiser: Denoiser, data: Latents, empty: Tensor, batch: int) -> Loss:
-    """The loss of one step: squared error of the noise, weighted by min-SNR-5 (Hang et al., arXiv 2303.09556).
+    """The loss of one step: squared error of the noise, weighted by `min_snr_weights`.
 
     `empty` [32] are the token ids of the empty caption.
     """
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=MIN_SNR) / snr
+    scheduler, weights = DDPMScheduler(**NOISE_SCHEDULE), min_snr_weights()
 
     def loss(step: int, rng: torch.Generator) -> Losses:
         chosen = torch.randint(len(data.mean), (batch,), generator=rng)
@@ -187,7 +195,7 @@ def denoising_loss(denoiser: Denoiser, data: Latents, empty: Tensor, batch: int)
         latents = data.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng))
         tokens = data.tokens[chosen, which].long()
         tokens[torch.rand(batch, generator=rng) < EMPTY_CAPTION_SHARE] = empty
-        timesteps = torch.randint(len(snr), (batch,), generator=rng)
+        timesteps = torch.randint(len(weights), (batch,), generator=rng)
         noise = torch.randn(latents.shape, generator=rng)
         predicted = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, tokens)
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
