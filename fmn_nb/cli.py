@@ -274,9 +274,10 @@ def pretrain(without: tuple[str, ...], stages: str | None, **options: Any) -> No
               help="YAML or JSON, preset: {setting: value}.  [default: settings.yaml in --out, if there]")
 @click.option("-s", "single", multiple=True, metavar="PRESET.NAME=VALUE", help="A single setting; repeatable.")
 @click.option("--attack", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
-              help="Try a concept inversion of this many steps on each patch of the first seed; 0: none.")
+              help="Try a concept inversion of this many steps on each patch of an attack seed; 0: none.")
+@click.option("--attack-seeds", metavar="A,B", help="The seeds whose patches are attacked.  [default: the first]")
 @click.option("--oracle", default="", metavar="A,B", help="Models that were never taught some of the concepts: jobs of "
-              "the first seed on these end in attacks, above the oracles' floor.")
+              "an attack seed on these end in attacks, above the oracles' floor.")
 @click.option("--beside", metavar="A,B", help="Which attacks these are: concept inversion, adversarial prompt, "
               "relearning, and of models with boxes grounding.  [default: all]")
 @click.option("--note", default="", help="A note for results.json, such as how the settings were tuned.")
@@ -303,6 +304,10 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         overrides = read_overrides(file, single, presets)
         presets = list(overrides) if presets == [EVERYTHING] else presets
         seeds = [int(seed) for seed in seeds]
+        attacked = [int(seed) for seed in _items(request["attack_seeds"])] or seeds[:1]
+        if unknown := set(attacked) - set(seeds):
+            raise ValueError(f"no job has the attack seed {', '.join(map(str, sorted(unknown)))}; the seeds are "
+                             f"{', '.join(map(str, seeds))}")
         jobs = plan_jobs(vocabulary, concepts, presets, seeds, request["size"], overrides)
 
         from fmn_nb.attacks.attack import InversionBudget
@@ -314,8 +319,8 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         beside = tuple(_items(request["beside"])) or ATTACKS
         if unknown := set(beside) - set(ATTACKS):
             raise ValueError(f"no attack is called {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
-        bench = Bench(model, work, attack=budget, attack_seed=seeds[0], oracles=tuple(_items(request["oracle"])),
-                      beside=beside)
+        bench = Bench(model, work, attack=budget, attack_seeds=tuple(attacked),
+                      oracles=tuple(_items(request["oracle"])), beside=beside)
         workers = request["workers"]
         if request["plan"]:
             click.echo("\n".join(schedule(bench, jobs, workers, request["limit"], kept_rows(bench, jobs, out))))

@@ -58,10 +58,10 @@ class Bench:
 
     Attributes:
         work: a folder with one file for each job that is done (whole or absent), and what the unchanged model draws.
-        attack: the budget of a concept inversion after each job of `attack_seed`, or None for none: an inversion takes
-            as long as a fine-tune, so one seed has to do.
-        oracles: models that were never taught some of the concepts. For these, jobs of `attack_seed` end in all attacks
-            at their budgets beside the oracles (`fmn_nb.attacks.floor`).
+        attack: the budget of a concept inversion after each job of `attack_seeds`, or None for none.
+        attack_seeds: the seeds of the jobs that end in attacks; few, since an inversion takes as long as a fine-tune.
+        oracles: models that were never taught some of the concepts. For these, jobs of `attack_seeds` end in all
+            attacks at their budgets beside the oracles (`fmn_nb.attacks.floor`).
         beside: which attacks these are.
     """
 
@@ -69,7 +69,7 @@ class Bench:
     work: Path
     sampling: Sampling = Sampling()
     attack: InversionBudget | None = None
-    attack_seed: int = 0
+    attack_seeds: tuple[int, ...] = (0,)
     oracles: tuple[str, ...] = ()
     beside: tuple[str, ...] = ATTACKS
 
@@ -116,11 +116,11 @@ class Bench:
 
     def attacks(self, job: Job) -> bool:
         """Whether the job ends in an attack."""
-        return self.attack is not None and job.seed == self.attack_seed
+        return self.attack is not None and job.seed in self.attack_seeds
 
     def compares(self, job: Job) -> bool:
         """Whether the job ends beside the oracles: one that was taught its concept says nothing about it."""
-        return (job.seed == self.attack_seed and bool(self.oracles)
+        return (job.seed in self.attack_seeds and bool(self.oracles)
                 and not taught(self.oracle_pipes, job.concept, self.session))
 
     @property

@@ -1,6 +1,7 @@
 """Training: resumable bit for bit, checkpoints whole, the recipe from end to end in its smoke size."""
 
 import json
+import random
 import shutil
 import time
 from pathlib import Path
@@ -13,12 +14,16 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import fmn_nb as fmn
+from fmn_nb.concepts import read_prompt
 from fmn_nb.concepts.world import NOTHING, world_of
 from fmn_nb.emoji.judges import Judge, SecondJudge, judge_loss
-from fmn_nb.emoji.training import recipe
+from fmn_nb.emoji.scenes import Renderer, sample_scenes
+from fmn_nb.emoji.training import networks, recipe
 from fmn_nb.emoji.training.recipe import Plan, Pretraining, Training, generator, pretrain, trapezoid
 from fmn_nb.emoji.training.request import REQUEST_FILE, Request, claim, origin
-from fmn_nb.emoji.world import OBJECTS, STYLES
+from fmn_nb.emoji.training.word_masks import WordMasks, find_words
+from fmn_nb.emoji.world import MAX_TOKENS, OBJECTS, STYLES
+from fmn_nb.files import data_dir
 
 
 def small_training(path, steps, log=lambda line: None):
@@ -188,6 +193,73 @@ def test_a_training_that_starts_elsewhere_has_checkpoints_of_its_own(smoke, tmp_
     assert origin(tmp_path / "copy", smoke) == origin(smoke / "emoji-diffusion", tmp_path)
     (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"others")
     assert origin(tmp_path / "copy", smoke) != origin(smoke / "emoji-diffusion", tmp_path)
+
+
+def scenes_of(count):
+    scenes = sample_scenes(count, 3)
+    captions = [[scene.caption(random.Random(f"{number}-{i}")) for i in range(2)]
+                for number, scene in enumerate(scenes)]
+    return scenes, captions
+
+
+def test_words_are_found_where_captions_say_them_and_masks_where_things_are(emoji):
+    scenes, captions = scenes_of(30)
+    renderer = Renderer(data_dir() / "sprites")
+    tokens = torch.tensor([emoji.tokenizer(texts, padding="max_length", max_length=MAX_TOKENS).input_ids
+                           for texts in captions])
+    words = find_words(emoji.tokenizer, scenes, tokens, renderer)
+    assert {len(scene.words) for scene in scenes} == {1, 2}
+    for number, scene in enumerate(scenes):
+        for thing, (word, mask) in enumerate(zip(scene.words, renderer.masks(scene), strict=True)):
+            for caption, text in enumerate(captions[number]):
+                there = words.columns[number, caption, thing].nonzero().flatten().tolist()
+                assert tuple(there) == read_prompt(emoji.tokenizer, text).find(word, 0).columns, text
+            share = words.masks[number, thing].float().mean().item()
+            assert share == pytest.approx(mask.mean(), abs=0.05) and share > 0
+        rest = len(scene.words)
+        assert not words.columns[number, :, rest:].any() and not words.masks[number, rest:].any()
+    with pytest.raises(ValueError, match="caption 0 of scene 0 doesn't say"):
+        find_words(emoji.tokenizer, scenes, torch.zeros_like(tokens), renderer)
+
+
+def test_attention_outside_a_words_thing_is_what_counts():
+    columns = torch.zeros(1, 1, 2, 5, dtype=torch.bool)
+    columns[0, 0, 0, 1:3] = True  # one thing, whose word has two columns
+    masks = torch.zeros(1, 2, 16, 16, dtype=torch.bool)
+    masks[0, 0, :, :8] = True
+    words, none = WordMasks(columns, masks), torch.zeros(2, dtype=torch.long)
+
+    def outside(left, right, side=8, told=(True, True)):
+        maps = torch.zeros(2, 3, side, side, 5)
+        maps[:, :, :, :side // 2, 1], maps[:, :, :, side // 2:, 2] = left, right
+        maps[..., 4] = 1 - maps.sum(-1)  # the other columns don't count
+        layers = {"one": maps.flatten(2, 3), "tiny": torch.full((2, 3, 16, 5), 0.2)}
+        return words.outside(layers, none, none, torch.tensor(told)).item()
+
+    assert outside(0.4, 0) == pytest.approx(0)
+    assert outside(0, 0.2) == pytest.approx(1)
+    assert outside(0.1, 0.3, side=16) == pytest.approx(0.75**2)
+    assert outside(0.1, 0.3, told=(False, True)) == pytest.approx(0.75**2), "an image without its caption has no word"
+    assert outside(0.1, 0.3, told=(False, False)) == 0
+
+
+def test_the_denoiser_learns_from_the_noise_and_from_where_words_attend(emoji):
+    scenes, _ = scenes_of(8)
+    renderer = Renderer(data_dir() / "sprites")
+    data = networks.prepare_latents(emoji.vae, emoji.tokenizer, scenes, renderer.images(scenes), 0)
+    words = find_words(emoji.tokenizer, scenes, data.tokens, renderer)
+    torch.manual_seed(0)
+    denoiser = networks.Denoiser(networks.new_text_encoder(emoji.tokenizer), networks.new_unet())
+    empty = torch.tensor(emoji.tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
+    losses = [networks.denoising_loss(denoiser, data, known, empty, 8)(0, generator(0))
+              for known in (words, WordMasks(words.columns & False, words.masks))]
+    assert losses[0]["outside"].item() > 0.3, "words attend everywhere in an untrained model"
+    assert losses[1]["outside"].item() == 0 and losses[0]["error"] == losses[1]["error"]
+    added = losses[0]["loss"] - losses[1]["loss"]
+    torch.testing.assert_close(added, networks.WORD_WEIGHT * losses[0]["outside"])
+    added.backward()
+    layer = denoiser.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    assert layer.to_q.weight.grad.abs().max() > 0, "so words can learn where to attend"
 
 
 def test_checkpoints_of_which_nothing_is_noted_are_left_alone(tmp_path):

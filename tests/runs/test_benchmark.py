@@ -208,7 +208,8 @@ def test_a_table_grows_without_its_work_folder(bench: Bench, few, tmp_path: Path
     run(attacked, twice)
     shutil.rmtree(bench.work)
     assert set(kept_rows(attacked, twice, out)) == set(twice), "as attacked as it was: its first seed"
-    assert set(kept_rows(replace(attacked, attack_seed=1), twice, out)) == {twice[0]}, "the other seed wasn't attacked"
+    other = replace(attacked, attack_seeds=(1,))
+    assert set(kept_rows(other, twice, out)) == {twice[0]}, "the other seed wasn't attacked"
     (out / "results.json").write_text("{")
     assert not kept_rows(bench, jobs, out)
 
@@ -319,15 +320,17 @@ def test_jobs_can_be_done_by_several_workers_and_give_the_same(bench: Bench, tmp
     assert schedule(short, jobs) == ["2 jobs, 2 done before, 0 to do now"]
 
 
-def test_only_jobs_of_the_first_seed_end_in_an_attack(bench: Bench, few) -> None:
+def test_only_jobs_of_the_attack_seeds_end_in_an_attack(bench: Bench, few) -> None:
     jobs = short_plan("cat", presets=("balanced",), seeds=(3, 4))
-    attacked = replace(bench, attack_seed=3, attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
+    attacked = replace(bench, attack_seeds=(3,), attack=InversionBudget(tokens=1, steps=1, images=2, references=2))
     table = pd.read_csv(run(attacked, jobs) / "results.csv")
     assert table["attack_images"].fillna(0).tolist() == [2, 0]
     assert all(attacked.stored(job) for job in jobs), "both are done"
     shutil.rmtree(bench.work)
     pd.testing.assert_frame_equal(pd.read_csv(run(attacked, jobs) / "results.csv"), table)
     assert not list(bench.work.glob("*.json")), "the table keeps the attack"
+    both = replace(attacked, attack_seeds=(3, 4))
+    assert pd.read_csv(run(both, jobs) / "results.csv")["attack_images"].tolist() == [2, 2]
 
 
 def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, oracle_folder, monkeypatch) -> None:
@@ -411,7 +414,8 @@ def test_the_figure_shows_every_concept_and_says_so_in_words() -> None:
 def test_the_command_reads_its_options_before_anything_heavy(tmp_path: Path) -> None:
     for options, text in ((["--concepts", "unicorn"], "no 'unicorn'"), (["--presets", "best"], "no preset 'best'"),
                           (["--model", "no/world"], "belongs to no known world"),
-                          (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal")):
+                          (["-s", "steps=3"], "preset.name=value"), (["--seeds", "x"], "invalid literal"),
+                          (["--attack-seeds", "0,2"], "no job has the attack seed 2; the seeds are 0")):
         result = CliRunner().invoke(main, ["benchmark", "--out", str(tmp_path), *options])
         assert result.exit_code == 2 and text in result.output, result.output
     assert not list(tmp_path.iterdir())

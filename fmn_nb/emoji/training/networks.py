@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fmn_nb.attention import Listener, attention_with_graph
 from fmn_nb.concepts import WORLD_KEY
 from fmn_nb.emoji.scenes import Scene
+from fmn_nb.emoji.training.word_masks import WordMasks
 from fmn_nb.emoji.world import IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS
 from fmn_nb.models import to_pixels
 
@@ -40,6 +42,7 @@ KL_WEIGHT = 1e-6
 TEXT_WIDTH = 128
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance: how often the model learns to draw without a caption
 MIN_SNR = 5.0
+WORD_WEIGHT = 0.03  # of the attention outside the words' things, beside the error of the noise
 CAPTIONS_PER_SCENE = 6
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                   "beta_end": 0.012, "steps_offset": 1}
@@ -181,25 +184,29 @@ def min_snr_weights() -> Tensor:
     return snr.clamp(max=MIN_SNR) / snr
 
 
-def denoising_loss(denoiser: Denoiser, data: Latents, empty: Tensor, batch: int) -> Loss:
-    """The loss of one step: squared error of the noise, weighted by `min_snr_weights`.
+def denoising_loss(denoiser: Denoiser, data: Latents, words: WordMasks, empty: Tensor, batch: int) -> Loss:
+    """The loss of one step: squared error of the noise, weighted by `min_snr_weights`, and 0.03 times the attention of
+    words outside their things (`WordMasks.outside`).
 
     `empty` [32] are the token ids of the empty caption.
     """
-    scheduler, weights = DDPMScheduler(**NOISE_SCHEDULE), min_snr_weights()
+    scheduler, weights, listener = DDPMScheduler(**NOISE_SCHEDULE), min_snr_weights(), Listener(denoiser.unet)
 
     def loss(step: int, rng: torch.Generator) -> Losses:
         chosen = torch.randint(len(data.mean), (batch,), generator=rng)
         which = torch.randint(data.tokens.shape[1], (batch,), generator=rng)
         mean, std = data.mean[chosen].float(), data.std[chosen].float()
         latents = data.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng))
-        tokens = data.tokens[chosen, which].long()
-        tokens[torch.rand(batch, generator=rng) < EMPTY_CAPTION_SHARE] = empty
+        told = torch.rand(batch, generator=rng) >= EMPTY_CAPTION_SHARE
+        tokens = torch.where(told[:, None], data.tokens[chosen, which].long(), empty)
         timesteps = torch.randint(len(weights), (batch,), generator=rng)
         noise = torch.randn(latents.shape, generator=rng)
-        predicted = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, tokens)
+        with attention_with_graph(listener) as attention:
+            predicted = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, tokens)
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return {"loss": (weights[timesteps] * errors).mean(), "error": errors.mean().detach()}
+        outside = words.outside(attention, chosen, which, told)
+        return {"loss": (weights[timesteps] * errors).mean() + WORD_WEIGHT * outside,
+                "error": errors.mean().detach(), "outside": outside.detach()}
 
     return loss
 

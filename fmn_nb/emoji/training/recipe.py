@@ -35,6 +35,7 @@ from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.card import Quality, write_card
 from fmn_nb.emoji.training.oracle import emoji_text_encoder, mark_untaught, take_parts, write_oracle
 from fmn_nb.emoji.training.request import SMOKE, UNCHECKPOINTED, Request, Size, claim
+from fmn_nb.emoji.training.word_masks import WordMasks, find_words
 from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, MAX_TOKENS, STYLES, caption
 from fmn_nb.files import data_dir, read_json, replacing, replacing_folder, write_checksums, write_json
 from fmn_nb.models import GUIDANCE, load
@@ -132,7 +133,9 @@ class Pretraining:
         data = self._latents()
         empty = torch.tensor(self.tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
         plan = Plan(self.size.diffusion_steps, learning_rate=1e-3, warmup=200, decay_share=0.4, seed=self.seed)
-        loss = networks.denoising_loss(denoiser, data, empty, self.size.diffusion_batch)
+        words = WordMasks(**self._kept("words", lambda: vars(
+            find_words(self.tokenizer, self.scenes, data.tokens, Renderer(self.sprites)))))
+        loss = networks.denoising_loss(denoiser, data, words, empty, self.size.diffusion_batch)
         self._train("diffusion", denoiser, loss, plan)
         self.vae.register_to_config(scaling_factor=data.scaling_factor.item())
         save_whole(networks.assemble(self.vae.half(), self.tokenizer, denoiser.half()), self.out / "emoji-diffusion")

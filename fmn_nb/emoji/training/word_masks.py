@@ -1,0 +1,93 @@
+"""A loss that draws the attention of words to the things they name, with the masks that the scenes know.
+
+A text encoder and a U-Net that learn together from the error of the noise alone can end in a model that draws well, and
+whose words attend everywhere: every column of the text then says what stands left and what stands right. A model for
+the study of attention needs words that attend to their things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from fmn_nb.emoji.scenes import Renderer, Scene
+from fmn_nb.emoji.world import IMAGE_SIZE, LATENT_SIZE
+
+THINGS = 2  # at most, in a scene
+SMALLEST_SIDE = 8  # of the maps that count: on smaller ones a thing has no form
+
+
+@dataclass(frozen=True)
+class WordMasks:
+    """Where the words of scenes stand in their captions, and what they name in the images.
+
+    Attributes:
+        columns: [scenes, captions, things, columns] bool, the columns of each thing's word.
+        masks: [scenes, things, 16, 16] bool, the latents of which a thing covers at least half. Both are False where a
+            scene has fewer things.
+    """
+
+    columns: Tensor
+    masks: Tensor
+
+    def outside(self, attention: Mapping[str, Tensor], scenes: Tensor, captions: Tensor, told: Tensor) -> Tensor:
+        """The mean over layers, words and images of (1 - a)², where a is the share of a word's attention on its thing.
+
+        Source: the token loss of Wang et al., TokenCompose, arXiv 2312.03626.
+
+        Args:
+            attention: layer -> probabilities [batch, heads, pixels, columns], as of `attention_with_graph`. Maps
+                smaller than 8 x 8 don't count.
+            scenes, captions: which scene and caption each image of the batch has, [batch].
+            told: [batch] bool, whether the image comes with its caption at all.
+        """
+        columns, masks = self.columns[scenes, captions].float(), self.masks[scenes].float()
+        there = columns.any(-1) & masks.flatten(2).any(-1) & told[:, None]  # [batch, things]
+        losses = []
+        for probabilities in attention.values():
+            side = isqrt(probabilities.shape[2])
+            if side < SMALLEST_SIDE:
+                continue
+            mask = F.adaptive_avg_pool2d(masks, side).flatten(2)  # [batch, things, pixels]
+            maps = torch.einsum("bpc,btc->btp", probabilities.mean(1), columns)
+            inside = (maps * mask).sum(-1) / maps.sum(-1).clamp(min=1e-9)
+            losses.append((1 - inside[there]).square().sum() / there.sum().clamp(min=1))
+        return torch.stack(losses).mean()
+
+
+def find_words(tokenizer: CLIPTokenizer, scenes: Sequence[Scene], tokens: Tensor, renderer: Renderer) -> WordMasks:
+    """Find the scenes' words in the token ids of their captions [scenes, captions, columns].
+
+    Raises ValueError for a caption that lacks a word of its scene.
+    """
+    columns = torch.zeros(*tokens.shape[:2], THINGS, tokens.shape[2], dtype=torch.bool)
+    masks = torch.zeros(len(scenes), THINGS, LATENT_SIZE, LATENT_SIZE, dtype=torch.bool)
+    known = sorted({word for scene in scenes for word in scene.words})
+    ids = {word: tokenizer(word).input_ids[1:-1] for word in known}
+    for number, scene in enumerate(scenes):
+        masks[number, :len(scene.items)] = torch.from_numpy(_on_latents(renderer.masks(scene)))
+        for thing, word in enumerate(scene.words):
+            for caption, row in enumerate(tokens[number].tolist()):
+                start, length = _start(row, ids[word]), len(ids[word])
+                if start is None:
+                    raise ValueError(f"caption {caption} of scene {number} doesn't say {word!r}")
+                columns[number, caption, thing, start:start + length] = True
+    return WordMasks(columns, masks)
+
+
+def _on_latents(masks: np.ndarray) -> np.ndarray:
+    """Masks [things, 64, 64] at the latents' resolution."""
+    factor = IMAGE_SIZE // LATENT_SIZE
+    return masks.reshape(len(masks), LATENT_SIZE, factor, LATENT_SIZE, factor).mean((2, 4)) >= 0.5
+
+
+def _start(row: Sequence[int], ids: Sequence[int]) -> int | None:
+    """Where `ids` begin in a row for the first time."""
+    return next((start for start in range(len(row) - len(ids) + 1) if row[start:start + len(ids)] == ids), None)
