@@ -233,14 +233,18 @@ def test_attention_outside_a_words_thing_is_what_counts():
         maps = torch.zeros(2, 3, side, side, 5)
         maps[:, :, :, :side // 2, 1], maps[:, :, :, side // 2:, 2] = left, right
         maps[..., 4] = 1 - maps.sum(-1)  # the other columns don't count
-        layers = {"one": maps.flatten(2, 3), "tiny": torch.full((2, 3, 16, 5), 0.2)}
-        return words.outside(layers, none, none, torch.tensor(told)).item()
+        return words.outside({"one": maps.flatten(2, 3)}, none, none, torch.tensor(told)).item()
 
     assert outside(0.4, 0) == pytest.approx(0)
     assert outside(0, 0.2) == pytest.approx(1)
     assert outside(0.1, 0.3, side=16) == pytest.approx(0.75**2)
     assert outside(0.1, 0.3, told=(False, True)) == pytest.approx(0.75**2), "an image without its caption has no word"
     assert outside(0.1, 0.3, told=(False, False)) == 0
+    masks[0, 0] = False
+    masks[0, 0, 3, 3] = True
+    even = {"one": torch.full((2, 3, 16, 5), 0.2), "other": torch.full((2, 3, 64, 5), 0.2)}
+    expected = ((15 / 16)**2 + (63 / 64)**2) / 2
+    assert words.outside(even, none, none, torch.tensor([True, True])).item() == pytest.approx(expected)
 
 
 def test_the_denoiser_learns_from_the_noise_and_from_where_words_attend(emoji):

@@ -45,6 +45,7 @@ REDRAWN_STRENGTH = 0.9  # of the noise: the model decides how a thing looks, the
 REDRAWN_STEPS = 10  # of which that share is taken
 REDRAWN_BATCH = 64
 WEIGHT_DECAY = 0.01
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 CLIP_NORM = 1.0
 REPORT_EVERY = 50  # steps
 SECONDS_BETWEEN_CHECKPOINTS = 120  # bounds what a kill can lose
@@ -136,7 +137,8 @@ class Pretraining:
         words = WordMasks(**self._kept("words", lambda: vars(
             find_words(self.tokenizer, self.scenes, data.tokens, Renderer(self.sprites)))))
         loss = networks.denoising_loss(denoiser, data, words, empty, self.size.diffusion_batch)
-        self._train("diffusion", denoiser, loss, plan)
+        told = {"word_weight": networks.WORD_WEIGHT} | ({"started_from": "a finished pipeline"} if self.start else {})
+        self._train("diffusion", denoiser, loss, plan, told=told)
         self.vae.register_to_config(scaling_factor=data.scaling_factor.item())
         save_whole(networks.assemble(self.vae.half(), self.tokenizer, denoiser.half()), self.out / "emoji-diffusion")
         self.vae.float()
@@ -246,14 +248,13 @@ class Pretraining:
         return load_file(path)
 
     def _train(self, name: str, module: nn.Module, loss: networks.Loss, plan: Plan,
-               faster: Mapping[str, float] = MappingProxyType({})) -> None:
+               faster: Mapping[str, float] = NOTHING, told: Mapping[str, Any] = NOTHING) -> None:
+        """Train, then note steps, seconds and what else is `told` of this training."""
         training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log, faster=faster)
         training.run()
         path = self.work / "training.json"
         record = read_json(path) if path.is_file() else {}
-        record[name] = {"steps": training.step, "seconds": round(training.seconds)}
-        if name == "diffusion" and self.start:
-            record[name]["started_from"] = "a finished pipeline"
+        record[name] = {"steps": training.step, "seconds": round(training.seconds), **told}
         write_json(path, record)
 
 

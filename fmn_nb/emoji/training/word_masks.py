@@ -21,7 +21,6 @@ from fmn_nb.emoji.scenes import Renderer, Scene
 from fmn_nb.emoji.world import IMAGE_SIZE, LATENT_SIZE
 
 THINGS = 2  # at most, in a scene
-SMALLEST_SIDE = 8  # of the maps that count: on smaller ones a thing has no form
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class WordMasks:
     def outside(self, attention: Mapping[str, Tensor], scenes: Tensor, captions: Tensor, told: Tensor) -> Tensor:
         """The mean over layers, words and images of (1 - a)², where a is the share of a word's attention on its thing.
 
-        Source: the token loss of Wang et al., TokenCompose, arXiv 2312.03626.
+        On maps smaller than the latents, a thing is wherever it covers one of them. Source: the token loss of Wang et
+        al., TokenCompose, arXiv 2312.03626.
 
         Args:
-            attention: layer -> probabilities [batch, heads, pixels, columns], as of `attention_with_graph`. Maps
-                smaller than 8 x 8 don't count.
+            attention: layer -> probabilities [batch, heads, pixels, columns], as of `attention_with_graph`.
             scenes, captions: which scene and caption each image of the batch has, [batch].
             told: [batch] bool, whether the image comes with its caption at all.
         """
@@ -52,10 +51,7 @@ class WordMasks:
         there = columns.any(-1) & masks.flatten(2).any(-1) & told[:, None]  # [batch, things]
         losses = []
         for probabilities in attention.values():
-            side = isqrt(probabilities.shape[2])
-            if side < SMALLEST_SIDE:
-                continue
-            mask = F.adaptive_avg_pool2d(masks, side).flatten(2)  # [batch, things, pixels]
+            mask = F.adaptive_max_pool2d(masks, isqrt(probabilities.shape[2])).flatten(2)  # [batch, things, pixels]
             maps = torch.einsum("bpc,btc->btp", probabilities.mean(1), columns)
             inside = (maps * mask).sum(-1) / maps.sum(-1).clamp(min=1e-9)
             losses.append((1 - inside[there]).square().sum() / there.sum().clamp(min=1))
