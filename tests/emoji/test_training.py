@@ -1,6 +1,7 @@
 """Training: resumable bit for bit, checkpoints whole, the recipe from end to end in its smoke size."""
 
 import json
+import math
 import random
 import shutil
 import time
@@ -222,29 +223,29 @@ def test_words_are_found_where_captions_say_them_and_masks_where_things_are(emoj
         find_words(emoji.tokenizer, scenes, torch.zeros_like(tokens), renderer)
 
 
-def test_attention_outside_a_words_thing_is_what_counts():
+def test_attention_that_lies_evenly_on_a_words_thing_has_no_divergence():
     columns = torch.zeros(1, 1, 2, 5, dtype=torch.bool)
     columns[0, 0, 0, 1:3] = True  # one thing, whose word has two columns
     masks = torch.zeros(1, 2, 16, 16, dtype=torch.bool)
     masks[0, 0, :, :8] = True
     words, none = WordMasks(columns, masks), torch.zeros(2, dtype=torch.long)
 
-    def outside(left, right, side=8, told=(True, True)):
+    def divergence(left, right, side=8, told=(True, True)):
         maps = torch.zeros(2, 3, side, side, 5)
         maps[:, :, :, :side // 2, 1], maps[:, :, :, side // 2:, 2] = left, right
         maps[..., 4] = 1 - maps.sum(-1)  # the other columns don't count
-        return words.outside({"one": maps.flatten(2, 3)}, none, none, torch.tensor(told)).item()
+        return words.divergence({"one": maps.flatten(2, 3)}, none, none, torch.tensor(told)).item()
 
-    assert outside(0.4, 0) == pytest.approx(0)
-    assert outside(0, 0.2) == pytest.approx(1)
-    assert outside(0.1, 0.3, side=16) == pytest.approx(0.75**2)
-    assert outside(0.1, 0.3, told=(False, True)) == pytest.approx(0.75**2), "an image without its caption has no word"
-    assert outside(0.1, 0.3, told=(False, False)) == 0
+    assert divergence(0.4, 0) == pytest.approx(0, abs=1e-6)
+    assert divergence(0.2, 0.2) == pytest.approx(math.log(2)), "half of it lies elsewhere"
+    assert divergence(0.1, 0.3, side=16) == pytest.approx(math.log(4))
+    assert divergence(0.1, 0.3, told=(False, True)) == pytest.approx(math.log(4)), "no caption, no word"
+    assert divergence(0.1, 0.3, told=(False, False)) == 0
     masks[0, 0] = False
     masks[0, 0, 3, 3] = True
     even = {"one": torch.full((2, 3, 16, 5), 0.2), "other": torch.full((2, 3, 64, 5), 0.2)}
-    expected = ((15 / 16)**2 + (63 / 64)**2) / 2
-    assert words.outside(even, none, none, torch.tensor([True, True])).item() == pytest.approx(expected)
+    found = words.divergence(even, none, none, torch.tensor([True, True])).item()
+    assert found == pytest.approx((math.log(16) + math.log(64)) / 2), "each layer at its own resolution"
 
 
 def test_the_denoiser_learns_from_the_noise_and_from_where_words_attend(emoji):
@@ -257,10 +258,10 @@ def test_the_denoiser_learns_from_the_noise_and_from_where_words_attend(emoji):
     empty = torch.tensor(emoji.tokenizer("", padding="max_length", max_length=MAX_TOKENS).input_ids)
     losses = [networks.denoising_loss(denoiser, data, known, empty, 8)(0, generator(0))
               for known in (words, WordMasks(words.columns & False, words.masks))]
-    assert losses[0]["outside"].item() > 0.3, "words attend everywhere in an untrained model"
-    assert losses[1]["outside"].item() == 0 and losses[0]["error"] == losses[1]["error"]
+    assert losses[0]["divergence"].item() > 1, "words attend everywhere in an untrained model"
+    assert losses[1]["divergence"].item() == 0 and losses[0]["error"] == losses[1]["error"]
     added = losses[0]["loss"] - losses[1]["loss"]
-    torch.testing.assert_close(added, networks.WORD_WEIGHT * losses[0]["outside"])
+    torch.testing.assert_close(added, networks.WORD_WEIGHT * losses[0]["divergence"])
     added.backward()
     layer = denoiser.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     assert layer.to_q.weight.grad.abs().max() > 0, "so words can learn where to attend"

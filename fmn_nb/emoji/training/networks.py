@@ -42,7 +42,7 @@ KL_WEIGHT = 1e-6
 TEXT_WIDTH = 128
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance: how often the model learns to draw without a caption
 MIN_SNR = 5.0
-WORD_WEIGHT = 0.03  # of the attention outside the words' things, beside the error of the noise
+WORD_WEIGHT = 0.01  # of the divergence of words' attention from their things, beside the error of the noise
 CAPTIONS_PER_SCENE = 6
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                   "beta_end": 0.012, "steps_offset": 1}
@@ -185,8 +185,8 @@ def min_snr_weights() -> Tensor:
 
 
 def denoising_loss(denoiser: Denoiser, data: Latents, words: WordMasks, empty: Tensor, batch: int) -> Loss:
-    """The loss of one step: squared error of the noise, weighted by `min_snr_weights`, and 0.03 times the attention of
-    words outside their things (`WordMasks.outside`).
+    """The loss of one step: squared error of the noise, weighted by `min_snr_weights`, and 0.01 times the divergence of
+    words' attention from their things (`WordMasks.divergence`).
 
     `empty` [32] are the token ids of the empty caption.
     """
@@ -204,9 +204,9 @@ def denoising_loss(denoiser: Denoiser, data: Latents, words: WordMasks, empty: T
         with attention_with_graph(listener) as attention:
             predicted = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, tokens)
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        outside = words.outside(attention, chosen, which, told)
-        return {"loss": (weights[timesteps] * errors).mean() + WORD_WEIGHT * outside,
-                "error": errors.mean().detach(), "outside": outside.detach()}
+        divergence = words.divergence(attention, chosen, which, told)
+        return {"loss": (weights[timesteps] * errors).mean() + WORD_WEIGHT * divergence,
+                "error": errors.mean().detach(), "divergence": divergence.detach()}
 
     return loss
 
