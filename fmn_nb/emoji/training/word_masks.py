@@ -66,7 +66,9 @@ def find_words(tokenizer: CLIPTokenizer, scenes: Sequence[Scene], tokens: Tensor
     columns = torch.zeros(*tokens.shape[:2], THINGS, tokens.shape[2], dtype=torch.bool)
     masks = torch.zeros(len(scenes), THINGS, LATENT_SIZE, LATENT_SIZE, dtype=torch.bool)
     known = sorted({word for scene in scenes for word in scene.words})
-    ids = {word: tokenizer(word).input_ids[1:-1] for word in known}
+    # padded as everywhere: how a tokenizer padded last is saved with it, and an oracle's must equal the emoji model's
+    padded = tokenizer(known, padding="max_length", max_length=tokens.shape[2]).input_ids
+    ids = {word: row[1:row.index(tokenizer.eos_token_id)] for word, row in zip(known, padded, strict=True)}
     for number, scene in enumerate(scenes):
         masks[number, :len(scene.items)] = torch.from_numpy(_on_latents(renderer.masks(scene)))
         for thing, word in enumerate(scene.words):
