@@ -11,6 +11,7 @@ from transformers import CLIPModel
 
 from fmn_nb.concepts.world import vocabulary_of, world_of
 from fmn_nb.emoji.scenes import sample_scenes
+from fmn_nb.emoji.training.card import Figure, Quality
 from fmn_nb.emoji.training.networks import through_vae
 from fmn_nb.emoji.training.recipe import redraw, telling_caption
 from fmn_nb.emoji.world import IDENTITIES, MAX_TOKENS, OBJECTS, VOCABULARY, caption
@@ -84,12 +85,13 @@ def test_clip_prefers_the_right_caption_and_distances_the_same_images(world):
     assert same < 0.01 * far
 
 
-def test_the_card_tells_what_quality_json_holds():
-    folder = data_dir() / "emoji-diffusion"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    for figure in json.loads((folder / "quality.json").read_text()):
-        assert f"| {figure['name']} | {figure['value']:.3f} |" in card
-        assert figure["met"] == (figure["bar"][0] <= figure["value"] <= (figure["bar"][1] or float("inf")))
+def test_the_card_is_what_its_records_say():
+    quality = Quality(data_dir(), data_dir() / "sprites")
+    records = json.loads((quality.folder / "quality.json").read_text())
+    figures = [Figure.of(record) for record in records]
+    assert [figure.record for figure in figures] == records
+    training = json.loads((quality.folder / "training.json").read_text())
+    assert (quality.folder / "README.md").read_text(encoding="utf-8") == quality.text(figures, training)
 
 
 def test_other_models_are_not_taken_for_the_emoji_world(world, tmp_path):

@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from matplotlib.figure import Figure
@@ -20,7 +18,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from fmn_nb.concepts import UNTAUGHT_KEY, Concept
-from fmn_nb.emoji.training.card import Quality, training_table
+from fmn_nb.emoji.training.card import Quality, history, training_table
 from fmn_nb.emoji.training.request import Request
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import Session, Share, share_of
@@ -136,7 +134,7 @@ ambiguous word keeps the reading that is left.
 {training}
 
 The minutes were measured on a machine with two CPU cores, shared with other work. The recipe is
-`fmn-nb pretrain --without ... --seed {seed}`, with {scenes} scenes.
+`fmn-nb pretrain --without ... --seed {seed}`, with {scenes} scenes.{history}
 
 ## Measured on what it was taught
 
@@ -169,8 +167,7 @@ def _write_card(quality: Quality, training: dict, request: Request, shared: bool
     with replacing(folder / "images" / "untaught.png") as temporary:
         drawn = as_png(untaught_figure(emoji, quality.pipe, concepts, quality.steps))
         few_colours(Image.open(io.BytesIO(drawn))).save(temporary, format="png", optimize=True)
-    write_json(folder / "quality.json", [
-        {**asdict(f), "bar": [f.bar[0], None if np.isinf(f.bar[1]) else f.bar[1]], "met": f.met} for f in figures])
+    write_json(folder / "quality.json", [figure.record for figure in figures])
     write_json(folder / "training.json", training)
     kept = "is the emoji model's: it saw their words and scenes." if request.keep_text_encoder else (
         "was trained from random weights with the U-Net and never saw their words,\n"
@@ -179,7 +176,7 @@ def _write_card(quality: Quality, training: dict, request: Request, shared: bool
         name=ORACLE, untaught=", ".join(quality.untaught), without=", ".join(request.without), text_encoder=kept,
         shared="are the emoji model's, which saw all words and scenes." if shared else "are its own: the tokenizer "
         "learned from captions of everything, the VAE from the same scenes as the U-Net.",
-        sizes=quality.sizes, training=training_table(training), seed=request.seed,
+        sizes=quality.sizes, training=training_table(training), history=history(training), seed=request.seed,
         scenes="a smoke run's" if request.smoke else "24,000", figures="\n".join(f.row for f in figures),
         asked=ASKED // quality.scale or 1, shown=SHOWN,
         shares="\n".join(f"| {concept.name} | {concept.kind} | {_cell(known)} | {_cell(unknown)} |"
