@@ -114,7 +114,7 @@ One run of `fmn-nb pretrain` from random weights, interrupted and resumed a few 
 | figure | value | 95% interval | trials | bar | |
 |---|---|---|---|---|---|
 {figures}"""
-FROM_NOTHING = "emoji-from-nothing"  # in the results: quality.json and training.json of a run without flags
+FROM_NOTHING = "emoji-from-nothing"  # in the results: quality.json and training.json of a run from random weights
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,8 @@ def write_card(quality: Quality, training: dict) -> Path:
 def history(training: dict[str, Any]) -> str:
     """What a card says of a denoiser's training beside its steps; of one that was trained further, also what the recipe
     makes from nothing."""
-    diffusion = training.get("diffusion", {"word_weight": 0.0})
+    if (diffusion := training.get("diffusion")) is None:
+        return ""
     alone = "" if "word_weight" in diffusion else NOISE_ALONE
     if "started_from" not in diffusion:
         return alone

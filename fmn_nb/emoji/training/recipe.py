@@ -45,7 +45,7 @@ REDRAWN_STRENGTH = 0.9  # of the noise: the model decides how a thing looks, the
 REDRAWN_STEPS = 10  # of which that share is taken
 REDRAWN_BATCH = 64
 WEIGHT_DECAY = 0.01
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLIP_NORM = 1.0
 REPORT_EVERY = 50  # steps
 SECONDS_BETWEEN_CHECKPOINTS = 120  # bounds what a kill can lose
@@ -248,7 +248,7 @@ class Pretraining:
         return load_file(path)
 
     def _train(self, name: str, module: nn.Module, loss: networks.Loss, plan: Plan,
-               faster: Mapping[str, float] = NOTHING, told: Mapping[str, Any] = NOTHING) -> None:
+               faster: Mapping[str, float] = EMPTY, told: Mapping[str, Any] = EMPTY) -> None:
         """Train, then note steps, seconds and what else is `told` of this training."""
         training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log, faster=faster)
         training.run()

@@ -47,12 +47,12 @@ class WordMasks:
             scenes, captions: which scene and caption each image of the batch has, [batch].
             told: [batch] bool, whether the image comes with its caption at all.
         """
-        columns, masks = self.columns[scenes, captions], self.masks[scenes].float()
+        columns, masks = self.columns[scenes, captions].float(), self.masks[scenes].float()
         there = columns.any(-1) & masks.flatten(2).any(-1) & told[:, None]  # [batch, things]
         parts = [torch.zeros(())]
         for probabilities in attention.values():
             target = F.adaptive_avg_pool2d(masks, isqrt(probabilities.shape[2])).flatten(2)[there]  # [words, pixels]
-            maps = torch.einsum("bpc,btc->btp", probabilities.mean(1), columns.float())[there].clamp(min=1e-9)
+            maps = torch.einsum("bpc,btc->btp", probabilities.mean(1), columns)[there].clamp(min=1e-9)
             parts.append(F.kl_div((maps / maps.sum(-1, keepdim=True)).log(), target / target.sum(-1, keepdim=True),
                                   reduction="sum") / max(1, len(target)))
         return torch.stack(parts).sum() / len(attention)
