@@ -101,8 +101,8 @@ def inversion_settings(budget: InversionBudget) -> InversionSettings:
 
 
 def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, *,
-                      references: Images | None = None, budget: InversionBudget | None = None,
-                      seed: int = 0) -> Attack:
+                      references: Images | None = None, budget: InversionBudget | None = None, seed: int = 0,
+                      initial: str | None = None) -> Attack:
     """Learn an embedding of the concept on the forgetting model, and draw with it (Pham et al., arXiv 2308.01508).
 
     The attacker has the forgetting model and a few images of the concept, and changes no weight. Success says that the
@@ -113,6 +113,7 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
     Args:
         patch: what made the model forget; None attacks the base model itself (what the attack can do at best).
         references: images of the concept, at least as many as the budget says; None for real ones of the model's world.
+        initial: the words that the learned tokens start from; None for the concept's own.
 
     Raises:
         MeasurementError: there is no judge, or there are too few references.
@@ -123,8 +124,8 @@ def concept_inversion(pipe: DiffusionPipeline | Session, concept: Concept, patch
     asked = session.fresh_drawings(concept, budget.images, seed)
     with session.patched(patch):
         before = session.seen(concept, asked)
-        tokens = invert(session.pipe, images, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=seed,
-                        settings=inversion_settings(budget))
+        tokens = invert(session.pipe, images, kind=concept.kind, name=TOKEN, initial=initial or concept.phrase,
+                        seed=seed, settings=inversion_settings(budget))
         with tokens.loaded(session.pipe):
             after = session.seen(concept, asked, [with_words(d.prompt, concept, TOKEN) for d in asked])
     fifth = max(1, len(tokens.losses) // 5)

@@ -44,12 +44,18 @@ class Budgets:
         source: where they come from, in words.
         tried: attack -> the steps of the curve that fixed them.
         grounding: whether to ask a model with gated layers by boxes, too; that takes no steps.
+        whole: attacks that are judged at all of `tried`, not only at their budgets.
     """
 
     steps: Mapping[str, Mapping[str, int]]
     source: str
     tried: Mapping[str, Sequence[int]]
     grounding: bool = True
+    whole: tuple[str, ...] = ()
+
+    def judged_at(self, attack: str) -> list[int]:
+        """The numbers of steps after which an attack is judged."""
+        return sorted({*self.steps[attack].values(), *(self.tried[attack] if attack in self.whole else ())})
 
     def only(self, attacks: Collection[str]) -> Budgets:
         """The same for some attacks."""

@@ -34,6 +34,8 @@ class Tries:
             prefix.
         images: how many are judged at each of them. seed: the seed of everything random.
         references: images of the concept; None for real ones of the model's world.
+        tokens, initial: for a concept inversion, how many tokens it learns, and the words that they start from; None
+            for the concept's own.
 
     Raises:
         MeasurementError: `at` is empty or has an invalid number.
@@ -43,6 +45,8 @@ class Tries:
     images: int = IMAGES
     seed: int = 0
     references: Images | None = None
+    tokens: int = InversionBudget.tokens
+    initial: str | None = None
 
     def __post_init__(self) -> None:
         if not self.at or min(self.at) < 0:
@@ -75,7 +79,7 @@ def _row(steps: int, seen: pd.Series) -> dict[str, float]:
 
 def inversion_curve(session: Session, concept: Concept, patch: Patch | None, tries: Tries) -> pd.DataFrame:
     """The curve of `concept_inversion`: one inversion, judged while it learns."""
-    budget = InversionBudget(steps=max(1, *tries.at), images=tries.images)
+    budget = InversionBudget(tries.tokens, steps=max(1, *tries.at), images=tries.images)
     pictures = session.references(concept, tries.references, budget.references, tries.seed)
     asked, rows = session.fresh_drawings(concept, tries.images, tries.seed), []
     prompts = [with_words(drawing.prompt, concept, TOKEN) for drawing in asked]
@@ -88,8 +92,8 @@ def inversion_curve(session: Session, concept: Concept, patch: Patch | None, tri
         if tries.at[0] == 0:
             rows.append(_row(0, session.seen(concept, asked)))
         if tries.at[-1]:
-            invert(session.pipe, pictures, kind=concept.kind, name=TOKEN, initial=concept.phrase, seed=tries.seed,
-                   settings=inversion_settings(budget), callback=judge)
+            invert(session.pipe, pictures, kind=concept.kind, name=TOKEN, initial=tries.initial or concept.phrase,
+                   seed=tries.seed, settings=inversion_settings(budget), callback=judge)
     return pd.DataFrame(rows)
 
 

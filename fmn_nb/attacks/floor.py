@@ -48,8 +48,8 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
     Args:
         patch: what made the model forget; None compares the unchanged model itself.
         oracles: the first is the yardstick; floors are means over all, and a second one gives the distances' zero line.
-        size: "quick" attacks with one seed at the two budgets, "full" with three at all numbers of steps that the
-            budgets were fixed from.
+        size: "quick" attacks with one seed at the two budgets, and relearning, whose steps to revive are asked for, at
+            all numbers of steps that the budgets were fixed from; "full" with three seeds and every attack at all.
         attacks: which of `ATTACKS` to run.
 
     What can't be measured is listed under `skipped` with its reason.
@@ -58,8 +58,8 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
     if "oracle" in report.skipped:
         return report
     try:
-        found = attacked(session, concept, patch, oracles, read_budgets().only(attacks),
-                         range(seed, seed + ATTACK_SEEDS[size]))
+        budgets = replace(read_budgets().only(attacks), whole=("relearning",) if size == "quick" else tuple(CURVES))
+        found = attacked(session, concept, patch, oracles, budgets, range(seed, seed + ATTACK_SEEDS[size]))
     except (MeasurementError, UnsupportedPipelineError, ReferenceImageError, InversionError) as error:
         return replace(report, skipped={**report.skipped, "attacks": str(error)})
     return replace(found, distances=report.distances, skipped={**report.skipped, **found.skipped})
@@ -68,7 +68,7 @@ def compared(session: Session, concept: Concept, patch: Patch | None, oracles: S
 def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
              budgets: Budgets, seeds: Sequence[int], images: int = IMAGES) -> OracleReport:
     """Every attack at its budgets on the three models, `images` judged each time; and of a model with gated layers the
-    grounding attack, which takes no steps and has no budget ("").
+    grounding attack, which takes no steps and has no budget (""). Only attacks with a whole curve have steps to revive.
 
     Raises:
         MeasurementError: there is no judge, or there are no references.
@@ -79,7 +79,7 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
         if not steps:
             missing[attack] = "the oracle's curve has none of its budgets"
             continue
-        at = sorted({*steps.values(), *(budgets.tried[attack] if len(seeds) > 1 else ())})
+        at = budgets.judged_at(attack)
         try:
             known = [curve_of(session, concept, None, attack, Tries(at, images, seed)) for seed in seeds]
             found = {"forgetting model": known if patch is None else
@@ -94,7 +94,8 @@ def attacked(session: Session, concept: Concept, patch: Patch | None, oracles: S
             raise
         rows |= {(attack, name): at_budget(found, number, seeds[0]) for name, number in steps.items()}
         curves[attack] = {name: mean_curve(some) for name, some in found.items()}
-        revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
+        if attack in budgets.whole:
+            revive[attack] = {name: steps_until(curves[attack][name], REVIVED) for name in MODELS[:2]}
     try:
         rows |= grounding_rows(session, concept, patch, oracles, seeds, images) if budgets.grounding else {}
     except (MeasurementError, InteractionError) as error:
@@ -123,7 +124,8 @@ def above_the_floor(pairs: Mapping[str, Sequence[tuple[int, int]]], seed: int = 
     low, high = difference_interval(pairs["forgetting model"], pairs["oracle"], seed)
     return {"success": s, "floor": f, "unchanged": u, "excess": s - f, "low": low, "high": high,
             "residual": (s - f) / (u - f) if u - f > APART else None, "withstood": low <= 0,
-            "images": sum(count for _, count in pairs["forgetting model"])}
+            "images": sum(count for _, count in pairs["forgetting model"]),
+            "floor_images": sum(count for _, count in pairs["oracle"])}
 
 
 def grounding_rows(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline],
@@ -160,7 +162,8 @@ def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: st
     def measure() -> Curve:
         return success_curve(session, concept, patch, attack, tries)
 
-    return _cached(session, concept, patch, measure, [attack, list(tries.at), tries.images, tries.seed])
+    return _cached(session, concept, patch, measure, [attack, list(tries.at), tries.images, tries.seed, tries.tokens,
+                                                       tries.initial])
 
 
 def _cached(session: Session, concept: Concept, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:

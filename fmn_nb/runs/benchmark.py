@@ -6,7 +6,8 @@ the same table. A table that is there already can grow: what it holds of the sam
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
     OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
-    OUT/excess.csv                      what attacks find above an oracle's floor, where there was one
+    OUT/excess.csv, distances.csv       what attacks find above an oracle's floor, and how far the model is from the
+                                        oracle, where there was one
     OUT/*.png                           forgetting against keeping, one point per concept; what each preset costs
 """
 
@@ -27,9 +28,9 @@ from fmn_nb.evaluation.protocol import REPEATS
 from fmn_nb.files import read_json, read_yaml, replacing, versions, write_json, write_text
 from fmn_nb.forgetting.settings import FACTS, PRESETS, Settings, SettingsError, settings_for
 from fmn_nb.models.arguments import checked_seed
+from fmn_nb.runs.means import SHARES, TUNED_ON, distance_summary, excess_summary, summary
 from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
-from fmn_nb.stats import bootstrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,18 +39,10 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "settings.yaml"
 TABLE_FILE, RESULTS_FILE, EXCESS_FILE = "results.csv", "results.json", "excess.csv"
+DISTANCES_FILE = "distances.csv"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
-TUNED_ON = "tuned_on"  # in the settings file: the concepts that its settings were chosen on, left out of means
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
 SCHEMA = 1
-#: every row's figures with a 95% interval beside them
-SHARES = ("ua", "ira", "cra", "h")
-#: what differs between two machines, or two runs on one
-COSTS = ("seconds", "peak_memory_bytes")
-#: averaged over concepts; "h_of_ceiling" is h divided by its ceiling, the share reached of what could be reached
-AVERAGED = (*SHARES, "ceiling", "h_of_ceiling", "seconds", "patch_bytes", "peak_memory_bytes", "attack_success",
-            "overshadowed_after")
-PAIRED = 3  # the fewest concepts on which two presets' difference is given
 
 
 class BenchmarkError(RuntimeError):
@@ -259,13 +252,14 @@ def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[st
         made, table = read_json(out / RESULTS_FILE), pd.read_csv(out / TABLE_FILE)
         said = {name: made[name] for name in identity_of(bench)}
         settings, size, budget = made["settings"], made["size"], made.get("attack", {}).get("budget")
-        beside = {name: value for name, value in made.get("oracle", {}).items() if name != "summary"}
+        beside = {name: value for name, value in made.get("oracle", {}).items() if name not in ("summary", "distances")}
         above = pd.read_csv(out / EXCESS_FILE).fillna({"budget": ""}) if beside else table[:0]
+        apart = pd.read_csv(out / DISTANCES_FILE) if beside else table[:0]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     if said != identity_of(bench):
         return {}
-    rows, excess = _by_job(table), _by_job(above)
+    rows, excess, distances = (_by_job(one) for one in (table, above, apart))
     kept: dict[Job, dict[str, Any]] = {}
     for job in jobs:
         place = job.concept.name, job.preset, job.seed
@@ -278,7 +272,8 @@ def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[st
         if bench.attacks(job):
             kept[job]["attack"] = {"budget": budget}
         if bench.compares(job):
-            kept[job]["oracle"] = {"compared_with": beside, "excess": excess[place]}
+            kept[job]["oracle"] = {"compared_with": beside, "excess": excess[place],
+                                   "distances": distances.get(place, [])}
     return kept
 
 
@@ -337,11 +332,14 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
     budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
     attacks = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
     if len(excess := excess_of(found, made.get(TUNED_ON, ()))):
-        write_text(out / EXCESS_FILE, excess.to_csv(index=False, lineterminator="\n"))
+        distances = distances_of(found, made.get(TUNED_ON, ()))
+        for name, beside in ((EXCESS_FILE, excess), (DISTANCES_FILE, distances)):
+            write_text(out / name, beside.to_csv(index=False, lineterminator="\n"))
         first = next(result["oracle"]["compared_with"] for result in found.values() if "oracle" in result)
-        attacks["oracle"] = {**first, "summary": excess_summary(excess)}
+        attacks["oracle"] = {**first, "summary": excess_summary(excess), "distances": distance_summary(distances)}
     else:
-        (out / EXCESS_FILE).unlink(missing_ok=True)  # of other settings
+        for name in (EXCESS_FILE, DISTANCES_FILE):
+            (out / name).unlink(missing_ok=True)  # of other settings
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
@@ -423,20 +421,21 @@ def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ())
     return pd.DataFrame(rows).round(6)
 
 
-def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each preset, attack and budget the means over concepts, with 95% intervals bootstrapped over them.
-
-    Concepts that settings were tuned on count only where there are no others.
+def distances_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
+    """A row for each job and distance that was measured beside an oracle: the value, the unchanged model's, that of a
+    second oracle (0 without one), and the value on the scale from there to the unchanged model.
     """
+    import pandas as pd
+
     rows = []
-    for (preset, attack, budget), group in _headline(excess).groupby(["preset", "attack", "budget"], sort=False):
-        means = group.groupby("concept", sort=False)[["success", "floor", "unchanged", "excess"]].mean()
-        row: dict[str, Any] = {"preset": preset, "attack": attack, "budget": budget, "concepts": len(means),
-                               "steps": int(group["steps"].iloc[0])}
-        for name, values in means.items():
-            row |= _mean(name, values)
-        rows.append(row)
-    return rows
+    for job, result in found.items():
+        beside = result.get("oracle", {})
+        own = {"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed}
+        new = [{**own, "distance": name, **values} for name, values in beside.get("distance", {}).items()]
+        rows += [{**row, "tuned_on": job.concept.name in tuned} for row in (*beside.get("distances", ()), *new)]
+    columns = ["concept", "kind", "preset", "seed", "distance", "value", "unchanged", "zero", "second", "scaled",
+               TUNED_ON]
+    return pd.DataFrame(rows, columns=columns).round(6)
 
 
 def _h_of_ceiling(result: Mapping[str, Any]) -> float | None:
@@ -444,64 +443,7 @@ def _h_of_ceiling(result: Mapping[str, Any]) -> float | None:
     return after["h"] / after["ceiling"] if after["ceiling"] else None
 
 
-def _headline(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that means are made of: without concepts that settings were tuned on, unless there are no others."""
-    return table[~table["tuned_on"]] if "tuned_on" in table and not table["tuned_on"].all() else table
-
-
 def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each preset, over all concepts and by kind: how many there are, each figure's mean over concepts, and which
-    concept reached the smallest share of its ceiling; over all, how it differs from every other preset (`against`).
-
-    Concepts that settings were tuned on count only if there are no others. Seconds are those of jobs that drew all
-    images themselves, if there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
-    averaged first): they say how much the mean depends on which concepts are forgotten. A single concept has none.
-    """
-    table = _headline(table)
-    if "drew_all" in table and table["drew_all"].any():
-        table = table.assign(seconds=table["seconds"].where(table["drew_all"].eq(True)))
-    rows = []
-    for preset, of_preset in table.groupby("preset", sort=False):
-        for kind, group in [("all", of_preset), *of_preset.groupby("kind", sort=False)]:
-            means = group.groupby("concept", sort=False)[[name for name in AVERAGED if name in group]].mean()
-            row: dict[str, Any] = {"preset": preset, "kind": kind, "concepts": len(means)}
-            for name, values in means.items():
-                row |= _mean(name, values.dropna())
-            reached = means["h_of_ceiling"].dropna()
-            if len(reached):
-                row["lowest"] = {"concept": reached.idxmin(), "h_of_ceiling": round(float(reached.min()), 6)}
-            rows.append(row | ({"against": against(table, preset)} if kind == "all" else {}))
-    return rows
-
-
-def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
-    """Other preset -> this one's figures minus the other's, on the concepts and seeds that both have.
-
-    It is the mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over
-    concepts. Fewer than `PAIRED` common concepts say too little: such a pair is left out.
-    """
-    pairs = table.set_index(["concept", "seed"])
-    own, found = pairs[pairs["preset"] == preset], {}
-    for other, theirs in pairs[pairs["preset"] != preset].groupby("preset", sort=False):
-        difference = (own[list(SHARES)] - theirs[list(SHARES)]).dropna()
-        means = difference.groupby("concept", sort=False).mean()
-        if len(means) < PAIRED:
-            continue
-        found[other] = {"concepts": len(means), "pairs": len(difference)}
-        for name, values in means.items():
-            found[other] |= _mean(name, values)
-    return found
-
-
-def _mean(name: str, values: pd.Series) -> dict[str, Any]:
-    """A figure's mean over concepts and its interval; nothing for no values."""
-    if not len(values):
-        return {}
-    mean = {name: round(float(values.mean()), 6)}
-    if len(values) == 1 or name in COSTS:
-        return mean
-    return mean | {f"{name}_ci95": [round(bound, 6) for bound in bootstrap([values.to_numpy(float)], lambda one: one)]}

@@ -34,7 +34,7 @@ from fmn_nb.evaluation import MeasurementError, Session
 from fmn_nb.evaluation import oracle as oracles
 from fmn_nb.evaluation.oracle import NO_ORACLE, Distance, distances, loss_difference, mean_loss, side
 from fmn_nb.models import generate
-from fmn_nb.stats import difference_interval
+from fmn_nb.stats import difference_interval, mean_difference_interval, mean_share_interval
 
 CAT, FROG = Concept("cat"), Concept("frog")
 
@@ -89,6 +89,28 @@ def test_the_intervals_hold_the_truth_and_narrow_with_images():
         difference_interval([], [(1, 2)])
 
 
+def test_a_mean_over_concepts_counts_their_images_and_how_they_differ():
+    nothing = [[(0, 24)]] * 5
+    low, high = mean_difference_interval(nothing, nothing)
+    assert low < 0 < high, "none of 120 is not surely none"
+    assert mean_share_interval(nothing)[0] == 0 < mean_share_interval(nothing)[1] < mean_share_interval([[(0, 24)]])[1]
+    alike, unlike = [[(12, 24)]] * 4, [[(0, 24)], [(0, 24)], [(24, 24)], [(24, 24)]]
+    widths = [high - low for low, high in map(mean_share_interval, (alike, unlike))]
+    assert widths[0] < widths[1], "which concepts were asked matters where they differ"
+    assert mean_difference_interval([[(3, 24)]], [[(1, 24)]]) == difference_interval([(3, 24)], [(1, 24)])
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        shares = rng.uniform(0, 0.1, 5)  # of the superpopulation: 0.05 on average
+        sides = [[[(int(rng.binomial(24, share)), 24)] for share in some] for some in (shares, [0.01] * 5)]
+        low, high = mean_difference_interval(*sides)
+        held += low <= 0.04 <= high
+    assert held >= 180
+    with pytest.raises(ValueError, match="both sides need the same"):
+        mean_difference_interval([[(1, 2)]], [])
+    with pytest.raises(ValueError, match="at least one"):
+        mean_share_interval([])
+
+
 def test_a_curve_ends_where_the_attack_of_that_budget_ends(emoji):
     """The same images, one by one, after an inversion that was judged on the way and after one that wasn't."""
     quickly = Session.of(emoji, steps=2)
@@ -141,11 +163,14 @@ def test_budgets_are_written_with_their_date_and_read(oracle, tmp_path):
     assert content["attacks"]["relearning"]["budgets"] == {"first": 1}, "a smoke oracle never shows a cat"
     read = read_budgets(path)
     assert read.steps == {"relearning": {"first": 1}} and content["date"] in read.source
+    assert read.judged_at("relearning") == [1]
+    assert replace(read, whole=("relearning",)).judged_at("relearning") == [0, 1]
     missing = read_budgets(tmp_path / "none.json")
     assert missing.steps == UNFIXED and missing.source.startswith("not fixed")
 
 
-SMALL = Budgets({"relearning": {"first": 0, "half": 1}, "concept inversion": {"half": 1}}, "of this test", {})
+SMALL = Budgets({"relearning": {"first": 0, "half": 1}, "concept inversion": {"half": 1}}, "of this test",
+                {"relearning": (0, 1), "concept inversion": (0, 1)})
 
 
 @pytest.fixture(scope="module")

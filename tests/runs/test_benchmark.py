@@ -17,7 +17,7 @@ from fmn_nb.attacks.attack import InversionBudget
 from fmn_nb.attacks.floor import ATTACKS
 from fmn_nb.cli import main
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation.oracle import OracleReport
+from fmn_nb.evaluation.oracle import Distance, OracleReport
 from fmn_nb.evaluation.session import Sampling
 from fmn_nb.files import read_json
 from fmn_nb.forgetting.settings import PRESETS, SettingsError, settings_for
@@ -25,22 +25,22 @@ from fmn_nb.plots.style import LOOKS
 from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 from fmn_nb.runs import executors, measure
 from fmn_nb.runs.benchmark import (
-    COSTS,
+    DISTANCES_FILE,
     EXCESS_FILE,
     BenchmarkError,
-    excess_summary,
     groups_of,
     kept_rows,
     plan_jobs,
     read_overrides,
     run_benchmark,
     schedule,
-    summary,
     table_of,
     tuned_on,
 )
+from fmn_nb.runs.means import COSTS, distance_summary, excess_summary, summary
 from fmn_nb.runs.measure import CACHE, Bench
 from fmn_nb.runs.stopping import Stopped
+from fmn_nb.stats import mean_difference_interval
 
 SHORT = {"steps": 1, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "batch_size": 1, "retain_batch": 1}
 
@@ -335,7 +335,8 @@ def test_only_jobs_of_the_attack_seeds_end_in_an_attack(bench: Bench, few) -> No
 
 def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, oracle_folder, monkeypatch) -> None:
     rows = {("relearning", "first"): {"steps": 2, "success": 0.75, "floor": 0.25, "unchanged": 1.0, "excess": 0.5,
-                                      "low": 0.1, "high": 0.9, "residual": 2 / 3, "withstood": False, "images": 4}}
+                                      "low": 0.1, "high": 0.9, "residual": 2 / 3, "withstood": False, "images": 4,
+                                      "floor_images": 4}}
     attacks = pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(list(rows), names=["attack", "budget"]))
     revive = pd.DataFrame({"forgetting model": [2.0], "oracle": [float("nan")]}, index=["relearning"])
     asked = []
@@ -343,7 +344,7 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     def compared(session, concept, patch, oracles, seed, size, chosen):
         asked.append((concept.name, seed, len(oracles), session.sampling.cache))
         assert chosen == ATTACKS
-        return OracleReport(attacks, revive, budgets="fixed")
+        return OracleReport(attacks, revive, {"kernel": Distance(0.3, 0.5)}, budgets="fixed")
 
     monkeypatch.setattr(measure, "compared", compared)
     beside = replace(bench, oracles=(str(oracle_folder),))
@@ -352,31 +353,43 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
     assert asked == [("cat", 0, 1, bench.work / CACHE)], "the dog was taught, and one seed has to do"
     (row,) = pd.read_csv(out / EXCESS_FILE).to_dict("records")
     assert (row["concept"], row["attack"], row["excess"], row["steps_to_revive"]) == ("cat", "relearning", 0.5, 2)
+    (apart,) = pd.read_csv(out / DISTANCES_FILE).to_dict("records")
+    assert (apart["concept"], apart["distance"], apart["scaled"]) == ("cat", "kernel", 0.6)
     said = read_json(out / "results.json")["oracle"]
     assert said["summary"][0]["excess"] == 0.5 and said["budgets"] and len(said["oracles"]) == 1
+    assert said["summary"][0]["median_steps"] == 2 and said["distances"][0]["scaled"] == 0.6
     assert beside.stored(jobs[0]) and not bench.oracles and bench.stored(jobs[0]), "done, with it and without"
     assert replace(beside, beside=("relearning",)).stored(jobs[0]) is None, "other attacks"
     with monkeypatch.context() as later:
         later.setattr(measure, "read_budgets", lambda: SimpleNamespace(source="others"))
         assert replace(beside).stored(jobs[0]) is None and replace(beside).stored(jobs[1]), "other budgets"
-    before, made = [pd.read_csv(out / name) for name in ("results.csv", EXCESS_FILE)], read_json(out / "results.json")
+    tables = "results.csv", EXCESS_FILE, DISTANCES_FILE
+    before, made = [pd.read_csv(out / name) for name in tables], read_json(out / "results.json")
     shutil.rmtree(bench.work)
     assert run(beside, jobs) == out and not list(bench.work.glob("*.json")), "a table keeps its attacks as well"
-    for name, table in zip(("results.csv", EXCESS_FILE), before, strict=True):
+    for name, table in zip(tables, before, strict=True):
         pd.testing.assert_frame_equal(pd.read_csv(out / name), table)
     assert read_json(out / "results.json") == made
     run(bench, short_plan("cat", presets=("paper",)))
-    assert not (out / EXCESS_FILE).exists(), "of other jobs"
+    assert not (out / EXCESS_FILE).exists() and not (out / DISTANCES_FILE).exists(), "of other jobs"
     run(beside, jobs)
     assert jobs[0] not in kept_rows(replace(beside, beside=("relearning",)), jobs, out), "other attacks"
 
 
 def test_excess_is_averaged_over_concepts_that_no_tuning_saw() -> None:
     rows = [{"concept": name, "preset": "uce", "attack": "relearning", "budget": "first", "steps": 2, "success": s,
-             "floor": 0.1, "unchanged": 1.0, "excess": s - 0.1, "tuned_on": name == "cat"}
-            for name, s in (("cat", 1.0), ("dog", 0.3), ("frog", 0.5))]
+             "floor": 0.1, "unchanged": 1.0, "excess": s - 0.1, "images": 10, "floor_images": 10,
+             "steps_to_revive": revived, "tuned_on": name == "cat"}
+            for name, s, revived in (("cat", 1.0, 1), ("dog", 0.3, float("nan")), ("frog", 0.5, 2))]
     (mean,) = excess_summary(pd.DataFrame(rows))
-    assert mean["concepts"] == 2 and mean["excess"] == pytest.approx(0.3) and len(mean["excess_ci95"]) == 2
+    assert mean["concepts"] == 2 and mean["excess"] == pytest.approx(0.3)
+    assert mean["excess_ci95"] == [round(x, 6) for x in mean_difference_interval([[(3, 10)], [(5, 10)]],
+                                                                                 [[(1, 10)], [(1, 10)]])]
+    assert (mean["revived"], mean["median_steps"]) == (1, 2)
+    away = pd.DataFrame([{"concept": name, "preset": "uce", "distance": "kernel", "scaled": value,
+                          "tuned_on": name == "cat"} for name, value in (("cat", 9.0), ("dog", 0.2), ("frog", 0.4))])
+    (mean,) = distance_summary(away)
+    assert mean["concepts"] == 2 and mean["scaled"] == 0.3 and mean["scaled_ci95"] == [0.2, 0.4]
 
 
 def test_more_variants_than_looks_share_those_of_their_methods() -> None:

@@ -34,6 +34,7 @@ from fmn_nb.stats import Z95, wilson
 COLUMNS = 12  # of the card's grids
 POINTING_TIMESTEP = 300
 HELD_OUT_SEED = 1
+BARE_WORDS = 60  # images of an ambiguous word in each style; with twelve, 95% and 97% of one reading look the same
 
 
 CARD = """# emoji: a Stable Diffusion in miniature
@@ -99,7 +100,8 @@ further from a finished pipeline of the same recipe (`fmn-nb pretrain --start-fr
 not in the table. Parts that the table doesn't list were taken from an earlier training by the same recipe."""
 NOISE_ALONE = """ The denoiser
 learned from the error of the noise alone: it was trained before the recipe also drew the attention of words to their
-things (`fmn_nb/emoji/training/word_masks.py`)."""
+things (`fmn_nb/emoji/training/word_masks.py`), and when 15% of the captions that say just "mouse" showed a computer
+mouse (now 25%)."""
 MADE_ANEW = """
 
 ### The recipe from nothing
@@ -264,7 +266,8 @@ class Quality:
             left = [one.phrase for one in (dominant, overshadowed) if one.phrase not in self.untaught]
             if word in self.untaught or not left:
                 continue
-            judged = self._judged(word, [([word], style) for style in self.styles for _ in range(12)])
+            judged = self._judged(word, [([word], style) for style in self.styles
+                                         for _ in range(BARE_WORDS)])
             labels = [v.label for *_, v in judged]
             if len(left) == 1:
                 yield _share(f"'{word}': the reading that was taught", [x == left[0] for x in labels], 0.9)

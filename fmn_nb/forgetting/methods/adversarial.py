@@ -11,8 +11,8 @@ fine-tune of Forget-Me-Not runs against an adversary that works on the text, and
    - by gradients (STEREO; Srivatsan et al., arXiv 2408.16807): textual inversion on the concept's references, once from
      its word and once from random vectors, with one token and with two in turn.
    Each find takes the concept's place in all of its prompts and joins the pool.
-3. After `rounds` of these, erase once from the original weights with the whole pool. Erasing again and again on top
-   would only add up each round's damage.
+3. After `rounds` of these, erase once from the original weights with the whole pool, as STEREO does, so that what the
+   rounds' erasures damaged doesn't add up.
 
 Finds and plain prompts come equally often, for every concept. Re-steering takes attention from a find's own columns and
 from all later ones, which it reaches through the causal text encoder; the anchor pulls the prediction with it to the
