@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "floor_figure", "m_score_figure", "relearning_figure", "sequence_figure", "similarity_figure",
         "success_figure"],
     "style": ["as_png", "few_colours", "image_grid", "look", "new_figure"],
-    "tradeoff": ["cost_and_quality", "cost_of_presets", "forgetting_against_keeping", "forgotten_and_kept",
-        "measure_along", "tradeoff_figure"],
+    "tradeoff": ["cost_and_quality", "cost_of_presets", "excess_against_keeping", "forgetting_against_keeping",
+        "forgotten_and_kept", "measure_along", "tradeoff_figure"],
 })

@@ -112,6 +112,39 @@ def cost_of_presets(summary: Sequence[Mapping[str, Any]], groups: Mapping[str, s
     return figure
 
 
+def excess_against_keeping(excess: pd.DataFrame, groups: Mapping[str, str] | None = None) -> InlineFigure:
+    """What attacks bring back beyond an oracle's floor, upwards with its 95% interval, against H as a share of what it
+    could be, to the right; a panel for each attack. Below and to the right is better.
+
+    Args:
+        excess: rows with preset, attack, h_of_ceiling, excess, low, high, as excess.csv of `fmn-nb benchmark` has them.
+        groups: preset -> a group that shares its look; its own name stands beside its point.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if excess.empty:
+        raise ValueError("no attack was measured beside an oracle")
+    shared, attacks = groups or {}, list(excess["attack"].unique())
+    figure, panels = new_figure(1.0 + 4.2 * len(attacks), 4.0, len(attacks), sharex=True, sharey=True)
+    said = []
+    for axes, attack in zip(panels, attacks, strict=True):
+        rows = excess[excess["attack"] == attack]
+        axes.axhline(0, color="0.35", linestyle="--", linewidth=1)
+        _points(axes, pd.DataFrame({
+            "group": [shared.get(name, name) for name in rows["preset"]], "name": rows["preset"] if shared else "",
+            "x": rows["h_of_ceiling"], "y": rows["excess"], "y_low": rows["low"], "y_high": rows["high"]}))
+        axes.set(title=attack, ylim=(-0.2, 1.06), xlabel="H, as a share of what it could be")
+        said.append(f"{attack}: " + ", ".join(f"{row.preset} {row.excess:.2f} at H {row.h_of_ceiling:.2f}"
+                                              for row in rows.itertuples()))
+    panels[0].set(ylabel="excess over the oracle's floor")
+    _legend(panels[0])
+    for axes in panels:
+        _names_apart(axes)
+    figure.words = "; ".join(said) + "."
+    return figure
+
+
 def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | None = None,
                        along: str | None = None) -> InlineFigure:
     """Two panels with UA to the right: IRA upwards in one, CRA in the other. One point per run, with both intervals.

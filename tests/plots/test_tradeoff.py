@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 
 from fmn_nb.plots.style import look
-from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping, forgotten_and_kept, tradeoff_figure
+from fmn_nb.plots.tradeoff import (
+    cost_of_presets,
+    excess_against_keeping,
+    forgetting_against_keeping,
+    forgotten_and_kept,
+    tradeoff_figure,
+)
 
 RUNS = pd.DataFrame({"concept": ["cat", "cat", "frog"], "steps": [35, 5, 5]}, index=["a", "b", "c"])
 
@@ -55,6 +61,21 @@ def test_every_preset_has_its_cost_and_its_interval():
     assert figure.words.endswith("paper: H 0.70, 6 seconds of forgetting.")
     with pytest.raises(ValueError, match="no rows"):
         cost_of_presets(summary[1:2])
+
+
+def test_what_attacks_bring_back_stands_above_what_is_kept():
+    rows = [{"preset": name, "attack": attack, "h_of_ceiling": h, "excess": h - 0.5, "low": h - 0.6, "high": h - 0.3}
+            for attack in ("relearning", "grounding") for name, h in (("uce", 1.0), ("esd-x", 0.9))]
+    alone, shared = (excess_against_keeping(pd.DataFrame(rows), groups)
+                     for groups in (None, {"uce": "closed", "esd-x": "closed"}))
+    for axes in alone.axes:
+        assert dots(axes) == {look(0): [[1.0, 0.5]], look(1): [[0.9, 0.4]]} and not axes.texts
+    for axes in shared.axes:
+        assert dots(axes) == {look(0): [[1.0, 0.5], [0.9, 0.4]]}
+        assert [text.get_text() for text in axes.texts] == ["uce", "esd-x"]
+    assert alone.words.startswith("relearning: uce 0.50 at H 1.00, esd-x 0.40 at H 0.90; grounding: uce")
+    with pytest.raises(ValueError, match="no attack"):
+        excess_against_keeping(pd.DataFrame(rows)[:0])
 
 
 def test_names_and_numbers_never_cover_one_another():
