@@ -43,7 +43,7 @@ class Composer(_Explorer):
         trouble: why a turn could not be taken.
     """
 
-    without_kernel = "A picture built up in turns. It needs a running kernel; the figure below is the same in print."
+    without_kernel = "A picture built up in turns. It needs a running kernel; the figure above is the same in print."
 
     def __init__(self, pipe: DiffusionPipeline, prompt: str = "a photo", turns: Sequence[str] = (), *, seed: int = 0,
                  steps: int = STEPS) -> None:

@@ -2,7 +2,6 @@
 
 All on one thread: with more, threads that wait for each other count as work, and vary more than recording costs.
 
-    export PYTHONPATH=tests/support
     python tests/speed/bench_attention.py emoji    the bundled emoji pipeline, 20 steps with guidance
     python tests/speed/bench_attention.py sd15     a randomly initialised Stable Diffusion 1.5 U-Net in its full size,
                                                    32 x 32 latents, a step with guidance; some minutes
@@ -18,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import supported  # noqa: F401
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from tiny import clip_text_encoder, clip_tokenizer, quiet, tiny_sd, tiny_vae

@@ -1,6 +1,5 @@
 """What the kit costs on models of the real checkpoints' sizes, with random weights: seconds a step and peak memory.
 
-    export PYTHONPATH=tests/support
     python tests/speed/bench_checkpoints.py [sd15|sd21|sdxl|flux-small] [--size PIXELS] [--steps N]
 
 On a GPU each model runs in bfloat16 at its own size; on a CPU in float32 at 256 pixels, and Stable Diffusion 1.5 alone
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import supported  # noqa: F401
 import torch
 from diffusers import DiffusionPipeline
 from full_size import FULL_SIZE

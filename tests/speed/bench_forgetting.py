@@ -1,6 +1,5 @@
 """What forgetting costs: seconds and peak memory against the same algorithm in a straight line, and bytes of a patch.
 
-    export PYTHONPATH=tests/support
     python tests/speed/bench_forgetting.py sd15 [STEPS]   a randomly initialised Stable Diffusion 1.5, 256 x 256 pixels,
                                                           batch 1, 10 references, cross-attention only: the kit, the
                                                           published algorithm and a lean loop
@@ -30,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import supported  # noqa: F401
 from diffusers import StableDiffusionPipeline
 from full_size import sd15
 from published import published_forget_me_not

@@ -29,13 +29,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import supported  # noqa: F401
 import yaml
+from written_notebooks import write_notebook_at
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-
-from written_notebooks import write_notebook_at  # noqa: E402
-
-import fmn_nb  # noqa: E402
+import fmn_nb
 from fmn_nb.runs import runner as runs
 from fmn_nb.runs import sweep as sweeps
 from fmn_nb.runs.executors import THREADS, patient_threads

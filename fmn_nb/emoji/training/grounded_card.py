@@ -34,7 +34,7 @@ STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 STRENGTH = 1.0  # of all other figures
 TRIED = ((1.5, 1.0), (2.5, 1.0), (4.0, 1.0), (7.0, 1.0), (2.5, 0.8), (4.0, 0.8))  # guidance, strength
 SCENES = {"one": 0.65, "two": 0.35}
-ABLATED = {"everything": (), "no between box": ("between",), "no role": ("role",), "no action token": ("action",)}
+ABLATED = {"nothing": (), "no between box": ("between",), "no role": ("role",), "no action token": ("action",)}
 Share = tuple[int, int]  # successes, trials
 
 
@@ -264,7 +264,8 @@ Parts left out while drawing, not in training. "One box for both": subject and o
 
 ### Guidance and strength
 
-Measured on pairs of things that were trained on, to choose the two for everything above. `draw_interactions` has the
+Measured on pairs of things that were trained on, before anything above; these few images can't tell 1.5 from 2.5, and
+we took 2.5 and strength 1. `draw_interactions` has the
 same guidance and, unless told otherwise, strength 0.8.
 
 | guidance | strength | in its box | relation |
