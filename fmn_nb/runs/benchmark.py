@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from fmn_nb.evaluation.protocol import REPEATS
 from fmn_nb.files import read_json, read_yaml, replacing, versions, write_json, write_text
 from fmn_nb.forgetting.settings import FACTS, PRESETS, Settings, SettingsError, settings_for
 from fmn_nb.models.arguments import checked_seed
+from fmn_nb.runs.earlier import DISTANCES_FILE, EXCESS_FILE, RESULTS_FILE, TABLE_FILE, Earlier
 from fmn_nb.runs.means import SHARES, TUNED_ON, distance_summary, excess_summary, summary
 from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from fmn_nb.runs.measure import Bench
 
 SETTINGS_FILE = "settings.yaml"
-TABLE_FILE, RESULTS_FILE, EXCESS_FILE = "results.csv", "results.json", "excess.csv"
-DISTANCES_FILE = "distances.csv"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
 SCHEMA = 1
@@ -193,7 +192,8 @@ def tuned_on(file: Path | None) -> list[str]:
 
 def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping[str, Any], limit: int | None = None,
                   workers: int = 1, log: Callable[[str], None] = print) -> Path:
-    """Do the jobs that are not done yet, at most `limit`, and write the table of all done jobs; returns its file.
+    """Do the jobs that are not done yet, at most `limit`, and write the table of all done jobs; returns its file. Rows
+    that a table there has of other jobs stay (`other_rows`).
 
     Args:
         out: the folder of the table, the figures and the record of how they were made.
@@ -208,12 +208,15 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     """
     from fmn_nb.runs.executors import executed
 
-    kept, failures = kept_rows(bench, jobs, out), []
+    kept, others, failures = kept_rows(bench, jobs, out), other_rows(bench, jobs, out), []
+    earlier = _earlier(bench, jobs, out)
 
     def finished() -> str:
         return f"{len(jobs) - len(left_of(bench, jobs, kept))} of {len(jobs)} jobs finished; the same command continues"
 
     todo = left_of(bench, jobs, kept)[:limit]
+    if said := _what_goes(out, earlier, [*jobs, *others]):
+        log(said)
     log("\n".join(schedule(bench, jobs, workers, limit, kept)))
     with telling(finished):
         ended = (executed(todo, bench.attempt, workers) if min(workers, len(todo)) > 1
@@ -223,16 +226,41 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
                 failures += [f"{job.name}: {error}"] if error else []
                 said = f"{job.name}: FAILED: {error}" if error else _described(job, bench.stored(job))
                 log(f"[{number}/{len(todo)}] {said}")
-        found = {job: result for job in jobs if (result := bench.stored(job) or kept.get(job)) is not None}
-        if not found:
+        done = {job: result for job in jobs if (result := _fuller(bench.stored(job), kept.get(job))) is not None}
+        if not done:
             raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
-        missing = [job.name for job in jobs if job not in found]
+        missing = [job.name for job in jobs if job not in done]
         told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
-        table = _write_results(out, found, {**made, **identity_of(bench)}, told)
+        said = {**made, **(_of_others(earlier, made) if others else {}), **identity_of(bench)}
+        table = _write_results(out, others | done, said, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
                              + "\n  ".join(failures))
     return table
+
+
+def _fuller(stored: dict[str, Any] | None, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of two results of one job the one with more measured beside it, in doubt the stored one; None if there is
+    neither."""
+    known = [one for one in (stored, kept) if one is not None]
+    return max(known, key=lambda one: len({"attack", "oracle"} & set(one)), default=None)
+
+
+def _what_goes(out: Path, earlier: Earlier | None, jobs: Sequence[Job]) -> str:
+    """Which rows of the table in `out` will be replaced or go, in words; "" for none."""
+    if earlier is None:
+        return (f"{out / TABLE_FILE} is of another model, judge or size, or made in another way: it will be replaced"
+                if (out / TABLE_FILE).is_file() else "")
+    places = {(job.concept.name, job.preset, job.seed) for job in jobs if earlier.result(job) is not None}
+    presets = sorted({preset for concept, preset, seed in set(earlier.rows) - places})
+    return f"rows of other settings go from {out / TABLE_FILE}: {', '.join(presets)}" if presets else ""
+
+
+def _of_others(earlier: Earlier, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json also says where rows of other commands stay: these commands, and what was tuned on."""
+    commands = [one for one in earlier.commands if one != made.get("command")]
+    tuned = dict.fromkeys([*earlier.made.get(TUNED_ON, ()), *made.get(TUNED_ON, ())])
+    return {"earlier_commands": commands, TUNED_ON: list(tuned)}
 
 
 def identity_of(bench: Bench) -> dict[str, Any]:
@@ -243,44 +271,45 @@ def identity_of(bench: Bench) -> dict[str, Any]:
 
 
 def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
-    """Job -> {"row": its row in the table in `out`}, if that table was made in the same way and the job with the same
-    settings and attacks; with `attack` and `oracle` as a result has them, where the job ends in these.
+    """Job -> its result as the table in `out` has it, if that was made in the same way, and the job with the same
+    settings and attacks (`Earlier.result`)."""
+    if (earlier := _earlier(bench, jobs, out)) is None:
+        return {}
+    found = {job: result for job in jobs if (result := earlier.result(job)) is not None}
+    return {job: result for job, result in found.items() if bench.ends_as_asked(
+        job, result.get("attack", {}).get("budget"), result.get("oracle", {}).get("compared_with"))}
+
+
+def other_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
+    """Job -> its result, of those in the table in `out` that aren't asked for: they stay in it. Those of a preset that
+    is asked for with other settings don't.
+
+    Raises:
+        BenchmarkError: they were attacked with another budget or stand beside another oracle than asked for, so one
+            table can't hold both.
     """
-    import pandas as pd
-
-    try:
-        made, table = read_json(out / RESULTS_FILE), pd.read_csv(out / TABLE_FILE)
-        said = {name: made[name] for name in identity_of(bench)}
-        settings, size, budget = made["settings"], made["size"], made.get("attack", {}).get("budget")
-        beside = {name: value for name, value in made.get("oracle", {}).items() if name not in ("summary", "distances")}
-        above = pd.read_csv(out / EXCESS_FILE).fillna({"budget": ""}) if beside else table[:0]
-        apart = pd.read_csv(out / DISTANCES_FILE) if beside else table[:0]
-    except (OSError, ValueError, KeyError, TypeError):
+    if (earlier := _earlier(bench, jobs, out)) is None:
         return {}
-    if said != identity_of(bench):
-        return {}
-    rows, excess, distances = (_by_job(one) for one in (table, above, apart))
-    kept: dict[Job, dict[str, Any]] = {}
-    for job in jobs:
-        place = job.concept.name, job.preset, job.seed
-        if place not in rows or job.size != size or settings.get(job.preset) != job.settings.to_dict():
-            continue
-        attacked = pd.notna(rows[place][0].get("attack_success"))
-        if not bench.ends_as_asked(job, budget if attacked else None, beside if place in excess else None):
-            continue
-        kept[job] = {"row": rows[place][0]}
-        if bench.attacks(job):
-            kept[job]["attack"] = {"budget": budget}
-        if bench.compares(job):
-            kept[job]["oracle"] = {"compared_with": beside, "excess": excess[place],
-                                   "distances": distances.get(place, [])}
-    return kept
+    asked, settings = {job.name for job in jobs}, {job.preset: job.settings for job in jobs}
+    found: dict[Job, dict[str, Any]] = {}
+    for concept, preset, seed in earlier.rows:
+        (known, towards), = _concepts(bench.session.vocabulary, [concept])
+        job = Job(known, towards, preset, settings.get(preset) or Settings(**earlier.made["settings"][preset]), seed,
+                  jobs[0].size)
+        if job.name not in asked and (result := earlier.result(job)) is not None:
+            found[job] = result
+    wanted = {("attack", "budget"): asdict(bench.attack) if bench.attack else None,
+              ("oracle", "compared_with"): bench.compared_with if bench.oracles else None}
+    for job, result in found.items():
+        for (name, key), asked_for in wanted.items():
+            if asked_for and name in result and result[name][key] != asked_for:
+                raise BenchmarkError(f"{job.name} in {out / TABLE_FILE} has another {name} ({result[name][key]}); give "
+                                     "another --out, or ask for that row, too")
+    return found
 
 
-def _by_job(table: pd.DataFrame) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-    """A written table's rows as they were measured, by concept, preset and seed."""
-    measured = table.drop(columns=TUNED_ON, errors="ignore")
-    return {place: rows.to_dict("records") for place, rows in measured.groupby(["concept", "preset", "seed"])}
+def _earlier(bench: Bench, jobs: Sequence[Job], out: Path) -> Earlier | None:
+    return Earlier.read(out, identity_of(bench), jobs[0].size)
 
 
 def left_of(bench: Bench, jobs: Sequence[Job], kept: Mapping[Job, Any] | None = None) -> list[Job]:

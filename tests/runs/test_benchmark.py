@@ -371,7 +371,21 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
         pd.testing.assert_frame_equal(pd.read_csv(out / name), table)
     assert read_json(out / "results.json") == made
     run(bench, short_plan("cat", presets=("paper",)))
-    assert not (out / EXCESS_FILE).exists() and not (out / DISTANCES_FILE).exists(), "of other jobs"
+    assert pd.read_csv(out / "results.csv")["preset"].tolist() == ["balanced"] * 4 + ["paper"], "the others stay"
+    for name, table in zip(tables[1:], before[1:], strict=True):
+        pd.testing.assert_frame_equal(pd.read_csv(out / name), table)
+    with pytest.raises(BenchmarkError, match="cat-balanced-seed0 in .*results.csv has another oracle"):
+        run(replace(beside, beside=("relearning",)), short_plan("cat", presets=("paper",)))
+    (out / DISTANCES_FILE).unlink()
+    assert set(kept_rows(beside, jobs, out)) == set(jobs), "of a table before it had distances"
+    lines = []
+    run(bench, plan_jobs(VOCABULARY, ["cat"], ["balanced"], overrides={"balanced": {**SHORT, "steps": 2}}),
+        log=lines.append)
+    assert "rows of other settings go from" in lines[0] and lines[0].endswith("results.csv: balanced")
+    assert pd.read_csv(out / "results.csv")["preset"].tolist() == ["paper", "balanced"]
+    assert not (out / EXCESS_FILE).exists(), "of other settings"
+    run(replace(bench, sampling=Sampling(steps=3, batch=6)), short_plan("cat"), log=lines.append)
+    assert "is of another model, judge or size, or made in another way" in lines[-4] + lines[-3]
     run(beside, jobs)
     assert jobs[0] not in kept_rows(replace(beside, beside=("relearning",)), jobs, out), "other attacks"
 
