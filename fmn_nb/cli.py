@@ -120,7 +120,9 @@ def sweep(spec: Path, **options: Any) -> None:
         from fmn_nb.runs.sweep import run_sweep
 
         place, failed = run_sweep(planned, progress=SweepProgress.shown(), **options)
-        click.echo(f"results: {place}/results.csv\nreport: {place}/report.html")
+        click.echo(f"results: {place}/results.csv")
+        if (planned.folder / "report.html").is_file() or not planned.folder.exists():  # a remote one isn't kept here
+            click.echo(f"report: {place}/report.html")
         if failed:
             raise click.ClickException(
                 f"{len(failed)} of {len(planned.plans)} runs failed; repeat them with --retry-failed:\n"
@@ -132,6 +134,8 @@ def sweep(spec: Path, **options: Any) -> None:
 @click.argument("concept")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
+@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
+              "configuration and tokenizer.  [default: what the hub has]")
 @click.option("--preset", default="balanced", show_default=True, help="A method with its settings.")
 @click.option("--references", type=Folder(exists=True), help="Images of the concept.  [default: the model draws them]")
 @click.option("--towards", metavar="READING", help="What an ambiguous word should show instead.")
@@ -154,6 +158,8 @@ def forget(out: Path | None, again: bool, **request: Any) -> None:
 @click.option("--concept", required=True, help="What WHAT should have forgotten.")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--model", default="emoji", show_default=True, help="The unchanged model, to compare with.")
+@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
+              "configuration and tokenizer.  [default: what the hub has]")
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="Images drawn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images.")
 @click.option("--clip", metavar="FOLDER", help="A CLIPModel, folder or hub id; it judges for a model without a judge.")

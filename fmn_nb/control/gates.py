@@ -6,6 +6,7 @@ the tokens. It changes nothing of what the model computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from fmn_nb.attention.layers import choose_layers, pixel_grid, short_name
 from fmn_nb.attention.qkv import column_shares
 from fmn_nb.attention.tap import AttentionCall, tap
 from fmn_nb.control.grounding import ROLES, require_gated
-from fmn_nb.control.interaction import Interaction, laid_out
+from fmn_nb.control.interaction import Interaction, InteractionError, laid_out
 from fmn_nb.control.relations import Box
 from fmn_nb.models import denoiser
 
@@ -96,18 +97,23 @@ def record_boxes(pipe: DiffusionPipeline) -> Iterator[BoxAttention]:
     """Hear the gated layers while `pipe` draws inside this `with` block; rows without grounding aren't kept.
 
     Raises:
-        InteractionError: the model has no gated layers.
+        InteractionError: the model has no gated layers; or a second drawing begins in the block, as that of more images
+            than are drawn at once does, since its images would be added to the first ones.
     """
     require_gated(pipe)
     unet = denoiser(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith(".fuser.attn")}
-    heard, now = BoxAttention(), {"rows": None, "tokens": 0, "latents": (0, 0)}
+    heard, now = BoxAttention(), {"rows": None, "tokens": 0, "latents": (0, 0), "time": math.inf}
     for name in layers:
         heard.gates[name] = float(unet.get_parameter(name.removesuffix("attn") + "alpha_attn").detach().tanh().abs())
 
     def begins(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (kwargs.get("cross_attention_kwargs") or {}).get("gligen")
-        sample = args[0] if args else kwargs["sample"]
+        sample, time = args[0] if args else kwargs["sample"], args[1] if len(args) > 1 else kwargs["timestep"]
+        if given is not None and (time := float(torch.as_tensor(time).max())) > now["time"]:
+            raise InteractionError("record_boxes hears one drawing, of images that are drawn at once: begin another "
+                                   "'with' block for the next ones")
+        now["time"] = now["time"] if given is None else time
         now["rows"] = None if given is None else given["masks"].any(dim=1).nonzero().flatten().tolist()
         now["tokens"] = 0 if given is None else given["masks"].shape[1]
         now["latents"] = tuple(sample.shape[-2:])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn_nb import __version__
 from fmn_nb.files import data_dir, read_json, replacing_folder, write_text
+from fmn_nb.runs.plan import RequestError
 from fmn_nb.runs.single import PatchRequest, make_patch
 
 if TYPE_CHECKING:
@@ -82,7 +83,11 @@ def demo_patch(request: PatchRequest) -> Patch:
             return found
     except (PatchFileError, FileNotFoundError):
         pass
-    return make_patch(request, request.folder)
+    try:
+        return make_patch(request, request.folder)
+    except RequestError as error:
+        raise DemoError(f"{request.folder} holds a patch that was made with other settings: show that one with --patch "
+                        f"{request.folder}, or replace it with fmn-nb forget ... --again") from error
 
 
 def write_demo(out: Path, patches: Sequence[Patch], runtime: Path, log: Callable[[str], None] = lambda _: None) -> Path:

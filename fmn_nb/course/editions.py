@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.course.exercises import Exercise, exercises_of, without_solutions
-from fmn_nb.course.lessons import ELSEWHERE, LINK, CourseError, Lesson, empty_folder, lessons_of
+from fmn_nb.course.lessons import ELSEWHERE, LINK, CourseError, Lesson, begun_folder, lessons_of
 from fmn_nb.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def write_editions(out: Path, which: Sequence[str] | None = None, numbers: list[
     unknown = [name for name in which if name not in EDITIONS]
     if unknown or not which:
         raise CourseError(f"no edition is called '{''.join(unknown[:1])}'; there are {', '.join(EDITIONS)}")
-    chosen, out = lessons_of(numbers), empty_folder(out, MARK)
+    chosen = lessons_of(numbers)
     for lesson in chosen:
         _checked(lesson)  # before anything is written
+    out = begun_folder(out, MARK)
     for name in which:
         EDITIONS[name](out / name, chosen)
         log(f"{name}: {len(chosen)} notebooks in {out / name}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fmn_nb.files import write_json
 from fmn_nb.runs.plan import course_notebooks
 
 if TYPE_CHECKING:
@@ -70,4 +71,11 @@ def empty_folder(out: Path, again: str) -> Path:
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / again).is_file():
         raise CourseError(f"{out} is not empty and was not made by this command; give --out a new or empty folder")
+    return out
+
+
+def begun_folder(out: Path, mark: str) -> Path:
+    """The same with the mark in it, so that the command may go on there if it is cut short."""
+    if not (empty_folder(out, mark) / mark).is_file():
+        write_json(out / mark, {})
     return out

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmn_nb.course.lessons import CourseError, empty_folder, lessons_of
+from fmn_nb.course.lessons import CourseError, begun_folder, lessons_of
 from fmn_nb.course.paragraphs import lost, paragraphs, translated
 from fmn_nb.files import notebooks_dir, replacing, write_json, write_text
 
@@ -174,7 +174,7 @@ def translate_course(out: Path, language: str, log: Callable[[str], object] = la
         CourseError: no such language, a PO file that can't be read, a translation that lost a link, code, a formula.
     """
     known = _checked(language)
-    out = empty_folder(out, MARK)
+    out = begun_folder(out, MARK)
     for catalogue in known.values():
         log(catalogue.told())
     for lesson in lessons_of():

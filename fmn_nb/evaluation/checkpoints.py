@@ -101,7 +101,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         path = folder / f"{name}.txt"
         if not path.is_file():
             raise PromptListError(f"{path} is missing: a text file with one line for each name or template")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         lists[name] = tuple(line for line in lines if line and not line.startswith("#"))
         if not lists[name] or len(set(lists[name])) != len(lists[name]):
             raise PromptListError(f"{path} is empty or repeats a line")

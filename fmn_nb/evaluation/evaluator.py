@@ -91,6 +91,9 @@ def evaluate(pipe: DiffusionPipeline, concept: Concept | str, *, patch: Patch | 
     patch = patch if patch is None or isinstance(patch, Patch) else Patch.load(patch)
     real = None if real is None else load_images(real)
     world = world_of(pipe)
+    if world is not None and (real is not None or prompts is not None):
+        raise ValueError(f"this model belongs to the {world.vocabulary.world} world, which has real images and prompts "
+                         f"of its own: leave out {'real' if real is not None else 'prompts'}")
     if world is None:
         world = CheckpointWorld(clip, real, prompts)
     elif clip is not None:

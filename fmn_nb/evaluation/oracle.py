@@ -109,8 +109,13 @@ def no_oracle() -> OracleReport:
     return OracleReport(skipped={"oracle": NO_ORACLE})
 
 
-def taught(oracles: Sequence[DiffusionPipeline], concept: Concept, session: Session) -> str:
-    """Why one of the models isn't an oracle for the concept; "" if none says that it was taught the concept."""
+def unfit(oracles: Sequence[DiffusionPipeline], concept: Concept, session: Session) -> str:
+    """Why one of the models isn't an oracle of the session's model for the concept: it is of another kind, or says that
+    it was taught the concept; "" if all are."""
+    kind = type(denoiser(session.pipe))
+    if other := next((one for one in oracles if type(denoiser(one)) is not kind), None):
+        return (f"an oracle is the same kind of model: this one has a {kind.__name__}, the oracle a "
+                f"{type(denoiser(other)).__name__}")
     own = {concept.name, session.vocabulary.target_label(concept)}
     for names in filter(None, map(untaught_of, oracles)):
         if not own & set(names):
@@ -139,7 +144,7 @@ def side(session: Session, patch: Patch | None, wanted: Sequence[Drawing]) -> Si
 def apart(session: Session, concept: Concept, patch: Patch | None, oracles: Sequence[DiffusionPipeline], seed: int,
           size: str) -> OracleReport:
     """How far the model with the patch is from the oracles on the concept's prompts, as far as it can be measured."""
-    if reason := taught(oracles, concept, session):
+    if reason := unfit(oracles, concept, session):
         return OracleReport(skipped={"oracle": reason})
     wanted = [drawing for drawing in drawings(concept, session.vocabulary, seed, size) if drawing.role == "forget"]
     try:

@@ -41,12 +41,13 @@ _PEFT = "base_model.model."
 _TEXT_MODEL = "text_model."  # what the names of a text encoder's weights begin with in older exports
 
 
-def read_patch(place: str | Path, pipe: DiffusionPipeline) -> Patch:
+def read_patch(place: str | Path, pipe: DiffusionPipeline, config: str | Path | None = None) -> Patch:
     """The content of `place` as a patch of `pipe`, which stays as it is.
 
     Args:
         place: a file or a folder. Of a whole model, only the weights count; scheduler and tokenizer stay those of
             `pipe`.
+        config: of a whole model in a single file, a folder with its configuration and tokenizer; None for the hub's.
 
     Raises:
         PatchFileError: there is nothing, it can't be read, or it isn't recognised; the message says what is accepted.
@@ -64,7 +65,7 @@ def read_patch(place: str | Path, pipe: DiffusionPipeline) -> Patch:
     except (SafetensorError, OSError) as error:
         raise PatchFileError(f"{file} can't be read as safetensors ({error}); {TAKEN}") from None
     if any(name.startswith(_CHECKPOINT) for name in tensors):
-        return _of_model(file, pipe)
+        return _of_model(file, pipe, config)
     try:
         if any("lora" in name or any(kind in name for kind in _OTHER_ADAPTERS) for name in tensors):
             return _of_lora(file, tensors, pipe)
@@ -186,9 +187,9 @@ def _placed(file: Path, tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) 
     return found
 
 
-def _of_model(place: Path, pipe: DiffusionPipeline) -> Patch:
+def _of_model(place: Path, pipe: DiffusionPipeline, config: str | Path | None = None) -> Patch:
     """What differs in a whole model from `pipe`."""
-    other = load(place, device="cpu", dtype=denoiser(pipe).dtype)
+    other = load(place, device="cpu", dtype=denoiser(pipe).dtype, config=config)
     here, there = _modules(pipe), _modules(other)
     if denoiser_name(other) != denoiser_name(pipe) or type(denoiser(other)) is not type(denoiser(pipe)):
         raise PatchMismatchError(f"{place} is another architecture ({type(denoiser(other)).__name__}) than the model "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import World, world_of
-from fmn_nb.evaluation.oracle import taught
+from fmn_nb.evaluation.oracle import unfit
 from fmn_nb.evaluation.session import Session
 from fmn_nb.forgetting.reuse import patch_for
 from fmn_nb.models.gated import is_gated
@@ -71,7 +71,7 @@ class Lesson:
             pipe = load(GROUNDED_ORACLE if is_gated(denoiser(self.bench)) else ORACLE)
         except UnknownModelError as missing:
             return None, str(missing)
-        reason = taught([pipe], self.subject, self.session())
+        reason = unfit([pipe], self.subject, self.session())
         return (None, reason) if reason else (pipe, "")
 
     def patch(self, preset: str, seed: int) -> Patch:

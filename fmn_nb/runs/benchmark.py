@@ -106,6 +106,8 @@ def plan_jobs(vocabulary: Vocabulary, concepts: Sequence[str] = (), presets: Seq
         SettingsError: an unknown preset or setting.
     """
     overrides, seeds = overrides or {}, [checked_seed(seed) for seed in dict.fromkeys(seeds)]
+    if not presets:
+        raise ValueError("no preset is asked for; name some, or give a settings file that has some for 'all'")
     if size not in REPEATS:
         raise ValueError(f"{size!r} is not a size of evaluation; choose quick or full")
     if unused := [name for name in overrides if name not in presets]:

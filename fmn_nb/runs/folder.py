@@ -155,14 +155,16 @@ class RunFolder:
         return row
 
     def earlier_row(self, plan: Plan, retry_failed: bool) -> Row | None:
-        """The row of a planned run that an earlier attempt finished, or that failed and isn't retried; else None."""
+        """The row of a planned run that an earlier attempt finished with notebooks as they are now, or that failed and
+        isn't retried; else None."""
         state = self.state
         try:
             if state.get("status") == "failed" and not retry_failed:
                 return failed_row(plan, state.get("error", "unknown"))
-            notebooks = {state["notebooks"][one.path.name]["status"] for one in plan.notebooks}
-            whole = state["status"] == "done" and state["key"] == plan.key and notebooks == {"done"}
-            return self.row(state) if whole else None
+            notebooks = [state["notebooks"][one.path.name] for one in plan.notebooks]
+            executed = all(said["status"] == "done" and said["sha256"] == one.digest
+                           for said, one in zip(notebooks, plan.notebooks, strict=True))
+            return self.row(state) if state["status"] == "done" and state["key"] == plan.key and executed else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

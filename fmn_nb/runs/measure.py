@@ -20,7 +20,7 @@ from fmn_nb.attacks.budgets import read_budgets
 from fmn_nb.attacks.floor import ATTACKS, compared
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.evaluation.measures import judge_images, measure, with_ceiling
-from fmn_nb.evaluation.oracle import taught
+from fmn_nb.evaluation.oracle import unfit
 from fmn_nb.evaluation.protocol import drawings, probe_shares
 from fmn_nb.evaluation.session import Sampling, Session, images_at_once
 from fmn_nb.files import read_json, write_json
@@ -121,7 +121,7 @@ class Bench:
     def compares(self, job: Job) -> bool:
         """Whether the job ends beside the oracles: one that was taught its concept says nothing about it."""
         return (job.seed in self.attack_seeds and bool(self.oracles)
-                and not taught(self.oracle_pipes, job.concept, self.session))
+                and not unfit(self.oracle_pipes, job.concept, self.session))
 
     @property
     def oracle_pipes(self) -> list[DiffusionPipeline]:

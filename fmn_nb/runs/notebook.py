@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import replacing
+from fmn_nb.runs.plan import literal
 from fmn_nb.runs.progress import Position
 from fmn_nb.runs.stopping import Stopped, asked_to_stop
 
@@ -69,9 +70,9 @@ def execute_notebook(notebook: Notebook, out: Path, position: Position | None = 
     failed.unlink(missing_ok=True)
     with kernel_transport() as (folder, settings), replacing(target) as temporary:
         execution = partial(
-            papermill.execute_notebook, str(notebook.path), str(temporary), notebook.values, kernel_name="python3",
-            progress_bar=False, engine_name=engine(), config=Config(settings), kernel_manager_class=OwnKernel,
-            resources={"metadata": {"path": str(out)}}, position=position or Position(),
+            papermill.execute_notebook, literal(notebook.path), literal(temporary), notebook.values,
+            kernel_name="python3", progress_bar=False, engine_name=engine(), config=Config(settings),
+            kernel_manager_class=OwnKernel, resources={"metadata": {"path": str(out)}}, position=position or Position(),
         )
         try:
             _interruptibly(execution, partial(asked_to_stop, out), partial(end_kernel, folder), look)
@@ -89,8 +90,8 @@ def execute_notebook(notebook: Notebook, out: Path, position: Position | None = 
 
 def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Callable[[float], None],
                    look: Callable[[], None]) -> None:
-    """Do `work` in a thread of its own and `look` now and then. On KeyboardInterrupt, or once `asked`, `end` it, see it
-    through, and raise.
+    """Do `work` in a thread of its own and `look` now and then. On KeyboardInterrupt, once `asked`, or if `look` fails,
+    `end` it, see it through, and raise.
 
     In the main thread nbclient would take the signals for itself, and an interrupt would strike it in its middle.
     """
@@ -102,7 +103,7 @@ def _interruptibly(work: Callable[[], Any], asked: Callable[[], bool], end: Call
                 wait([future], timeout=LOOK_EVERY)
                 if asked():
                     raise Stopped
-        except KeyboardInterrupt:
+        except BaseException:
             began, waited = time.monotonic(), 0.0
             while not future.done():
                 end(waited)

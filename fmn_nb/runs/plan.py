@@ -30,7 +30,7 @@ from typing import Any
 
 from fmn_nb.concepts.concept import KINDS
 from fmn_nb.concepts.world import vocabulary_of
-from fmn_nb.files import notebooks_dir, read_json
+from fmn_nb.files import notebooks_dir, read_json, sha256
 from fmn_nb.forgetting.settings import PRESETS
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.runs.folder import RunFolder, StateError
@@ -133,7 +133,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 
     try:
         nbformat.validate(nbformat.read(notebook, as_version=4))
-        inspected = inspect_notebook(notebook)
+        inspected = inspect_notebook(literal(notebook))
     except Exception as error:  # noqa: BLE001  nbformat, jsonschema and papermill each have several for a broken file
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ParameterError(f"{notebook} is not an executable notebook ({cause[:200]}); open it in "
@@ -145,6 +145,11 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
             "'steps: int = 35  # fine-tuning steps', with no second '=' in the comment"
         )
     return {name: _declared(notebook.name, raw) for name, raw in inspected.items()}
+
+
+def literal(path: Path) -> str:
+    """The path as papermill takes it, which would fill in parameters for what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _assigned(notebook: Path) -> list[str]:
@@ -255,6 +260,11 @@ class Notebook:
     gives: tuple[str, ...] = ()  # files or folders inside `out` that it leaves
     metrics: tuple[str, ...] = ()  # sections of metrics.json that it records
 
+    @property
+    def digest(self) -> str:
+        """The file's checksum, by which a finished run knows it."""
+        return _digest(self.path, self.path.stat().st_mtime_ns)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -357,6 +367,11 @@ def _said_by(path: Path) -> tuple[dict[str, Parameter], dict[str, tuple[str, ...
 @lru_cache(maxsize=256)
 def _parameters(path: Path, changed: int) -> dict[str, Parameter]:
     return read_parameters(path)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, changed: int) -> str:
+    return sha256(path)
 
 
 @lru_cache(maxsize=256)

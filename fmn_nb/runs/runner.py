@@ -6,7 +6,6 @@ A run's folder holds the executed notebooks, `images/`, `patch/`, `metrics.json`
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,7 +120,7 @@ def _finished_notebooks(plan: Plan) -> int:
 
 def _print_of(notebook: Notebook) -> dict[str, Any]:
     """What identifies a notebook in run.json: its content and its parameters' values."""
-    return {"sha256": hashlib.sha256(notebook.path.read_bytes()).hexdigest(), "values": notebook.values}
+    return {"sha256": notebook.digest, "values": notebook.values}
 
 
 def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:

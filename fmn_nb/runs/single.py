@@ -54,25 +54,28 @@ class PatchRequest:
     towards: str | None = None
     references: str | None = None
     settings: Mapping[str, Any] | None = None
+    config: str | None = None  # of a single file: the folder with its configuration and tokenizer
 
     @classmethod
     def checked(cls, texts: Sequence[str] = (), references: Path | None = None, towards: str | None = None,
-                **request: Any) -> PatchRequest:
+                config: Path | None = None, **request: Any) -> PatchRequest:
         """The request of a command line; `texts` are single settings, "name=value"."""
         settings = dict(single_setting(text) for text in texts)
-        request = check_settings(request)
+        request = check_settings(request, config)
         settings_for(request["preset"], settings)
-        return cls(**request, towards=towards, settings=settings,
-                   references=None if references is None else str(references.expanduser().resolve()))
+        places = {name: None if place is None else str(place.expanduser().resolve())
+                  for name, place in (("references", references), ("config", config))}
+        return cls(**request, towards=towards, settings=settings, **places)
 
     def stated(self) -> dict[str, Any]:
         """The request as `fmn.json` states it."""
-        return json.loads(json.dumps(vars(self)))
+        said = {name: value for name, value in vars(self).items() if name != "config" or value is not None}
+        return json.loads(json.dumps(said))
 
     @property
     def folder(self) -> Path:
         """Where the patch goes by default."""
-        return PATCHES / Plan(vars(self), {}, Path()).name
+        return PATCHES / Plan(self.stated(), {}, Path()).name
 
 
 def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
@@ -95,7 +98,7 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
     from fmn_nb.forgetting import forget, suited
     from fmn_nb.models import load
 
-    pipe = load(request.model)
+    pipe = load(request.model, config=request.config)
     pipe.set_progress_bar_config(disable=True)
     said = f"the same command continues from {checkpoint}"
     with telling(lambda: said if any(checkpoint.rglob("checkpoint-*.safetensors")) else ""):
@@ -142,19 +145,20 @@ def told(patch: Patch, request: PatchRequest, out: Path) -> str:
 
 
 def score(what: Path, request: Mapping[str, Any], out: Path | None = None, again: bool = False,
-          **options: Any) -> Report:
+          config: Path | None = None, **options: Any) -> Report:
     """Measure whatever is in `what` (see `read_patch`) and, with `out`, leave metrics.json and the judge's verdicts.
 
     Args:
         request: model, concept, kind and seed.
+        config: of a single file, as the model or in `what`: the folder with its configuration and tokenizer.
         options: of `evaluate`.
 
     Raises:
         RequestError: another command's metrics are in `out`.
         ValueError: the request is wrong, or `what` isn't recognised.
     """
-    settings = check_settings(request)
-    given = {name: str(value) for name, value in options.items() if value is not None}
+    settings = check_settings(request, config)
+    given = {name: str(value) for name, value in {**options, "config": config}.items() if value is not None}
     asked = {"what": str(what.expanduser().resolve()), **settings, **given}
     if out is not None:
         _check_free(out, (RunFolder.METRICS,), asked, again)
@@ -166,9 +170,9 @@ def score(what: Path, request: Mapping[str, Any], out: Path | None = None, again
     from fmn_nb.models import load
     from fmn_nb.patches import read_patch
 
-    pipe = load(settings["model"])
+    pipe = load(settings["model"], config=config)
     pipe.set_progress_bar_config(disable=True)
-    patch = read_patch(what, pipe)
+    patch = read_patch(what, pipe, config)
     with patch.applied(pipe):  # a patch that doesn't fit is refused before anything is drawn
         pass
     concept = Concept(settings["concept"], kind=settings["kind"])

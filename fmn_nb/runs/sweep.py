@@ -129,8 +129,9 @@ def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  
 
 
 def _write_page(sweep: Sweep, progress: SweepProgress) -> None:
-    """Write the sweep's page, or a line that says why there can't be one."""
+    """Write the sweep's page, or a line that says why there can't be one; one of before would show other runs."""
     try:
         sweep.storage.keep([write_report(sweep.folder)])
     except Exception as error:  # noqa: BLE001  the tables are there, and whatever nbconvert lacks must not undo them
+        (sweep.folder / "report.html").unlink(missing_ok=True)
         progress.say(f"no report.html: {' '.join(str(error).split())}")

@@ -11,7 +11,7 @@ from judges import cats
 from quick import quick
 from sessions import session
 from snapshots import assert_unchanged, noise_images, snapshot
-from tiny import tiny_sd
+from tiny import tiny_flux, tiny_sd
 
 import fmn_nb as fmn
 from fmn_nb.attacks import (
@@ -227,6 +227,12 @@ def test_what_is_no_oracle_of_the_concept_is_refused(emoji, oracle):
     assert taught.skipped == {"oracle": "the oracle was taught 'frog'; it never learned cat, fluent, Milo, Luna"}
     with pytest.raises(ValueError, match="an oracle is a pipeline, not 'emoji-oracle'; load it"):
         fmn.evaluate(emoji, CAT, oracle=["emoji-oracle"])
+
+
+def test_a_model_of_another_kind_is_no_oracle():
+    report = fmn.evaluate(tiny_sd(), CAT, steps=1, oracle=tiny_flux())
+    assert report.oracle.skipped == {"oracle": "an oracle is the same kind of model: this one has a "
+                                               "UNet2DConditionModel, the oracle a FluxTransformer2DModel"}
 
 
 def test_any_pipeline_may_be_the_oracle_and_what_is_missing_is_said():

@@ -209,6 +209,16 @@ def test_the_recorder_hears_what_pixels_see_of_boxes(pipe):
         heard.map("colour")
 
 
+def test_the_recorder_refuses_a_second_drawing(pipe):
+    """Its images would be added to the first ones."""
+    hooks = len(pipe.unet._forward_pre_hooks)
+    with pytest.raises(InteractionError, match="one drawing"), record_boxes(pipe):
+        draw(pipe)
+        draw(pipe)
+    assert len(pipe.unet._forward_pre_hooks) == hooks
+    draw(pipe)
+
+
 def test_recorded_shares_are_those_of_the_equations(pipe):
     """One layer by hand: the pixels' share of the tokens, from its own weights and inputs."""
     name = "mid_block.attentions.0.transformer_blocks.0.fuser"

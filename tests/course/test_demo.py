@@ -186,6 +186,11 @@ def test_the_command_takes_the_patch_that_forget_left(demo, tmp_path, monkeypatc
     other = PatchRequest.checked(concept="cat", kind=None, model="emoji", preset="uce", seed=1)
     demo_patch(other)
     assert made == [(other, other.folder)]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    changed = PatchRequest.checked(["tokens=later"], concept="cat", kind=None, model="emoji", preset="uce", seed=0)
+    with pytest.raises(DemoError, match="made with other settings: show that one with --patch runs/patches/cat-uce"):
+        demo_patch(changed)
 
 
 @pytest.mark.parametrize("words, said", [

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from course import WRONG
 
+from fmn_nb.course import editions
 from fmn_nb.course.editions import MARK, autograder, solution, student, write_editions
 from fmn_nb.course.exercises import CHECK, TASK, exercises_of, tags_of
 from fmn_nb.course.lessons import CourseError, lessons_of
@@ -99,6 +100,17 @@ def test_a_wrong_request_is_refused_before_anything_is_written(which, numbers, s
     with pytest.raises(CourseError, match=said):
         write_editions(tmp_path / "out", which, numbers)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edition_that_was_cut_short_can_be_made_again(tmp_path, monkeypatch):
+    def cut_short(*_):
+        raise CourseError("slides need reveal.js")
+
+    with monkeypatch.context() as lacking:
+        lacking.setitem(editions.EDITIONS, "slides", cut_short)
+        with pytest.raises(CourseError, match="reveal.js"):
+            write_editions(tmp_path / "out", ["student", "slides"], ["00"])
+    assert (write_editions(tmp_path / "out", ["student"], ["00"]) / MARK).is_file()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -235,6 +235,19 @@ def test_a_concept_that_is_in_the_list_is_not_in_the_retain_set():
     assert "Vincent van Gogh" not in styles and "van gogh" in styles
 
 
+def test_a_known_world_takes_no_other_real_images_or_prompts(emoji, prompts):
+    for given, name in (({"real": noise_images(2)}, "real"), ({"prompts": prompts}, "prompts")):
+        with pytest.raises(ValueError, match=f"the emoji world, .* leave out {name}"):
+            fmn.evaluate(emoji, "cat", **given)
+
+
+def test_a_prompt_list_may_begin_with_the_mark_that_windows_writes(prompts):
+    path = prompts / "objects.txt"
+    before = read_vocabulary(prompts).objects
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_vocabulary(prompts).objects == before
+
+
 @pytest.mark.parametrize(("name", "text", "says"), [
     ("identity", "a photo of a person", "must hold {} once"), ("objects", "", "empty or repeats a line"),
     ("styles", "ink\nink", "empty or repeats a line"), ("names", None, "is missing"),

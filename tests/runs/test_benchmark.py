@@ -80,7 +80,8 @@ def test_all_concepts_of_the_world_are_planned_and_words_corrected() -> None:
 
 @pytest.mark.parametrize(("wrong", "text"), [
     ({"concepts": ["unicorn"]}, "no 'unicorn'; groups: objects, styles"), ({"size": "huge"}, "quick or full"),
-    ({"presets": ["best"]}, "no preset 'best'"), ({"seeds": [-1]}, "whole number"), ({"seeds": []}, "nothing to do"),
+    ({"presets": ["best"]}, "no preset 'best'"), ({"presets": []}, "no preset is asked for"),
+    ({"seeds": [-1]}, "whole number"), ({"seeds": []}, "nothing to do"),
     ({"presets": ["paper"], "overrides": {"balanced": {}}}, "isn't asked for"),
     ({"overrides": {"paper": {"rate": 1}}}, "no setting 'rate'"),
 ])

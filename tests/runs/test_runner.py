@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -164,6 +165,25 @@ def test_a_dead_kernel_is_told_and_the_run_can_be_taken_up_again(write_notebook,
     out = execute(plan_run(notebooks=[str(path)], out=tmp_path / "out"))
     assert json.loads((out / "run.json").read_text())["status"] == "done"
     assert not leftover.exists() and not (out / "03_dies.failed.ipynb").exists()
+
+
+def test_a_progress_that_fails_ends_the_notebook(write_notebook, tmp_path):
+    def broken(_where):
+        raise BrokenPipeError("nobody listens")
+
+    plan = plan_run(notebooks=[str(write_notebook("long.ipynb", CELL, "import time; time.sleep(100)"))],
+                    out=tmp_path / "out")
+    started = time.monotonic()
+    with pytest.raises((RunError, BrokenPipeError), match="nobody listens"):
+        execute(plan, broken)
+    assert time.monotonic() - started < 30
+
+
+def test_a_run_in_a_folder_with_braces(write_notebook, tmp_path):
+    (tmp_path / "{a}").mkdir()
+    notebook = write_notebook("{b}.ipynb", CELL, "print(out)")
+    plan = plan_run(notebooks=[str(notebook)], out=tmp_path / "{a}" / "out")
+    assert (execute(plan) / "{b}.ipynb").is_file()
 
 
 @pytest.mark.parametrize(

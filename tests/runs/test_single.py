@@ -147,3 +147,5 @@ def test_the_request_that_a_patch_states_is_plain(tmp_path):
     assert request.stated() == {
         "model": "emoji", "concept": "mouse", "kind": "object", "preset": "balanced", "seed": 0,
         "towards": "computer mouse", "references": str(tmp_path), "settings": {"positions": ["words"]}}
+    told = PatchRequest.checked(config=tmp_path, concept="mouse")
+    assert told.stated()["config"] == str(tmp_path), "what was asked for alone makes another patch"

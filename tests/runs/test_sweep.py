@@ -205,6 +205,14 @@ def test_a_damaged_run_is_not_taken_for_whole(spec, tmp_path, file, damage):
     assert RunFolder(plan.out).earlier_row(plan, retry_failed=False) is None
 
 
+def test_a_run_of_a_notebook_that_has_changed_is_not_taken_for_done(spec, tmp_path):
+    content = spec()
+    plan = _finished(plan_sweep(content, tmp_path / "out").plans[0])
+    notebook = Path(content["notebook"])
+    notebook.write_text(notebook.read_text() + "\n")
+    assert RunFolder(plan.out).earlier_row(plan, retry_failed=False) is None
+
+
 def test_a_damaged_run_is_made_anew(spec, tmp_path):
     plan = _finished(plan_sweep(spec(), tmp_path / "out").plans[0])
     (plan.out / "metrics.json").write_text("{")
@@ -247,7 +255,8 @@ def test_bookkeeping_takes_little_a_run(spec, tmp_path):
 def _finished(plan):
     """Write what a finished run leaves, without its kernel."""
     plan.out.mkdir(parents=True)
-    notebooks = {notebook.path.name: {"status": "done", "seconds": 1.5} for notebook in plan.notebooks}
+    notebooks = {notebook.path.name: {"status": "done", "seconds": 1.5, "sha256": notebook.digest}
+                 for notebook in plan.notebooks}
     settings = plan.settings
     write_json(plan.out / "run.json", {"status": "done", "key": plan.key, "settings": settings,
                                        "parameters": plan.parameters, "notebooks": notebooks})
