@@ -68,8 +68,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Like `replacing`, for a folder: yields an empty temporary folder that then takes `path`'s place.
 
-    A folder that stood at `path` is moved aside first and removed last, so a crash in between leaves
-    either the old or the new folder whole.
+    A folder that stood at `path` is moved aside first and removed last, so an error or an interrupt leaves either the
+    old or the new folder whole there. If the process is killed between the two, the old one stays beside it, hidden.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from written_notebooks import write_notebook_at
 
-from fmn_nb.runs.executors import thread_variables, threads_each
+from fmn_nb.runs.executors import patient_threads, thread_variables, threads_each
 
 OUTPUT_TIMEOUT = 120  # seconds between two messages of a cell; nbval's 5 are too few for a cold import
 
 # Nothing here may reach for the network: a hub id in a test is a mistake that must show at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Threads that wait should sleep: what they spin away counts as a test's own processor time.
+os.environ.update(patient_threads(os.environ))
 
 # With `-n 2`, each of the two workers takes its share of the cores: with threads for all cores in both, they'd wait for
 # one another, and everything would take several times as long.

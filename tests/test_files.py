@@ -1,8 +1,10 @@
 """YAML as people mean it, and as nobody means it."""
 
+import os
+
 import pytest
 
-from fmn_nb.files import MOST_YAML, parse_yaml, read_json, read_yaml
+from fmn_nb.files import MOST_YAML, parse_yaml, read_json, read_yaml, replacing_folder
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,22 @@ def test_broken_json_is_a_value_error_that_names_the_file(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="x.json"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").touch()
+    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "x"):
+        1 / 0  # noqa: B018
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="the disk is gone"), replacing_folder(tmp_path / "x") as new:
+        (new / "new").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "x"]

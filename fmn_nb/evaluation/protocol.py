@@ -135,7 +135,7 @@ class Share:
 
 
 def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size = "quick") -> list[Drawing]:
-    """The drawings of all probes for a concept; no prompt of `drawings` is among them.
+    """The drawings of all probes for a concept; but for a name's class, no prompt of `drawings` is among them.
 
     quick: 24 images, full: 72, divided evenly among the groups that the concept's kind has.
     """

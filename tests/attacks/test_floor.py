@@ -22,6 +22,7 @@ from fmn_nb.attacks import (
     attacked,
     choose_budgets,
     concept_inversion,
+    curves,
     fix_budgets,
     read_budgets,
     success_curve,
@@ -122,19 +123,24 @@ def test_a_curve_ends_where_the_attack_of_that_budget_ends(emoji):
         assert at["share"][0] == attack.before.value
 
 
-def test_a_judged_inversion_learns_what_an_unjudged_one_learns():
+def test_a_judged_inversion_learns_what_an_unjudged_one_learns(monkeypatch):
     pipe = tiny_sd()
-    references, before, learned = noise_images(6), snapshot(pipe), []
+    references, before, learned, patch = noise_images(6), snapshot(pipe), [], quick(pipe)
+
+    def invert(*given, **options):
+        learned.append(fmn.invert(*given, **options))
+        return learned[-1]
+
+    monkeypatch.setattr(curves, "invert", invert)
     for at in ((3,), (0, 1, 3)):
-        judged = session(pipe, cats(0, 1, 2))
-        success_curve(judged, CAT, quick(pipe), "concept inversion",
+        success_curve(session(pipe, cats(0, 1, 2)), CAT, patch, "concept inversion",
                       Tries(at, images=2, references=references))
         assert_unchanged(pipe, before)
-        settings = InversionBudget(steps=3, images=2)
-        with quick(pipe).applied(pipe):
-            learned.append(fmn.invert(pipe, references, initial="cat", seed=0, name="<a>",
-                                      settings=fmn.attacks.attack.inversion_settings(settings)).vectors[0])
-    assert torch.equal(*learned)
+    assert len(learned) == 2 and torch.equal(*(one.vectors[0] for one in learned))
+    success_curve(session(pipe, cats(0, 1)), CAT, patch, "concept inversion",
+                  Tries((3,), images=2, references=references, tokens=2, initial="dog"))
+    assert learned[-1].vectors[0].shape[0] == 2 != learned[0].vectors[0].shape[0], "as many tokens as asked for"
+    assert not torch.equal(learned[-1].vectors[0][:1], learned[0].vectors[0][:1])
 
 
 def test_a_search_goes_on_where_it_was_judged():

@@ -39,6 +39,13 @@ def test_a_copy_elsewhere_is_forgotten_and_evaluated_as_the_original(emoji, tmp_
     assert asked == original
 
 
+@pytest.mark.parametrize("name", ["emoji-oracle", "emoji-joint", "emoji-grounded"])
+def test_a_sibling_is_forgotten_with_the_worlds_own_prompts(emoji, name):
+    sibling, frog = fmn.load(name, device="cpu"), Concept("frog")
+    assert forget_prompts(sibling, frog, "varied") == forget_prompts(emoji, frog, "varied")
+    assert retain_prompts(sibling, [frog], None) == retain_prompts(emoji, [frog], None)
+
+
 def test_a_world_is_loaded_once(emoji):
     assert world_of(emoji) is world_of(fmn.load("emoji", device="cpu"))
     assert world_of(emoji).judge is world_of(emoji).judge_for(CAT)

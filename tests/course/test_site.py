@@ -148,11 +148,13 @@ def test_a_run_s_report_and_an_exported_notebook_have_no_serious_fault(tmp_path,
 
 @pytest.mark.browser
 def test_slides_turn_and_ask_nobody(tmp_path, browser, lessons):
+    from playwright.sync_api import expect
+
     write_slides(tmp_path, [one for one in lessons if one.number == "01"])
     visit = Visit(browser, tmp_path / "01_qkv_cross_attention.html", viewport={"width": 1200, "height": 800})
     assert not visit.elsewhere and not visit.errors
     shown = visit.page.locator("section.present:not(.stack)")
     first = shown.inner_text()
     visit.page.keyboard.press("ArrowRight")
-    visit.page.wait_for_timeout(500)
-    assert shown.inner_text() != first and not visit.serious()
+    expect(shown).not_to_have_text(first)
+    assert not visit.serious()

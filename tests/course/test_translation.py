@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import nbformat
 import pytest
 
@@ -146,3 +148,11 @@ def test_the_command_says_what_is_translated(tmp_path):
     assert "00_start_here: " in result.output and "paragraphs (" in result.output
     assert (tmp_path / "out" / "notebooks" / "00_start_here.ipynb").is_file()
     assert CliRunner().invoke(main, ["course", "translate"]).exit_code == 2
+
+
+def test_a_new_notebook_gets_a_file_and_translations_stay(tmp_path, monkeypatch):
+    shutil.copytree(translation.locale_dir("zh_CN"), tmp_path / "zh_CN")
+    monkeypatch.setattr(translation, "locale_dir", lambda language: tmp_path / language)
+    before = catalogues("zh_CN")["00_start_here"].done
+    translation.update_catalogues("zh_CN", ["05"])
+    assert list((tmp_path / "zh_CN").glob("05_*.po")) and catalogues("zh_CN")["00_start_here"].done == before > 0

@@ -99,6 +99,8 @@ def test_the_bundled_oracle_never_learned_what_its_card_says():
     assert never_taught(pipe, Concept("cat")) and not never_taught(pipe, Concept("frog"))
     size = sum(path.stat().st_size for path in (data_dir() / "emoji-oracle").rglob("*.safetensors"))
     assert size < 10.5e6, "what differs alone"
+    card = (data_dir() / "emoji-oracle" / "README.md").read_text(encoding="utf-8")
+    assert f"> {', '.join(untaught_of(pipe))}." in " ".join(card.split()), "its card lists them"
     figures = json.loads((data_dir() / "emoji-oracle" / "quality.json").read_text())
     missed = {figure["name"] for figure in figures if not figure["met"]}
     assert missed <= {"attention: pointing game", "'mouse': dominant reading"}, "what it was taught it draws"

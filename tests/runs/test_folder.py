@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 
 from fmn_nb.files import write_json
 from fmn_nb.plots.tradeoff import cost_and_quality, forgotten_and_kept, measure_along
-from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep
+from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep, record
+from fmn_nb.runs.metrics import MetricsError
 from fmn_nb.widgets import SweepExplorer
 
 GRID = [("cat", 5), ("cat", 35), ("frog", 5), ("frog", 35)]
@@ -166,3 +168,15 @@ def test_tidying_takes_links_away_and_what_they_lead_to_stays(tmp_path):
     assert not (run / "images" / ".half.part.png").exists() and (run / "folder").is_symlink()
     RunFolder(run).tidy(everything=True)
     assert [path.name for path in run.iterdir()] == [".lock"] and (elsewhere / ".kept.part.png").exists()
+
+
+@pytest.mark.parametrize(("bad", "said"), [
+    ({"after": {"ua": float("nan")}}, "leave it out"), ({"after": {"ua": np.float32("inf")}}, "leave it out"),
+    ({"aftr": {}}, "no section 'aftr'"), ({"after": {"ua": {1, 2}}}, "cannot hold"),
+])
+def test_what_metrics_cannot_hold_is_refused_and_nothing_written(tmp_path, bad, said):
+    record(tmp_path, {"after": {"ua": np.float64(0.5)}})
+    before = (tmp_path / "metrics.json").read_text()
+    with pytest.raises(MetricsError, match=said):
+        record(tmp_path, bad)
+    assert (tmp_path / "metrics.json").read_text() == before and json.loads(before)["after"] == {"ua": 0.5}

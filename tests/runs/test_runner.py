@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 from PIL import Image
 
+import fmn_nb as fmn
 from fmn_nb.runs.folder import record
 from fmn_nb.runs.notebook import RunError
 from fmn_nb.runs.plan import RequestError, plan_run
@@ -319,3 +320,19 @@ def test_whatever_ends_a_run_is_in_its_state(write_notebook, tmp_path, monkeypat
     monkeypatch.undo()
     execute(plan)
     assert is_finished(plan)
+
+
+def test_comparisons_are_off_unless_asked_for(write_notebook, tmp_path):
+    path = str(write_notebook("03_compared.ipynb", CELL + "\ncompare: bool = True  # with others, too"))
+    plain = plan_run(notebooks=[path], out=tmp_path / "a")
+    asked = plan_run(notebooks=[path], out=tmp_path / "b", texts={"compare": "true"})
+    assert plain.notebooks[0].values["compare"] is False and asked.notebooks[0].values["compare"] is True
+
+
+def test_a_run_from_python_is_the_commands(write_notebook, tmp_path):
+    notebook = str(write_notebook("03_short.ipynb", CELL, "print(steps)"))
+    for steps, said in ((3, {"steps": 3}), (None, {})):
+        out = fmn.run(concept="frog", notebooks=[notebook], out=tmp_path / str(steps), steps=steps)
+        state = json.loads((out / "run.json").read_text())
+        assert state["status"] == "done" and state["parameters"] == said
+        assert state["settings"]["concept"] == "frog"

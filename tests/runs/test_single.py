@@ -27,7 +27,7 @@ SINGLE = [word for name, value in SHORT.items() for word in ("-s", f"{name}={val
 def command(monkeypatch, tmp_path, emoji):
     """A function that runs the command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fmn_nb.models.load", lambda name: emoji)
+    monkeypatch.setattr("fmn_nb.models.load", lambda name, config=None: emoji)
     return lambda *words: CliRunner().invoke(main, list(map(str, words)))
 
 
@@ -54,6 +54,28 @@ def test_forget_leaves_a_patch_and_says_how_to_use_it(command, emoji, tmp_path):
     same = fmn.forget(emoji, "frog", seed=3, **SHORT)
     assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in patch.tensors.items())
     assert patch.info["settings"] == settings_for("balanced", SHORT).to_dict() and patch.info["preset"] == "balanced"
+
+
+def test_a_forgetting_that_was_stopped_goes_on(command, monkeypatch, tmp_path):
+    asked = ["frog", *SINGLE, "-s", "steps=3", "-s", "checkpoint_every=1", "-s", "retain_count=0"]
+    real = fmn.forgetting.forget
+
+    def strike(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as struck:
+        struck.setattr("fmn_nb.forgetting.forget", lambda *given, **options: real(*given, **options, callback=strike))
+        stopped = command("forget", *asked, "--out", "p")
+    assert stopped.exit_code == 130 and "the same command continues from p/.checkpoint" in stopped.output
+    steps = []
+    monkeypatch.setattr("fmn_nb.forgetting.forget", lambda *given, **options: real(
+        *given, **options, callback=lambda progress: steps.append(progress.step)))
+    assert command("forget", *asked, "--out", "p").exit_code == 0 and not (tmp_path / "p" / ".checkpoint").exists()
+    assert steps and min(steps) > 1, "not from the beginning"
+    assert command("forget", *asked, "--out", "whole").exit_code == 0
+    one, whole = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("p", "whole"))
+    assert one.keys() == whole.keys() and all(torch.equal(one[name], whole[name]) for name in one)
 
 
 def test_forget_never_overwrites_what_another_command_made(command, monkeypatch, tmp_path):

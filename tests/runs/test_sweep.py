@@ -14,6 +14,7 @@ import pandas
 import psutil
 import pytest
 from filelock import FileLock
+from kernels import is_kernel
 
 from fmn_nb.files import write_json
 from fmn_nb.models.names import UnknownModelError
@@ -172,7 +173,7 @@ def test_a_killed_sweep_goes_on_where_it_stood(spec, tmp_path):
     sweep = plan_sweep(content, tmp_path / "out")
     try:
         _until(lambda: any(_status(plan) == "done" for plan in sweep.plans))
-        _until(lambda: any(_is_kernel(one) for one in psutil.Process(process.pid).children(recursive=True)))
+        _until(lambda: any(is_kernel(one) for one in psutil.Process(process.pid).children(recursive=True)))
         family = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -274,13 +275,6 @@ def _status(plan):
 
 def _changed(folder: Path) -> int:
     return (folder / "03_stub.ipynb").stat().st_mtime_ns
-
-
-def _is_kernel(process: psutil.Process) -> bool:
-    try:
-        return "ipykernel_launcher" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def _until(reached, seconds: float = 60):
