@@ -72,7 +72,8 @@ class InversionSettings:
 
 def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str = "object", name: str = "<concept>",
            initial: str | None = None, seed: int = 0, settings: InversionSettings | None = None,
-           callback: Callable[[int, float], None] | None = None) -> LearnedTokens:
+           callback: Callable[[int, float], None] | None = None,
+           size: tuple[int, int] | None = None) -> LearnedTokens:
     """Learn tokens from reference images. The pipeline is unchanged afterwards, also when this raises.
 
     Args:
@@ -83,6 +84,7 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
             there are more words than tokens); the remaining tokens start at random.
         seed: the seed of everything random.
         callback: called with (step from 1, loss).
+        size: (height, width) of the references in pixels; None for the pipeline's own.
 
     Raises:
         InversionError: an unusable name, kind or setting, or the loss became NaN or infinite.
@@ -106,14 +108,14 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     prompts = [template.format(name) for template in TEMPLATES[kind][:None if settings.varied else 1]]
     parts = (denoiser(pipe), *text_encoders(pipe))
     with with_tokens(pipe, names, vectors), evaluating(*parts), without_gradients(*parts), torch.enable_grad():
-        losses = _learn(pipe, latents, prompts, vectors, settings, generator, callback)
+        losses = _learn(pipe, latents, prompts, vectors, settings, generator, callback, size)
     learned = tuple(vector.detach().cpu().clone() for vector in vectors)
     return LearnedTokens(name, learned, tuple(losses), {"settings": asdict(settings), "seed": seed, "kind": kind})
 
 
 def _learn(pipe: DiffusionPipeline, latents: Latents, prompts: Sequence[str], vectors: list[nn.Parameter],
            settings: InversionSettings, generator: torch.Generator,
-           callback: Callable[[int, float], None] | None) -> list[float]:
+           callback: Callable[[int, float], None] | None, size: tuple[int, int] | None) -> list[float]:
     """The training loop; changes `vectors` and returns the losses."""
     model, noising, losses = denoiser(pipe), Noising(pipe), []
     tables = [encoder.get_input_embeddings().weight for encoder in text_encoders(pipe)]
@@ -123,7 +125,7 @@ def _learn(pipe: DiffusionPipeline, latents: Latents, prompts: Sequence[str], ve
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=settings.warmup)
     given = None
     for step in range(settings.steps):
-        given = conditions(pipe, [prompts[step % len(prompts)]], with_gradient=True, like=given)
+        given = conditions(pipe, [prompts[step % len(prompts)]], size=size, with_gradient=True, like=given)
         index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
         batch = noisy_batch(latents, index, generator, (0, noising.steps))
         loss = denoising_loss(model, noising, batch, given, torch.zeros_like(index))

@@ -86,10 +86,10 @@ class BoxAttention:
                              for name in self.layers]).set_index("layer")
 
 
-def box_mask(box: Box, size: int) -> np.ndarray:
-    """The pixels whose centres lie in a box, [size, size] bool."""
-    at = (np.arange(size) + 0.5) / size
-    return ((at >= box[1]) & (at < box[3]))[:, None] & ((at >= box[0]) & (at < box[2]))[None]
+def box_mask(box: Box, height: int, width: int | None = None) -> np.ndarray:
+    """The pixels whose centres lie in a box, [height, width] bool; a square if only one side is given."""
+    down, across = ((np.arange(count) + 0.5) / count for count in (height, width or height))
+    return ((down >= box[1]) & (down < box[3]))[:, None] & ((across >= box[0]) & (across < box[2]))[None]
 
 
 @contextmanager

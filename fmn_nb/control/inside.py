@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -18,7 +19,8 @@ from PIL import Image
 from fmn_nb.control.gates import box_mask
 from fmn_nb.control.interaction import checked_box
 from fmn_nb.control.relations import Box
-from fmn_nb.models import GUIDANCE, STEPS, generate
+from fmn_nb.models import GUIDANCE, STEPS, UnsupportedPipelineError, conditions, generate
+from fmn_nb.models.denoising import latent_grid
 from fmn_nb.patches import Patch
 
 
@@ -32,6 +34,7 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
     Raises:
         InteractionError: an invalid box. ValueError: not as many boxes and seeds as prompts.
         PatchMismatchError: the patch belongs to another model.
+        UnsupportedPipelineError: where the model's latents lie in the image is unknown.
     """
     if not len(prompts) == len(boxes) == len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(boxes)} boxes, {len(seeds)} seeds: give as many of each")
@@ -44,10 +47,14 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
 
     def mend(_pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
         latents = kept["latents"]
-        inside = torch.stack([_latent_mask(box, latents) for box in boxes])[:, None]  # [images, 1, height, width]
-        kept["latents"] = torch.where(inside, latents, track[step])
+        inside = masks[:, None] if latents.ndim == 4 else masks.flatten(1)[..., None]  # packed: [images, positions, 1]
+        kept["latents"] = torch.where(inside.to(latents.device), latents, track[step])
         return kept
 
+    grid = latent_grid(conditions(pipe, list(prompts[:1]))) if prompts else (1, 1)
+    if grid is None:
+        raise UnsupportedPipelineError(f"where the latents of a {type(pipe).__name__} lie in the image is unknown here")
+    masks = torch.from_numpy(np.array([box_mask(box, *grid) for box in boxes]))  # [images, rows, columns]
     options = {"steps": steps, "guidance": guidance, "batch": max(1, len(prompts))}
     base = generate(pipe, prompts, seeds, callback_on_step_end=keep, **options)
     with patch.applied(pipe):
@@ -57,10 +64,5 @@ def forget_inside(pipe: DiffusionPipeline, patch: Patch, prompts: Sequence[str],
 
 def _composed(outside: Image.Image, inside: Image.Image, box: Box) -> Image.Image:
     """One image inside the box, the other outside it."""
-    mask = Image.fromarray(box_mask(box, max(inside.size))).crop((0, 0, *inside.size))
+    mask = Image.fromarray(box_mask(box, inside.height, inside.width))
     return Image.composite(inside, outside, mask)
-
-
-def _latent_mask(box: Box, latents: torch.Tensor) -> torch.Tensor:
-    """The latents whose centres lie in the box, [height, width] bool, for a U-Net's square latents."""
-    return torch.from_numpy(box_mask(box, latents.shape[-1])).to(latents.device)

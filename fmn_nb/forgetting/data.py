@@ -57,6 +57,7 @@ class Task:
     Attributes:
         references: concept name -> images; concepts without an entry get images that the model generates.
         readings: concept name -> the reading of its word to show instead ("mouse" -> "computer mouse").
+        gone: concepts that are forgotten elsewhere, by patches that the model carries or by the rest of a divided task.
     """
 
     pipe: DiffusionPipeline
@@ -69,6 +70,7 @@ class Task:
     readings: Mapping[str, str] = field(default_factory=dict)
     masks: Sequence[Image.Image] | None = None
     cache: Path | None = None
+    gone: Sequence[Concept] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", concepts_of(self.concepts))
@@ -81,7 +83,8 @@ class Task:
             if concept.name in self.readings:
                 check_reading(concept, self.readings[concept.name])
             if self.settings.guide:
-                check_reading(concept, self.settings.guide, "guide")
+                for one in (concept, *self.apart_from(concept)):
+                    check_reading(one, self.settings.guide, "guide")
         images = sum(self.count_of(concept) for concept in self.concepts)
         if self.masks is not None and len(self.masks) != images:
             raise ReferenceImageError(f"{len(self.masks)} masks for {images} reference images; give one for each")
@@ -107,7 +110,12 @@ class Task:
             return self.prompts_of_reading(concept)
         if guide in ("empty", "without"):
             return ["" if guide == "empty" else without(prompt, concept) for prompt in self.prompts_of(concept)]
-        return self.with_word(concept, another_like(self.pipe, concept) if guide == "another" else guide)
+        return self.with_word(concept, another_like(self.pipe, concept, self.apart_from(concept))
+                              if guide == "another" else guide)
+
+    def apart_from(self, concept: Concept) -> list[Concept]:
+        """The other concepts that are gone afterwards, none of which may stand in for this one."""
+        return [one for one in (*self.concepts, *self.gone) if one.name != concept.name]
 
     def with_word(self, concept: Concept, word: str) -> list[str]:
         """The concept's prompts with another word in its place."""
@@ -129,7 +137,7 @@ class Task:
 
         masks = self.masks and self.masks[before:before + self.count_of(concept)]
         return replace(self, concepts=(concept,), references=own(self.references), readings=own(self.readings),
-                       masks=masks)
+                       masks=masks, gone=self.apart_from(concept))
 
     def with_scenes(self) -> Task:
         """The task with scenes and exact masks of its model's world as references, if the setting `scenes` asks for

@@ -147,8 +147,9 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
         raise SettingsError(f"callback is a function of a Progress, not {callback!r}")
     checkpoint, cache = folder_of("checkpoint", checkpoint), folder_of("cache", cache)
     sources = by_concept(references, named, "references")
+    gone = [Concept(**one) for patch, _ in applied_patches(pipe) for one in patch.info.get("concepts", ())]
     task = Task(pipe, named, settings, seed, prompts=prompts, retain_prompts=retain_prompts,
-                readings=by_concept(towards, named, "towards"))
+                readings=by_concept(towards, named, "towards"), gone=gone)
     if prompts is None:
         check_known(pipe, named)
     method = method_of(settings.method)

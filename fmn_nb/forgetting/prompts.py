@@ -12,7 +12,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fmn_nb.attention import read_columns
-from fmn_nb.concepts import DETERMINERS, Concept, find_phrase, forms_of, neutral_prompts, with_article, world_of
+from fmn_nb.concepts import (
+    DETERMINERS,
+    Concept,
+    find_phrase,
+    forms_of,
+    neutral_prompts,
+    same_name,
+    with_article,
+    world_of,
+)
+from fmn_nb.forgetting.settings import SettingsError
 from fmn_nb.models import UnsupportedPipelineError, conditions
 
 _DETERMINER = rf"(?:\b(?:{'|'.join(sorted(DETERMINERS))})\s+)"
@@ -24,6 +34,10 @@ _AROUND_STYLE = (re.compile(rf"(?:\bin\s+)?{_DETERMINER}?(?:\bstyle\s+of\s+)?{_D
 _TIED = re.compile(r"(?:\w+-)*$"), re.compile(r"(?:['\u2019]s|(?<=s)['\u2019]|(?:-\w+)+)(?=\s+\w)", re.IGNORECASE)
 _ARTICLE = re.compile(r"\b(an?)\s+$", re.IGNORECASE)
 _STAND_INS = ("dog", "frog", "house", "car", "noto", "fluent", "person", "alarm clock", "birthday cake")
+#: kind -> names that a model of no known world will know, too
+_OTHERS = {"object": ("dog", "frog", "house", "car", "tree", "alarm clock", "birthday cake"),
+           "style": ("watercolor", "oil painting", "pencil drawing", "comic book", "pixel art"),
+           "identity": ("Albert Einstein", "Charlie Chaplin", "Marilyn Monroe", "Nelson Mandela", "Frida Kahlo")}
 
 
 def forget_prompts(pipe: DiffusionPipeline, concept: Concept, wording: str) -> list[str]:
@@ -128,11 +142,22 @@ def stand_in_for(pipe: DiffusionPipeline, concept: Concept) -> str:
     return min((word for word in _STAND_INS if word.casefold() != concept.phrase.casefold()), key=difference)
 
 
-def another_like(pipe: DiffusionPipeline, concept: Concept) -> str:
-    """Another name of the concept's kind, the one that the pipeline's text encoder finds most similar."""
+def another_like(pipe: DiffusionPipeline, concept: Concept, but: Iterable[Concept] = ()) -> str:
+    """Another name of the concept's kind, the one that the pipeline's text encoder finds most similar.
+
+    Args:
+        but: concepts that it doesn't name either, such as those that are forgotten together with this one.
+
+    Raises:
+        SettingsError: no name of this kind is left.
+    """
     world = world_of(pipe)
-    names = (tuple(name for name in _STAND_INS if name.casefold() != concept.phrase.casefold()) if world is None
-             else world.vocabulary.others(concept).of(concept.kind))
+    known = _OTHERS[concept.kind] if world is None else world.vocabulary.others(concept).of(concept.kind)
+    apart = (concept, *but)
+    names = [name for name in known if not any(same_name(name, one) for one in apart)]
+    if not names:
+        raise SettingsError(f"no other {concept.kind} is left to draw in place of '{concept.name}': give the setting "
+                            "guide a name, 'empty' or 'without'")
     asked = [Concept(name, concept.kind).prompt for name in names]
     return names[int(likeness(pipe, [spoken(concept).prompt], asked).argmax())]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fmn_nb.concepts import Concept
+from fmn_nb.concepts import Concept, same_name
 from fmn_nb.forgetting.finetune import forget, joined
-from fmn_nb.forgetting.prompts import forget_prompts, retain_prompts
-from fmn_nb.forgetting.settings import Settings
+from fmn_nb.forgetting.prompts import another_like, forget_prompts, retain_prompts
+from fmn_nb.forgetting.settings import Settings, settings_for
 from fmn_nb.models import denoiser, fingerprint
 from fmn_nb.patches import Patch, fuse
 
@@ -100,13 +100,24 @@ def forget_several(pipe: DiffusionPipeline, concepts: Sequence[Concept], way: st
     if way == "all at once":
         return list(patches[:1]) or [forget(pipe, list(concepts), preset=preset, seed=seed, **overrides)]
     made = list(patches[:len(concepts)])
+    settings = settings_for(preset, {name: one for name, one in overrides.items() if name in Settings.model_fields})
     with ExitStack() as carried:
         for number, concept in enumerate(concepts):
             if number >= len(made):
-                made.append(forget(pipe, concept, preset=preset, seed=seed, **overrides))
+                guided = _guide_apart(pipe, concept, concepts, settings)
+                made.append(forget(pipe, concept, preset=preset, seed=seed, **{**overrides, **guided}))
             if way == "one after another":
                 carried.enter_context(made[number].applied(pipe))
     return [_fused(pipe, concepts, made)] if way == "fused" else made
+
+
+def _guide_apart(pipe: DiffusionPipeline, concept: Concept, concepts: Sequence[Concept], settings: Settings,
+                 ) -> dict[str, str]:
+    """The setting `guide` where "another" would name one of the other concepts, which then would be drawn."""
+    others = [one for one in concepts if one.name != concept.name]
+    if settings.guide != "another" or not any(same_name(another_like(pipe, concept), one) for one in others):
+        return {}
+    return {"guide": another_like(pipe, concept, others)}
 
 
 def _fused(pipe: DiffusionPipeline, concepts: Sequence[Concept], made: Sequence[Patch]) -> Patch:

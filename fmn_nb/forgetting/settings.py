@@ -74,8 +74,9 @@ class Settings(BaseModel):
     The method:
         method: a name in `METHODS`; its objective trains the forget set's prompts.
         guide: what the concept gives way to, for methods with a guide: "empty" (the empty prompt), "without" (its
-            prompt without it), "another" (the name of its kind that the text encoder finds most similar) or a word of
-            your own; "" for nothing. A reading given to `forget` as `towards` takes precedence.
+            prompt without it), "another" (the name of its kind that the text encoder finds most similar, and that isn't
+            forgotten, too) or a word of your own; "" for nothing. A reading given to `forget` as `towards` takes
+            precedence.
 
     What is trained:
         train: "denoiser" (all its weights), "cross_attention" (all of its layers that look at the text),

@@ -10,6 +10,8 @@ Recognised by what is inside, never by name, and read with safetensors alone:
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +20,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmn_nb.files import read_json
 from fmn_nb.models import base_of, denoiser, denoiser_name, load, own_parameters, without_bars
 from fmn_nb.models.arguments import finite_number
 from fmn_nb.models.parameters import own_tensors, plain_name, unwrapped
@@ -106,14 +110,13 @@ def _of_lora(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) ->
                              "and give the merged model's folder")
     if not hasattr(pipe, "load_lora_weights"):
         raise PatchMismatchError(f"{file} is a LoRA, and {type(pipe).__name__} takes none")
-    tensors, factors, beside = _named(tensors, pipe), {}, {}
+    tensors, factors, beside = _scaled(file, _named(tensors, pipe), pipe), {}, {}
     with _loaded(file, tensors, pipe):
         found = [(part, plain_name(name), layer) for part, module in _modules(pipe).items()
                  for name, layer in module.named_modules() if isinstance(layer, LoraLayer) and _ADAPTER in layer.lora_A]
-        if not found or len(found) != sum(name.endswith(_UPS) for name in tensors):
-            raise PatchMismatchError(f"{file} holds a LoRA of other layers than this model's: {len(found)} of "
-                                     f"{sum(name.endswith(_UPS) for name in tensors)} are here; give --model, or "
-                                     "another file")
+        if not found or len(found) != (held := _layers_of(tensors, pipe)):
+            raise PatchMismatchError(f"{file} holds a LoRA of other layers than this model's: {len(found)} of {held} "
+                                     "are here; give --model, or another file")
         for part, name, layer in found:
             own = _factors(name, layer)
             if part == denoiser_name(pipe):
@@ -130,6 +133,44 @@ def _named(tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> dict[str, 
     parts = (*(f"{part}." for part in _modules(pipe)), "lora_", "text_encoder", "unet.", "transformer.")
     return {name if name.startswith(parts) else f"{denoiser_name(pipe)}.{name}": tensor
             for name, tensor in plain.items()}
+
+
+def _scaled(file: Path, tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> dict[str, Tensor]:
+    """The factors with B times alpha / rank as the file's configuration has it: in the header that diffusers writes, or
+    in peft's file beside it. Of bare tensors, diffusers takes alpha to be the rank."""
+    configs, scaled = _configs(file, pipe), dict(tensors)
+    for name in tensors:
+        stem, found, _ = name.partition(".lora_B.")
+        part, _, layer = stem.partition(".")
+        if not found or part not in configs:
+            continue
+        config, rank = configs[part], len(tensors[f"{stem}.lora_A.weight"])
+        alphas = (alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+                  if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+        alpha = next(alphas, config.get("lora_alpha", rank))
+        scaled[name] = tensors[name] * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    return scaled
+
+
+def _configs(file: Path, pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
+    """Part -> what a LoRA's file says of its training there, as peft's `LoraConfig` names it."""
+    found: dict[str, dict[str, Any]] = {}
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    for name, value in header.items():
+        part, _, key = name.partition(".")
+        found.setdefault(part, {})[key] = value
+    beside = file.with_name("adapter_config.json")
+    if not found and file.name == "adapter_model.safetensors" and beside.is_file():
+        found[denoiser_name(pipe)] = read_json(beside)
+    return found
+
+
+def _layers_of(tensors: Mapping[str, Tensor], pipe: DiffusionPipeline) -> int:
+    """How many of diffusers' layers a LoRA is on: kohya's names for Flux join several in one."""
+    converted = pipe.lora_state_dict(dict(tensors))
+    names = converted[0] if isinstance(converted, tuple) else converted
+    return sum(name.endswith(_UPS) for name in names)
 
 
 @contextmanager

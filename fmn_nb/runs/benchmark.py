@@ -362,15 +362,17 @@ def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapp
     write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
     budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
     attacks = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
-    if len(excess := excess_of(found, made.get(TUNED_ON, ()))):
-        distances = distances_of(found, made.get(TUNED_ON, ()))
-        for name, beside in ((EXCESS_FILE, excess), (DISTANCES_FILE, distances)):
+    compared = [result["oracle"]["compared_with"] for result in found.values() if "oracle" in result]
+    tuned = made.get(TUNED_ON, ())
+    excess, distances = excess_of(found, tuned), distances_of(found, tuned)
+    for name, beside in ((EXCESS_FILE, excess), (DISTANCES_FILE, distances)):
+        if len(beside):
             write_text(out / name, beside.to_csv(index=False, lineterminator="\n"))
-        first = next(result["oracle"]["compared_with"] for result in found.values() if "oracle" in result)
-        attacks["oracle"] = {**first, "summary": excess_summary(excess), "distances": distance_summary(distances)}
-    else:
-        for name in (EXCESS_FILE, DISTANCES_FILE):
+        else:
             (out / name).unlink(missing_ok=True)  # of other settings
+    if compared:
+        attacks["oracle"] = {**compared[0], "summary": excess_summary(excess) if len(excess) else [],
+                             "distances": distance_summary(distances)}
     write_json(out / RESULTS_FILE, {
         "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
         "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),

@@ -61,9 +61,11 @@ class Earlier:
         found: dict[str, Any] = {"row": row}
         if (budget := self.made.get("attack", {}).get("budget")) and isfinite(row.get("attack_success", nan)):
             found["attack"] = {"budget": budget}
-        if place in self.excess:
+        excess = self.excess.get(place, [])
+        whole = all("floor_images" in one for one in excess)  # what came before is measured anew
+        if whole and (excess or place in self.distances):
             beside = {name: value for name, value in self.made["oracle"].items() if name not in OF_ROWS}
-            found["oracle"] = {"compared_with": beside, "excess": self.excess[place],
+            found["oracle"] = {"compared_with": beside, "excess": excess,
                                "distances": self.distances.get(place, [])}
         return found
 

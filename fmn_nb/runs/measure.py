@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 #: to be raised whenever forgetting or measuring changes so that equal settings give other results: older ones are stale
 ALGORITHM = 2
+BESIDE = 2  # the same for what is measured beside an oracle
 CACHE = ".cache"  # in the work folder: what the unchanged model draws, as images and as latents
 ATTACK_IMAGES = 12  # judged after each attack: few, since the table averages over dozens of concepts
 _COSTS = ("steps", "seconds", "stopped_because", "trainable_parameters", "patch_bytes", "peak_memory_bytes",
@@ -133,7 +134,7 @@ class Bench:
         """What a comparison with the oracles depends on, beside the job."""
         some = {"attacks": sorted(self.beside)} if set(self.beside) != set(ATTACKS) else {}
         return {"oracles": [fingerprint(pipe)[:16] for pipe in self.oracle_pipes], "budgets": read_budgets().source,
-                **some}
+                "version": BESIDE, **some}
 
     def attempt(self, job: Job) -> str | None:
         """Do the job and keep its result; returns the error's text if it fails."""

@@ -131,6 +131,7 @@ def told(patch: Patch, request: PatchRequest, out: Path) -> str:
     """Where a patch is, its facts, and how to use it."""
     facts = patch.report
     model = "" if request.model == "emoji" else f" --model {quote(request.model)}"
+    model += "" if request.config is None else f" --config {quote(request.config)}"
     plain_diffusers = (f'pipe.load_lora_weights("{out}")   # in plain diffusers' if patch.kind == "lora" else
                        f'fmn.Patch.load("{out}").low_rank(16).save(FOLDER)   # a LoRA for plain diffusers')
     return "\n".join([

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quick import OTHERS, quick
 from snapshots import assert_unchanged, snapshot
-from tiny import tiny_sd, tiny_sdxl
+from tiny import tiny_flux, tiny_sd, tiny_sdxl
 
 from fmn_nb.concepts import Concept
 from fmn_nb.forgetting import CheckpointError, settings_for
@@ -15,6 +15,7 @@ from fmn_nb.forgetting.methods import adversarial
 from fmn_nb.patches import Patch
 from fmn_nb.patches.least_squares import text_inputs
 
+LARGE = {"height": 32, "width": 32}  # beside the pipelines' own size
 FEW = {"preset": "adversarial", "rounds": 2, "round_steps": 2, "probe_steps": 2}
 CAT, DOG = Concept("cat"), Concept("dog")
 
@@ -119,3 +120,17 @@ def test_it_ends_where_it_would_have_ended_without_a_stop(tmp_path):
     (tmp_path / "last" / next(path.name for path in (tmp_path / "last").glob("*.safetensors"))).write_bytes(b"")
     with pytest.raises(CheckpointError):
         quick(pipe, **short, checkpoint=tmp_path, checkpoint_every=1)
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_sdxl])
+def test_probes_see_images_of_the_size_that_is_trained(make) -> None:
+    """A Flux's positions and SDXL's sizes go with the latents: with others, it fails or learns wrongly."""
+    pipe = make()
+    assert (patch := quick(pipe, **FEW, **LARGE)).changed()
+    seen = []
+    real = adversarial.invert
+    with pytest.MonkeyPatch.context() as heard:
+        heard.setattr(adversarial, "invert", lambda *given, **options: seen.append(options["size"]) or real(
+            *given, **options))
+        quick(pipe, **FEW, **LARGE)
+    assert set(seen) == {(32, 32)} and patch.kind == "lora"

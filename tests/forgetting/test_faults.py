@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from snapshots import assert_unchanged, noise_images, snapshot
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sd3
 
 import fmn_nb
+from fmn_nb.attention import read_columns, text_parts
 from fmn_nb.attention.listening import MissedLayersError, attention_with_graph
 from fmn_nb.concepts import Concept, Verdict
 from fmn_nb.emoji.judges import Judge
@@ -47,6 +48,16 @@ def test_fault_1_end_of_text_and_padding_are_counted_only_by_name() -> None:
     assert columns(pipe, "a photo of cat", "cat", "words", "every_eot") == list(range(4, 16))
     pipe.tokenizer.pad_token = "a</w>"
     assert columns(pipe, "a photo of cat", "cat", "words", "every_eot") == [4, 5]
+
+
+def test_padding_counts_for_the_tokenizer_that_pads_with_its_end() -> None:
+    """In Stable Diffusion 3, CLIP does and T5 doesn't."""
+    pipe, length = tiny_sd3(), conditions(tiny_sd3(), ["a"]).rows["encoder_hidden_states"].shape[1]
+    clip, t5 = text_parts(pipe, length)
+    marked = concept_mask(pipe, "a photo of cat", "cat", ["every_eot"], length)
+    ends = read_columns(pipe, "a photo of cat", length).first_eot
+    assert marked[list(clip)].sum() == 11
+    assert marked[list(t5)].nonzero().flatten().add(t5.start).tolist() == [one for one in ends if one in t5]
 
 
 def test_fault_2_each_row_of_a_batch_has_its_own_positions_whatever_their_number() -> None:

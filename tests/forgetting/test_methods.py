@@ -12,9 +12,9 @@ from quick import OTHERS, QUICK
 from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
-from fmn_nb.attention import read_columns
+from fmn_nb.attention import read_columns, text_parts
 from fmn_nb.concepts import Concept, world_of
-from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, settings_for
+from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, prompts, settings_for
 from fmn_nb.forgetting.data import Task, forget_set
 from fmn_nb.forgetting.methods import mace
 from fmn_nb.forgetting.methods.uce import kept_columns, paired
@@ -145,6 +145,48 @@ def test_another_of_its_kind(emoji) -> None:
     assert another_like(emoji, Concept("noto", kind="style")) in set(vocabulary.styles) - {"noto"}
 
 
+def test_concepts_that_go_together_never_stand_in_for_one_another(emoji) -> None:
+    """Mapped onto each other, they would be swapped: both gone by their own judge, both still drawn."""
+    first = Concept("cat")
+    second = Concept(another_like(emoji, first))
+    task = Task(emoji, (first, second), settings_for("uce", {}))
+    for one, other in ((first, second), (second, first)):
+        for told in (task.guides_of(one), task.alone(one).guides_of(one)):
+            assert told and not [text for text in told if other.name in text]
+    with pytest.raises(ValueError, match="guide='frog' is the concept 'frog' itself"):
+        forget(emoji, ["cat", "frog"], preset="uce", guide="frog")
+    with pytest.raises(ValueError, match="no other identity is left"):
+        another_like(emoji, Concept("Milo", kind="identity"), map(Concept, world_of(emoji).vocabulary.names))
+
+
+def test_what_a_patched_model_forgot_stands_in_for_nothing(emoji, monkeypatch) -> None:
+    first = Concept("cat")
+    second, asked = Concept(another_like(emoji, first)), []
+    monkeypatch.setattr("fmn_nb.forgetting.data.another_like", lambda pipe, concept, but: asked.append(
+        [one.name for one in but]) or another_like(pipe, concept, but))
+    with forget(emoji, first, preset="uce").applied(emoji):
+        forget(emoji, second, preset="uce")
+    assert [] in asked and ["cat"] in asked
+
+
+def test_patches_for_one_model_never_draw_what_another_of_them_forgets(emoji) -> None:
+    first = Concept("cat")
+    second, third = Concept(another_like(emoji, first)), Concept("rocket")
+    patches = forget_several(emoji, [first, second, third], "apart", preset="uce")
+    guides = {patch.info["concepts"][0]["name"]: patch.info["settings"]["guide"] for patch in patches}
+    assert guides["cat"] not in ("another", second.name, "rocket")
+    alone = forget_several(emoji, [first, third], "apart", preset="uce")
+    assert alone[0].info["settings"]["guide"] == "another", "as it is, where it names none of them"
+
+
+def test_a_model_of_no_world_has_others_of_each_kind() -> None:
+    pipe = tiny_sd()
+    assert "style" not in another_like(pipe, Concept("Van Gogh", kind="style"))
+    assert another_like(pipe, Concept("Van Gogh", kind="style")) in prompts._OTHERS["style"]
+    assert another_like(pipe, Concept("Elon Musk", kind="identity")) in prompts._OTHERS["identity"]
+    assert {another_like(pipe, Concept(name)) for name in ("dogs", "a dog")}.isdisjoint({"dog", "dogs"})
+
+
 # ---- uce ------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +251,16 @@ def test_in_joint_attention_uce_solves_for_what_takes_in_the_columns_and_the_poo
         w = weight.double()
         wanted = (2.0 * w @ guides.T @ edited + 0.7 * w @ kept.T @ kept + 0.3 * w) @ torch.linalg.inv(gram)
         assert_close(found[f"{module}.weight"].double(), wanted - w)
+
+
+def test_of_several_tokenizers_each_ones_last_word_is_kept() -> None:
+    pipe = tiny_sd3()
+    said = text_inputs(pipe)[0].embeddings(pipe, ["a photo of a dog"])
+    first, second = text_parts(pipe, said.shape[1])
+    words = read_columns(pipe, "a photo of a dog", said.shape[1]).words
+    last = [max(column for column in words if column in part) for part in (first, second)]
+    kept = kept_columns(pipe, [("a photo of a dog", said[0])], every=False)
+    assert torch.equal(kept, said[0][[0, *last]]), "the begin token, CLIP's last word and T5's"
 
 
 def test_each_text_encoders_columns_are_paired_among_themselves() -> None:

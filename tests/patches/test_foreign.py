@@ -1,9 +1,12 @@
 """Anyone's patch: every format gives the change it holds, the pipeline stays as it was, and what isn't one is told."""
 
+import json
+
 import pytest
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save_file
-from tiny import tiny_sd
+from tiny import tiny_flux, tiny_sd
 
 from fmn_nb.models import ModelLoadError
 from fmn_nb.patches import Patch, PatchFileError, PatchMismatchError, applied_patches, read_patch
@@ -91,6 +94,44 @@ def test_a_lora_of_the_denoiser_alone_is_a_patch_like_ours(pipe, tmp_path, prefi
     patch = read_patch(tmp_path, pipe)
     assert type(patch) is Patch
     assert_means(patch, {f"unet.{LAYER}.weight": up @ down}, pipe)
+
+
+@pytest.mark.parametrize("told", ["header", "peft"])
+def test_a_lora_is_scaled_as_its_configuration_says(pipe, tmp_path, told):
+    """Plain diffusers reads the header; from tensors alone it would take alpha to be the rank."""
+    down, up = factors(pipe.unet.get_submodule(LAYER).weight.shape)
+    said = {"r": 2, "lora_alpha": 8, "target_modules": [LAYER]}
+    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    if told == "header":
+        header = {LORA_ADAPTER_METADATA_KEY: json.dumps({f"unet.{name}": value for name, value in said.items()})}
+        save_file(named, tmp_path / "pytorch_lora_weights.safetensors", metadata=header)
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="plain")
+        scaling = pipe.unet.get_submodule(LAYER).scaling["plain"]
+        pipe.unload_lora_weights()
+        assert scaling == 4
+    else:
+        save_file({name.replace("unet.", "base_model.model."): one for name, one in named.items()},
+                  tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    assert_means(read_patch(tmp_path, pipe), {f"unet.{LAYER}.weight": 4 * up @ down}, pipe)
+    said = {**said, "alpha_pattern": {LAYER.rpartition(".")[2]: 2}, "use_rslora": True}
+    if told == "peft":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+        assert_means(read_patch(tmp_path, pipe), {f"unet.{LAYER}.weight": 2**0.5 * up @ down}, pipe)
+
+
+def test_a_flux_lora_in_kohyas_names_is_its_change_of_the_layers_that_it_joins(tmp_path):
+    flux = tiny_flux()
+    block = flux.transformer.transformer_blocks[0].attn
+    down, up = factors((3 * len(block.to_q.weight), block.to_q.weight.shape[1]))
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)},
+              tmp_path / "kohya.safetensors")
+    changes = dict(read_patch(tmp_path, flux).differences())
+    wanted = (up @ down).chunk(3)
+    for name, change in zip(("to_q", "to_k", "to_v"), wanted, strict=True):
+        assert torch.allclose(changes[f"transformer_blocks.0.attn.{name}.weight"], change, atol=1e-5)
+    assert len(changes) == 3
 
 
 @pytest.mark.parametrize("prefixes", [("", "text_model."), ("unet.", "text_encoder."),

@@ -119,7 +119,7 @@ def inverted(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor, con
     texts = task.with_word(concept, TOKEN)
     with patch.applied(task.pipe):
         learned = invert(task.pipe, latents, kind=concept.kind, name=TOKEN, settings=settings,
-                         initial=None if fresh else concept.phrase, seed=seed)
+                         initial=None if fresh else concept.phrase, seed=seed, size=task.settings.size)
     with learned.loaded(task.pipe), torch.no_grad():
         given = conditions(task.pipe, texts, size=task.settings.size)
         columns = given.rows[COLUMNS].shape[1]

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmn_nb.attention import architecture_of, pixel_grid, read_columns
+from fmn_nb.attention import architecture_of, pixel_grid, read_columns, text_parts
 from fmn_nb.models import UnsupportedPipelineError, denoiser
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Seque
 
     Args:
         parts: "words" (the phrase's own columns), "later" (words after it), "first_eot", "padding", or "every_eot", as
-            the published code counts: each end-of-text token, so also the padding if the tokenizer pads with it.
+            the published code counts: each end-of-text token, so also the padding of a tokenizer that pads with it.
 
     Raises:
         PhraseNotFoundError: the prompt doesn't hold the phrase; the message lists its words.
@@ -108,9 +108,10 @@ def concept_mask(pipe: DiffusionPipeline, prompt: str, phrase: str, parts: Seque
     columns = set(own) if "words" in parts else set()
     for part in parts:
         if part == "every_eot":
-            tokenizer = getattr(pipe, architecture_of(denoiser(pipe)).tokenizers[0])
-            pads_with_it = tokenizer.pad_token_id == tokenizer.eos_token_id
-            columns |= {*read.first_eot, *(read.padding if pads_with_it else ())}
+            names = architecture_of(denoiser(pipe)).tokenizers
+            for tokenizer, its in zip((getattr(pipe, name) for name in names), text_parts(pipe, length), strict=True):
+                pads_with_it = tokenizer.pad_token_id == tokenizer.eos_token_id
+                columns |= {*read.first_eot, *(read.padding if pads_with_it else ())} & set(its)
         elif part != "words":
             columns |= set(read.part(part, phrase))
     if columns and max(columns) >= length:

@@ -113,11 +113,16 @@ def _end(read: PromptTokens, part: range) -> int:
 
 
 def kept_columns(pipe: DiffusionPipeline, kept: Sequence[tuple[str, Tensor]], every: bool) -> Tensor:
-    """Columns [m, in] of kept prompts and their embeddings: every one, or the begin token and each one's last word."""
+    """Columns [m, in] of kept prompts and their embeddings: every one, or the begin token and each one's last word, of
+    every tokenizer."""
     if every:
         return torch.cat([own for _, own in kept])
-    words = [(own, read_columns(pipe, text, len(own)).words) for text, own in kept]
-    return torch.stack([kept[0][1][0], *(own[columns[-1]] for own, columns in words if columns)])
+    last = []
+    for text, own in kept:
+        words = read_columns(pipe, text, len(own)).words
+        of_parts = ([column for column in words if column in part] for part in text_parts(pipe, len(own)))
+        last += [own[columns[-1]] for columns in of_parts if columns]
+    return torch.stack([kept[0][1][0], *last])
 
 
 def _missed(asked: Sequence[Wanted], kind: str, tensors: dict[str, Tensor]) -> tuple[float, float]:
