@@ -8,7 +8,7 @@ that words describe badly; attacks use them to see whether a concept can be brou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fmn_nb.concepts import TEMPLATES
 from fmn_nb.models import (
+    Conditions,
     Images,
     Latents,
     Noising,
@@ -107,16 +108,20 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     vectors = [nn.Parameter(vector.to(denoiser(pipe).device)) for vector in start]
     prompts = [template.format(name) for template in TEMPLATES[kind][:None if settings.varied else 1]]
     parts = (denoiser(pipe), *text_encoders(pipe))
+
+    def prompted(step: int, like: Conditions | None) -> Conditions:
+        return conditions(pipe, [prompts[step % len(prompts)]], size=size, with_gradient=True, like=like)
+
     with with_tokens(pipe, names, vectors), evaluating(*parts), without_gradients(*parts), torch.enable_grad():
-        losses = _learn(pipe, latents, prompts, vectors, settings, generator, callback, size)
+        losses = _learn(pipe, latents, prompted, vectors, settings, generator, callback)
     learned = tuple(vector.detach().cpu().clone() for vector in vectors)
     return LearnedTokens(name, learned, tuple(losses), {"settings": asdict(settings), "seed": seed, "kind": kind})
 
 
-def _learn(pipe: DiffusionPipeline, latents: Latents, prompts: Sequence[str], vectors: list[nn.Parameter],
-           settings: InversionSettings, generator: torch.Generator,
-           callback: Callable[[int, float], None] | None, size: tuple[int, int] | None) -> list[float]:
-    """The training loop; changes `vectors` and returns the losses."""
+def _learn(pipe: DiffusionPipeline, latents: Latents, prompted: Callable[[int, Conditions | None], Conditions],
+           vectors: list[nn.Parameter], settings: InversionSettings, generator: torch.Generator,
+           callback: Callable[[int, float], None] | None) -> list[float]:
+    """The training loop; changes `vectors` and returns the losses. `prompted` encodes a step's prompt, like earlier."""
     model, noising, losses = denoiser(pipe), Noising(pipe), []
     tables = [encoder.get_input_embeddings().weight for encoder in text_encoders(pipe)]
     lengths = [float(table.float().norm(dim=-1).mean()) if settings.norm == "vocabulary" else float(settings.norm)
@@ -125,7 +130,7 @@ def _learn(pipe: DiffusionPipeline, latents: Latents, prompts: Sequence[str], ve
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=settings.warmup)
     given = None
     for step in range(settings.steps):
-        given = conditions(pipe, [prompts[step % len(prompts)]], size=size, with_gradient=True, like=given)
+        given = prompted(step, given)
         index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
         batch = noisy_batch(latents, index, generator, (0, noising.steps))
         loss = denoising_loss(model, noising, batch, given, torch.zeros_like(index))
