@@ -46,6 +46,10 @@ class Program(click.Group):
             raise
 
 
+CONFIG = click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
+                      "configuration and tokenizer.  [default: what the hub has]")
+
+
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fmn-nb")
 def main() -> None:
@@ -58,8 +62,7 @@ def main() -> None:
 @main.command()
 @click.argument("name", metavar="[CONCEPT]", required=False)
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
-@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
-              "configuration and tokenizer.  [default: what the hub has]")
+@CONFIG
 @click.option("--concept", help="What to forget; the same as CONCEPT.  [default: cat]")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--preset", default="balanced", show_default=True, help="Named settings of the fine-tune.")
@@ -134,8 +137,7 @@ def sweep(spec: Path, **options: Any) -> None:
 @click.argument("concept")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--model", default="emoji", show_default=True, help="Bundled name, hub id or path.")
-@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
-              "configuration and tokenizer.  [default: what the hub has]")
+@CONFIG
 @click.option("--preset", default="balanced", show_default=True, help="A method with its settings.")
 @click.option("--references", type=Folder(exists=True), help="Images of the concept.  [default: the model draws them]")
 @click.option("--towards", metavar="READING", help="What an ambiguous word should show instead.")
@@ -158,8 +160,7 @@ def forget(out: Path | None, again: bool, **request: Any) -> None:
 @click.option("--concept", required=True, help="What WHAT should have forgotten.")
 @click.option("--kind", type=click.Choice(KINDS), help="[default: the concept's own]")
 @click.option("--model", default="emoji", show_default=True, help="The unchanged model, to compare with.")
-@click.option("--config", type=Folder(exists=True), help="For a single .safetensors file: a folder with its "
-              "configuration and tokenizer.  [default: what the hub has]")
+@CONFIG
 @click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="Images drawn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images.")
 @click.option("--clip", metavar="FOLDER", help="A CLIPModel, folder or hub id; it judges for a model without a judge.")
