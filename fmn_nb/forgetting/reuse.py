@@ -115,7 +115,10 @@ def _guide_apart(pipe: DiffusionPipeline, concept: Concept, concepts: Sequence[C
                  ) -> dict[str, str]:
     """The setting `guide` where "another" would name one of the other concepts, which then would be drawn."""
     others = [one for one in concepts if one.name != concept.name]
-    if settings.guide != "another" or not any(same_name(another_like(pipe, concept), one) for one in others):
+    if settings.guide != "another":
+        return {}
+    usual = another_like(pipe, concept)
+    if not any(same_name(usual, one) for one in others):
         return {}
     return {"guide": another_like(pipe, concept, others)}
 

@@ -195,7 +195,7 @@ def tuned_on(file: Path | None) -> list[str]:
 def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping[str, Any], limit: int | None = None,
                   workers: int = 1, log: Callable[[str], None] = print) -> Path:
     """Do the jobs that are not done yet, at most `limit`, and write the table of all done jobs; returns its file. Rows
-    that a table there has of other jobs stay (`other_rows`).
+    that a table there has of other jobs stay (`_others`).
 
     Args:
         out: the folder of the table, the figures and the record of how they were made.
@@ -210,8 +210,8 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     """
     from fmn_nb.runs.executors import executed
 
-    kept, others, failures = kept_rows(bench, jobs, out), other_rows(bench, jobs, out), []
-    earlier = _earlier(bench, jobs, out)
+    earlier, failures = _earlier(bench, jobs, out), []
+    kept, others = _kept(bench, jobs, earlier), _others(bench, jobs, earlier, out)
 
     def finished() -> str:
         return f"{len(jobs) - len(left_of(bench, jobs, kept))} of {len(jobs)} jobs finished; the same command continues"
@@ -275,22 +275,26 @@ def identity_of(bench: Bench) -> dict[str, Any]:
 def kept_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
     """Job -> its result as the table in `out` has it, if that was made in the same way, and the job with the same
     settings and attacks (`Earlier.result`)."""
-    if (earlier := _earlier(bench, jobs, out)) is None:
+    return _kept(bench, jobs, _earlier(bench, jobs, out))
+
+
+def _kept(bench: Bench, jobs: Sequence[Job], earlier: Earlier | None) -> dict[Job, dict[str, Any]]:
+    if earlier is None:
         return {}
     found = {job: result for job in jobs if (result := earlier.result(job)) is not None}
     return {job: result for job, result in found.items() if bench.ends_as_asked(
         job, result.get("attack", {}).get("budget"), result.get("oracle", {}).get("compared_with"))}
 
 
-def other_rows(bench: Bench, jobs: Sequence[Job], out: Path) -> dict[Job, dict[str, Any]]:
-    """Job -> its result, of those in the table in `out` that aren't asked for: they stay in it. Those of a preset that
-    is asked for with other settings don't.
+def _others(bench: Bench, jobs: Sequence[Job], earlier: Earlier | None, out: Path) -> dict[Job, dict[str, Any]]:
+    """Job -> its result, of those in the earlier table in `out` that aren't asked for: they stay in it. Those of a preset
+    that is asked for with other settings don't.
 
     Raises:
         BenchmarkError: they were attacked with another budget or stand beside another oracle than asked for, so one
             table can't hold both.
     """
-    if (earlier := _earlier(bench, jobs, out)) is None:
+    if earlier is None:
         return {}
     asked, settings = {job.name for job in jobs}, {job.preset: job.settings for job in jobs}
     found: dict[Job, dict[str, Any]] = {}
@@ -478,5 +482,3 @@ def _h_of_ceiling(result: Mapping[str, Any]) -> float | None:
 
 def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-

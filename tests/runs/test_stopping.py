@@ -19,7 +19,7 @@ STUBBORN = f"""
 try: {SLOW}
 except BaseException: time.sleep(100)
 """
-PATIENCE = 30.0  # seconds: 2 are promised on a machine that is not busy, as tests/speed/bench_runs.py measures
+PATIENCE = 6.0  # seconds: 2 are promised on a machine that is not busy with other tests
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
 
@@ -53,7 +53,7 @@ def stopped(tmp_path, monkeypatch):
         print(f"{seconds:.2f} s", errors, said)
         assert process.returncode == 130 and last.startswith("stopped: ") and seconds < PATIENCE
         assert "Traceback" not in errors and errors.count("stopped: ") == 1
-        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert not psutil.wait_procs(family, timeout=2)[1]
         # torch keeps a cache of its own, onnxruntime a file, where it is installed
         assert not [one for one in temporary.iterdir() if "torch" not in one.name and one.name != ".ses"]
         assert not list(tmp_path.rglob("*.part*"))
