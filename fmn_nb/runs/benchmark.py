@@ -287,8 +287,8 @@ def _kept(bench: Bench, jobs: Sequence[Job], earlier: Earlier | None) -> dict[Jo
 
 
 def _others(bench: Bench, jobs: Sequence[Job], earlier: Earlier | None, out: Path) -> dict[Job, dict[str, Any]]:
-    """Job -> its result, of those in the earlier table in `out` that aren't asked for: they stay in it. Those of a preset
-    that is asked for with other settings don't.
+    """Job -> its result, of those in the earlier table in `out` that aren't asked for: they stay in it. Those of a
+    preset that is asked for with other settings don't.
 
     Raises:
         BenchmarkError: they were attacked with another budget or stand beside another oracle than asked for, so one
