@@ -22,6 +22,7 @@ from fmn_nb.models import (
     Conditions,
     Images,
     Latents,
+    MixedPrecision,
     Noising,
     Stream,
     conditions,
@@ -128,7 +129,7 @@ def _learn(pipe: DiffusionPipeline, latents: Latents, prompted: Callable[[int, C
                for table in tables if settings.norm != "free"]
     optimizer = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=settings.warmup)
-    given = None
+    given, precision = None, MixedPrecision.of(model)
     for step in range(settings.steps):
         given = prompted(step, given)
         index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
@@ -136,10 +137,9 @@ def _learn(pipe: DiffusionPipeline, latents: Latents, prompted: Callable[[int, C
         loss = denoising_loss(model, noising, batch, given, torch.zeros_like(index))
         if not torch.isfinite(loss):
             raise InversionError(f"the loss became {float(loss)} in step {step + 1}; lower learning_rate")
-        loss.backward()
-        optimizer.step()
+        precision.backward(loss)
+        precision.step(optimizer)
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
         share = min(1.0, 100 * schedule.get_last_lr()[0])
         with torch.no_grad():  # every vector's length moves `share` of the way to the wanted one, its direction stays
             for vector, wanted in zip(vectors, lengths, strict=False):
@@ -156,14 +156,15 @@ def _starting_vectors(pipe: DiffusionPipeline, initial: str | None, count: int,
     """For each text encoder [count, width] in float32: the words' embeddings first, then random ones."""
     vectors = []
     for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
-        table = encoder.get_input_embeddings().weight.detach().float().cpu()
+        words = encoder.get_input_embeddings()
+        table = words.weight.detach().float().cpu()
         ids = tokenizer(initial or "", add_special_tokens=False)["input_ids"]
         ids = [number for number in ids if number not in tokenizer.all_special_ids]
         if initial and not ids:
             raise InversionError(f"the initial words '{initial}' hold no token but special ones; give ordinary words")
         spread = torch.randn(count, table.shape[1], generator=generator) * table.std(0) + table.mean(0)
         groups = torch.tensor(ids, dtype=torch.long).tensor_split(min(count, len(ids))) if ids else ()
-        for place, group in enumerate(groups):
-            spread[place] = table[group].mean(0)
+        for place, group in enumerate(groups):  # called, since learned tokens stand beside the table
+            spread[place] = words(group.to(encoder.device)).detach().float().cpu().mean(0)
         vectors.append(spread)
     return vectors

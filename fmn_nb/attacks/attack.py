@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from fmn_nb.concepts import Concept, find_phrase, with_article
+from fmn_nb.concepts import Concept, put_instead, spoken, with_article
 from fmn_nb.evaluation import MeasurementError, Session, Share, share_of
 from fmn_nb.inversion import InversionSettings, invert
 from fmn_nb.models import Images, Noising
@@ -141,9 +141,7 @@ def with_words(prompt: str, concept: Concept, words: str) -> str:
     Raises:
         MeasurementError: the prompt doesn't name the concept.
     """
-    for phrase in (with_article(concept.name), concept.name, concept.phrase):
-        if spans := find_phrase(prompt, phrase):
-            for start, end in reversed(spans):
-                prompt = prompt[:start] + words + prompt[end:]
-            return prompt
-    raise MeasurementError(f"'{concept.name}' is not in the prompt '{prompt}'")
+    name = spoken(concept).name
+    if (text := put_instead(prompt, (with_article(name), name, concept.phrase), words)) is None:
+        raise MeasurementError(f"'{name}' is not in the prompt '{prompt}'")
+    return text

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmn_nb.attention import read_columns
-from fmn_nb.concepts import TEMPLATES, Concept
+from fmn_nb.concepts import TEMPLATES, Concept, same_name
 from fmn_nb.evaluation import Session
 from fmn_nb.inversion import InversionSettings, invert
 from fmn_nb.models import Images, conditions, encode, load_images, text_encoders, tokenizers
@@ -150,5 +150,5 @@ def embedding(pipe: DiffusionPipeline, concept: Concept, space: str = "output", 
 def centre_of(pipe: DiffusionPipeline | Session, concept: Concept, space: str = "output") -> Tensor:
     """The mean of e over the other objects of the model's vocabulary, [width]."""
     session = Session.of(pipe)
-    names = [name for name in session.vocabulary.objects if name != concept.name]
+    names = [name for name in session.vocabulary.objects if not same_name(name, concept)]
     return torch.stack([embedding(session.pipe, replace(concept, phrase=name), space) for name in names]).mean(0)

@@ -37,8 +37,10 @@ from torch.nn import functional as F
 from fmn_nb.attacks.attack import NO_IMAGES, Attack
 from fmn_nb.attacks.relearning import RelearningBudget, harmless_tuning
 from fmn_nb.concepts import Concept, NotThereError
-from fmn_nb.evaluation import Drawing, MeasurementError, Session, Share, share_of
+from fmn_nb.evaluation import Drawing, MeasurementError, Session, Share, UnjudgeableError, images_at_once, share_of
 from fmn_nb.models import (
+    FilteredImageError,
+    Noising,
     ReferenceImageError,
     SeedOffset,
     UnsupportedPipelineError,
@@ -67,7 +69,9 @@ class Probed:
     Attributes:
         session, patch: the model that is probed; while a probe runs, its pipe carries the patch and draws with DDIM.
         base: the base model, without a patch.
-        asked: the drawings whose images are judged.
+        asked: the drawings whose images are judged; while a probe runs, as many as the session draws at once.
+        first, count: the place of the first of them among all that are judged, and how many these are; None for no
+            others.
     """
 
     session: Session
@@ -76,6 +80,8 @@ class Probed:
     concept: Concept
     asked: Sequence[Drawing]
     seed: int
+    first: int = 0
+    count: int | None = None
     begun: Tensor | None = None  # what the base model began, for half-finished images
 
     @property
@@ -87,6 +93,13 @@ class Probed:
     def prompts(self) -> list[str]:
         """The drawings' prompts."""
         return [drawing.prompt for drawing in self.asked]
+
+    def parts(self) -> Iterator[Probed]:
+        """What is drawn at once, one after the other."""
+        for start in range(0, len(self.asked), size := self.session.sampling.batch or images_at_once(self.pipe)):
+            some = slice(start, start + size)
+            yield replace(self, asked=self.asked[some], first=start, count=len(self.asked),
+                          begun=None if self.begun is None else self.begun[some])
 
     def draw(self, pipe: DiffusionPipeline | None = None, **options: Any) -> list[Image.Image]:
         """The drawings, in one batch; `options` go to the pipeline."""
@@ -101,7 +114,8 @@ class Probed:
 
     def scenes(self) -> list[Image.Image]:
         """Real images of the concept, one for each drawing."""
-        return self.session.references(self.concept, None, len(self.asked), self.seed)
+        real = self.session.references(self.concept, None, self.count or len(self.asked), self.seed)
+        return real[self.first:self.first + len(self.asked)]
 
 
 def probe(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | None, name: str, *,
@@ -133,11 +147,14 @@ def _probe(probed: Probed, name: str, plain: Share | None = None) -> Attack:
         if name == HALF_FINISHED:
             probed = replace(probed, begun=begun_by(probed))
         with probed.session.patched(probed.patch), with_ddim(probed.pipe):
-            plain = plain or share_of(probed.session.shows(probed.concept, probed.asked, probed.draw()))
-            seen, found = PROBES[name](probed)
-    except (UnsupportedPipelineError, ReferenceImageError, NotThereError, NotProbedError, MeasurementError) as error:
+            plain = plain or share_of(pd.concat([part.session.shows(part.concept, part.asked, part.draw())
+                                                 for part in probed.parts()]))
+            seen, found = zip(*(PROBES[name](part) for part in probed.parts()), strict=True)
+    except NOT_PROBED as error:
         return Attack(name, 0, 0, NO_IMAGES, 0, perf_counter() - started, {}, str(error))
-    return Attack(name, int(seen.sum()), len(seen), plain, 0, perf_counter() - started, found)
+    hits, told = pd.concat(seen), {key: value if isinstance(value, str) else sum(one[key] for one in found) / len(found)
+                                   for key, value in found[0].items()}
+    return Attack(name, int(hits.sum()), len(hits), plain, int(told.get("steps", 0)), perf_counter() - started, told)
 
 
 def probe_table(pipe: DiffusionPipeline | Session, concept: Concept, patches: Mapping[str, Patch], *,
@@ -176,14 +193,19 @@ class NotProbedError(ValueError):
     """The probe can't be made on this model or with this judge."""
 
 
+NOT_PROBED = (UnsupportedPipelineError, ReferenceImageError, FilteredImageError, UnjudgeableError, NotThereError,
+              NotProbedError, MeasurementError)  # why a cell of the table is empty
+
+
 @contextmanager
 def with_ddim(pipe: DiffusionPipeline) -> Iterator[None]:
     """While open, the pipeline draws with DDIM.
 
     Raises:
-        UnsupportedPipelineError: a flow model, which has no such steps, or a pipeline that doesn't show its steps.
+        UnsupportedPipelineError: a flow model, which has no such steps, a model whose noise schedule is unknown, or a
+            pipeline that doesn't show its steps.
     """
-    if training_kind(pipe) == "flow" or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+    if Noising(pipe).is_flow or "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
         raise UnsupportedPipelineError(f"the probes draw with DDIM and look at each step, which {type(pipe).__name__} "
                                        "with this scheduler doesn't allow")
     with borrowed(pipe):
@@ -211,7 +233,8 @@ def noise_on_the_way(probed: Probed) -> Seen:
 def inpainting(probed: Probed) -> Seen:
     """The left half of each real image is given, noised to each step's level (Lugmayr et al., arXiv 2201.09865)."""
     latents = encode(probed.pipe, probed.scenes()).mean
-    noise = torch.randn(latents.shape, generator=seeded(probed.seed, SeedOffset.ATTACK_IMAGES))
+    every = (probed.first + len(latents), *latents.shape[1:])  # all up to these, so that no two parts share noise
+    noise = torch.randn(every, generator=seeded(probed.seed, SeedOffset.ATTACK_IMAGES))[probed.first:]
     known = torch.arange(latents.shape[-1]) < latents.shape[-1] // 2  # [width]
 
     def given(pipe: DiffusionPipeline, step: int, time: Tensor, now: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,8 +270,9 @@ def begun_by(probed: Probed) -> Tensor:
         return {}
 
     with with_ddim(probed.base.pipe):
-        probed.draw(probed.base.pipe, callback_on_step_end=keep)
-    return kept[0]
+        for part in probed.parts():
+            part.draw(probed.base.pipe, callback_on_step_end=keep)
+    return torch.cat(kept)
 
 
 def judges_guidance(probed: Probed) -> Seen:

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fmn_nb.attacks.attack import TOKEN, Attack
-from fmn_nb.concepts import Concept, find_phrase
+from fmn_nb.concepts import Concept, find_phrase, spoken
 from fmn_nb.evaluation import Drawing, MeasurementError, Session, share_of
 from fmn_nb.models import (
     Conditions,
@@ -90,7 +90,7 @@ def begin_search(session: Session, concept: Concept, references: Images | None, 
         MeasurementError: too few references, or no tokenizer with whole words.
     """
     shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
-    prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
+    prompts = shown if references is None else [spoken(concept).prompt]  # own images come without a style that is known
     pictures = session.references(concept, references, budget.references, seed)
     known = whole_words(session.pipe, concept)
     asked, generator = session.fresh_drawings(concept, budget.images, seed), seeded(seed, Stream.PROMPT_SEARCH)

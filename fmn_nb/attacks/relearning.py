@@ -13,12 +13,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fmn_nb.concepts import Concept
+from fmn_nb.concepts import Concept, spoken
 from fmn_nb.evaluation import MeasurementError, Session, drawings, evenly, share_of
 from fmn_nb.forgetting import Settings, trainable
 from fmn_nb.models import (
     Images,
     Latents,
+    MixedPrecision,
     Noising,
     SeedOffset,
     Stream,
@@ -75,7 +76,7 @@ def relearn(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch | 
     asked = session.fresh_drawings(concept, budget.images, seed)
     shown = [d.prompt for d in session.fresh_drawings(concept, budget.references, seed)]
     pictures = session.references(concept, references, budget.references, seed)
-    prompts = shown if references is None else [concept.prompt]  # own images come without a style that is known
+    prompts = shown if references is None else [spoken(concept).prompt]  # own images come without a style that is known
     latents, generator = encode(session.pipe, pictures), seeded(seed, Stream.RELEARNING)
     rows, losses, spent = [], [], 0.0
     with session.patched(patch), _tuning(session, latents, prompts, budget, generator) as step:
@@ -119,16 +120,16 @@ def _tuning(session: Session, latents: Latents, prompts: Sequence[str], budget: 
     with trainable(model, lora, generator) as weights:
         parameters, given = list(weights.parameters.values()), conditions(session.pipe, prompts)
         optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
+        precision = MixedPrecision.of(model)
 
         def step() -> float:
             index = torch.randint(len(latents), (budget.batch_size,), generator=generator)
             batch = noisy_batch(latents, index, generator, (0, noising.steps))
             with torch.enable_grad():
                 loss = denoising_loss(model, noising, batch, given, index % len(prompts))
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                precision.backward(loss)
+            precision.clip(optimizer, parameters, 1.0)
+            precision.step(optimizer)
             return float(loss.detach())
 
         yield step

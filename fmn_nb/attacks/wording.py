@@ -9,7 +9,7 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 
 from fmn_nb.attacks.attack import NO_IMAGES, Attack, with_words
-from fmn_nb.concepts import Concept, with_article
+from fmn_nb.concepts import Concept, spoken, with_article
 from fmn_nb.evaluation import MeasurementError, Session, share_of
 from fmn_nb.patches import Patch
 
@@ -27,8 +27,9 @@ _DIGITS = str.maketrans("aeios", "43105")
 
 def paraphrases(concept: Concept) -> list[str]:
     """Other ways to name the concept in the place of its name in a prompt."""
-    return [wording.format(concept.name, **{"a": with_article(concept.name)}) if "{a}" in wording
-            else wording.replace("{}", concept.name) for wording in PARAPHRASES[concept.kind]]
+    name = spoken(concept).name
+    return [wording.format(name, **{"a": with_article(name)}) if "{a}" in wording else wording.replace("{}", name)
+            for wording in PARAPHRASES[concept.kind]]
 
 
 def misspellings(concept: Concept) -> list[str]:
@@ -65,27 +66,30 @@ def paraphrase_attack(pipe: DiffusionPipeline | Session, concept: Concept, patch
         each: images for each wording.
 
     Raises:
-        MeasurementError: an unknown sort, or no judge.
+        MeasurementError: an unknown sort, wordings that are none, or no judge.
     """
     if sort not in SORTS and wordings is None:
         raise MeasurementError(f"{sort!r} is not a sort of wording; choose one of {', '.join(SORTS)}")
     started, session = perf_counter(), Session.of(pipe)
-    said = list(wordings or SORTS[sort](concept))
+    said = SORTS[sort](concept) if wordings is None else list(wordings)
+    if not said:
+        raise MeasurementError("there is no wording to try: give some, or leave wordings out")
     asked = session.fresh_drawings(concept, each * len(said), seed)
-    prompts = [with_words(d.prompt, concept, said[i % len(said)]) for i, d in enumerate(asked)]
+    prompts = [with_words(d.prompt, concept, said[i // each]) for i, d in enumerate(asked)]  # over several of its own
     base = session.seen(concept, asked, prompts)
     with session.patched(patch):
         before = session.seen(concept, asked)
         after = session.seen(concept, asked, prompts)
-    by_wording = {words: {"base": float(base[i::len(said)].mean()), "after": float(after[i::len(said)].mean())}
-                  for i, words in enumerate(said)}
+    places = {words: slice(i * each, (i + 1) * each) for i, words in enumerate(said)}
+    by_wording = {words: {"base": float(base[some].mean()), "after": float(after[some].mean())}
+                  for words, some in places.items()}
     answered = [by_wording[words]["base"] >= ANSWERED for words in said]
     found = {"wordings": by_wording, "base": float(base.mean()), "counted": sum(answered)}
     name, seconds = sort if wordings is None else "wordings", perf_counter() - started
     if not any(answered):
         reason = f"the base model answers none of the {len(said)} wordings, so the forgetting model withstood nothing"
         return Attack(name, 0, 0, NO_IMAGES, 0, seconds, found, reason)
-    counts = [answered[i % len(said)] for i in range(len(asked))]
+    counts = [answered[i // each] for i in range(len(asked))]
     return Attack(name, int(after[counts].sum()), sum(counts), share_of(before[counts]), 0, seconds, found)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from fmn_nb.concepts.concept import Concept
+
 PARTS = ("words", "later", "first_eot", "padding", "begin")
 
 
@@ -254,6 +256,21 @@ def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
         if found := [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]:
             return found
     return []
+
+
+def put_instead(text: str, phrases: Sequence[str], words: str) -> str | None:
+    """The text with `words` wherever the first of the phrases that it holds stands; None if it holds none of them."""
+    for phrase in phrases:
+        if spans := find_phrase(text, phrase):
+            for start, end in reversed(spans):
+                text = text[:start] + words + text[end:]
+            return text
+    return None
+
+
+def spoken(concept: Concept) -> Concept:
+    """The concept, named by what stands for it in a prompt: its name, or the phrase (a learned token) in its place."""
+    return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)
 
 
 def _spaced(letter: str) -> bool:

@@ -15,11 +15,17 @@ from pathlib import Path
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-from fmn_nb.attention import NotRecordedError, record_attention
+from fmn_nb.attention import (
+    AttentionBudgetError,
+    MissedLayersError,
+    NotRecordedError,
+    UnknownArchitectureError,
+    record_attention,
+)
 from fmn_nb.concepts import Concept, JudgeLike, NotThereError, PhraseNotFoundError, world_of
 from fmn_nb.evaluation.checkpoints import CheckpointWorld
 from fmn_nb.evaluation.clip import Clip, similar_names, similarities
-from fmn_nb.evaluation.measures import Measures, judge_images, measure, with_ceiling
+from fmn_nb.evaluation.measures import Measures, check_measurable, judge_images, measure, with_ceiling
 from fmn_nb.evaluation.oracle import OracleReport
 from fmn_nb.evaluation.protocol import Drawing, drawings, probe_drawings, probe_shares
 from fmn_nb.evaluation.quality import Quality
@@ -134,6 +140,7 @@ def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: in
         wanted = [drawing for drawing in wanted if comparable and drawing.role == "retain"]
     similarity, similar = pd.Series(dtype=float, name="similarity"), None
     if judge:
+        check_measurable(wanted, concept)
         try:
             similarity = similarities(session.world, concept)
             similar = similar_names(similarity) if len(similarity) else None
@@ -147,7 +154,7 @@ def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: in
                 heard = attention_by_layer(session.pipe, concept, asked, session.sampling)
                 layers.append(heard.add_suffix(f"_{when}"))
                 totals |= {f"mass_{when}": float(heard["words"].mean()), f"later_{when}": float(heard["later"].mean())}
-            except (NotRecordedError, PhraseNotFoundError, UnsupportedPipelineError) as error:
+            except NOT_HEARD as error:
                 reasons = {"attention": str(error)}
         if judge:
             rows = judge_images(judge, concept, wanted, drawn, vocabulary)
@@ -166,6 +173,9 @@ def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: in
                   pd.concat(layers, axis=1) if layers else pd.DataFrame(), similarity, vocabulary=vocabulary)
 
 
+#: why attention can't be measured: a reason to skip it, not to lose the images
+NOT_HEARD = (AttentionBudgetError, MissedLayersError, NotRecordedError, PhraseNotFoundError, UnknownArchitectureError,
+             UnsupportedPipelineError)
 MOST_PROMPTS = 4
 LATER = ("later", "first_eot", "padding")
 
@@ -177,18 +187,15 @@ def attention_by_layer(pipe: DiffusionPipeline, concept: Concept, wanted: Sequen
     Index: layer; columns: "words", "later" (words after the concept, end of text, padding). It is the mean over pixels,
     heads, steps and the first four different prompts among the drawings.
     """
-    chosen = list({d.prompt: d for d in wanted}.values())[:MOST_PROMPTS]
-    with record_attention(pipe, branch="cond", keep="mean") as attention:
-        generate(pipe, [d.prompt for d in chosen], [d.seed for d in chosen], steps=sampling.steps,
-                 guidance=sampling.guidance, batch=len(chosen))
-    images = range(len(chosen))
-
-    def mean(layer: str, *parts: str) -> float:
-        masses = [sum(attention.mass(concept, part=part, layer=layer, image=i) for part in parts) for i in images]
-        return sum(masses) / len(masses)
-
-    rows = {layer: {"words": mean(layer, "words"), "later": mean(layer, *LATER)} for layer in attention.layers}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    chosen, tables = list({d.prompt: d for d in wanted}.values())[:MOST_PROMPTS], []
+    for one in chosen:  # one at a time and without heads: all layers of a large model take gigabytes otherwise
+        with record_attention(pipe, heads="mean", branch="cond", keep="mean") as attention:
+            generate(pipe, [one.prompt], [one.seed], steps=sampling.steps, guidance=sampling.guidance)
+        tables.append(pd.DataFrame.from_dict({layer: {
+            name: sum(attention.mass(concept, part=part, layer=layer) for part in parts)
+            for name, parts in {"words": ("words",), "later": LATER}.items()} for layer in attention.layers},
+            orient="index"))
+    return (sum(tables) / len(tables)).rename_axis("layer")
 
 
 def cost_of(patch: Patch | None, evaluation: Cost) -> dict[str, float | int]:

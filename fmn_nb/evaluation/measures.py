@@ -66,16 +66,30 @@ def judge_images(judge: JudgeLike, concept: Concept, wanted: Sequence[Drawing], 
     return pd.DataFrame(rows)
 
 
+class UnjudgeableError(ValueError):
+    """A drawing came out as something that can't be judged."""
+
+
 def check_image(image: Image.Image | np.ndarray, drawing: Drawing) -> None:
-    """Raise a ValueError for what isn't an image, so that it doesn't pass for an image without the concept."""
+    """Raise an UnjudgeableError for what isn't an image, so that it doesn't pass for one without the concept."""
     pixels, which = np.asarray(image), f"the image of {drawing.prompt!r}, seed {drawing.seed},"
     if pixels.dtype.kind not in "buif" or pixels.ndim < 2 or not pixels.size:
-        raise ValueError(f"{which} is not an image but {type(image).__name__} of shape {pixels.shape}")
+        raise UnjudgeableError(f"{which} is not an image but {type(image).__name__} of shape {pixels.shape}")
     if not np.isfinite(pixels).all():
-        raise ValueError(f"{which} holds NaN or infinite values: the model or its precision is broken")
+        raise UnjudgeableError(f"{which} holds NaN or infinite values: the model or its precision is broken")
     if (pixels == pixels.reshape(-1, *pixels.shape[2:])[0]).all():
-        raise ValueError(f"{which} is one colour throughout, so nothing can be judged: a safety checker blanked it "
-                         "(load the pipeline without one), or the model draws nothing any more")
+        raise UnjudgeableError(f"{which} is one colour throughout, so nothing can be judged: a safety checker blanked "
+                               "it (load the pipeline without one), or the model draws nothing any more")
+
+
+def check_measurable(wanted: Sequence[Drawing], concept: Concept) -> None:
+    """Raise a ValueError, before anything is drawn, unless the drawings hold some for each of UA, IRA and CRA."""
+    domains = [d.domain for d in wanted if d.role == "retain"]
+    lacking = {"names": concept.kind == "identity" and "identity" not in domains,
+               "objects and styles": not set(domains) - {"identity"}}
+    if missing := [names for names, lacks in lacking.items() if lacks]:
+        raise ValueError(f"there is nothing to compare {concept.name!r} with: the vocabulary's {missing[0]} hold too "
+                         "few others; add some to its lists")
 
 
 def measure(outcomes: pd.DataFrame, concept: Concept, seed: int = 0) -> Measures:

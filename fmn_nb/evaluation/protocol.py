@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fmn_nb.concepts import Concept, Vocabulary, with_article
+from fmn_nb.concepts import Concept, Vocabulary, put_instead, spoken, with_article
 from fmn_nb.stats import wilson
 
 Size = Literal["quick", "full"]
@@ -53,7 +53,7 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
     Identities: the name alone, against the other names and the objects, its own class among them.
 
     Raises:
-        ValueError: an unknown size.
+        ValueError: an unknown size, or a style without any object to draw in it.
         UnknownConceptError: the vocabulary is a world's, which has no such concept of this kind.
     """
     if size not in REPEATS:
@@ -65,6 +65,8 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
               for i, name in enumerate(vocabulary.objects) for j, style in enumerate(vocabulary.styles)
               if name in left.objects and style in left.styles and (i, j) in chosen]
     if concept.kind == "style":
+        if not left.objects:
+            raise ValueError(f"the vocabulary has no object to draw in the style {concept.name!r}; add one to its list")
         forget = [draw(name, concept.name, "forget", "style") for name in left.objects]
     elif concept.kind == "identity":
         forget = [name_drawing(concept.name, opening, "forget") for opening in openings]
@@ -73,7 +75,15 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
         label = vocabulary.target_label(concept)
         forget = [draw(concept.name, style, "forget", "object", label) for style in vocabulary.styles]
     repeats = max(REPEATS[size], FORGET_SET[size] // len(forget))
-    return repeated(forget, repeats, seed) + repeated(retain, REPEATS[size], seed)
+    return _worded(repeated(forget, repeats, seed), concept) + repeated(retain, REPEATS[size], seed)
+
+
+def _worded(wanted: Sequence[Drawing], concept: Concept) -> list[Drawing]:
+    """The drawings, with what stands for the concept in a prompt (a learned token) in the place of its name."""
+    words, forms = spoken(concept).name, (with_article(concept.name), concept.name)
+    if words == concept.name:
+        return list(wanted)
+    return [replace(d, prompt=put_instead(d.prompt, forms, words) or d.prompt) for d in wanted]
 
 
 def _some(objects: int, styles: int, about: int | None) -> set[tuple[int, int]]:
@@ -145,7 +155,7 @@ def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size
     for group in groups:
         chosen = evenly(group, count)
         wanted += repeated(chosen, count // len(chosen), seed)
-    return wanted
+    return _worded(wanted, concept)
 
 
 def _object_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]]:

@@ -187,13 +187,11 @@ class Report:
         """Figures by name: images, confusion, collateral, oracle, attention, if they have something to show."""
         found: dict[str, Figure] = {}
         if self.images:
-            shown, names = [], []
-            for role in ("forget", "retain"):
-                places = [i for i, d in enumerate(self.wanted) if d.role == role]
-                for when in self.images if places else ():
-                    shown += [self.images[when][i] for i in evenly(places, EXAMPLES)]
-                    names.append(f"{role} set, {when}")
-            found["images"] = image_grid(shown, columns=EXAMPLES, row_names=names)
+            places = {role: [i for i, d in enumerate(self.wanted) if d.role == role] for role in ("forget", "retain")}
+            columns = min(EXAMPLES, *(len(some) for some in places.values() if some), EXAMPLES)
+            shown = {f"{role} set, {when}": [self.images[when][i] for i in evenly(some, columns)]
+                     for role, some in places.items() if some for when in self.images}
+            found["images"] = image_grid(sum(shown.values(), []), columns=columns, row_names=list(shown))
         if len(self.outcomes):
             what = "style" if self.concept.kind == "style" else "label"
             last = "after" if self.after else "before"

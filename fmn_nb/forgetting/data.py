@@ -18,14 +18,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fmn_nb.concepts import Concept, NotThereError, find_phrase, world_of
+from fmn_nb.concepts import Concept, NotThereError, find_phrase, spoken, world_of
 from fmn_nb.forgetting.methods.fmn import concept_mask
 from fmn_nb.forgetting.prompts import (
     another_like,
     forget_prompts,
     likeness,
     retain_prompts,
-    spoken,
     with_article_for,
     without,
 )

@@ -19,6 +19,7 @@ from fmn_nb.concepts import (
     forms_of,
     neutral_prompts,
     same_name,
+    spoken,
     with_article,
     world_of,
 )
@@ -160,8 +161,3 @@ def another_like(pipe: DiffusionPipeline, concept: Concept, but: Iterable[Concep
                             "guide a name, 'empty' or 'without'")
     asked = [Concept(name, concept.kind).prompt for name in names]
     return names[int(likeness(pipe, [spoken(concept).prompt], asked).argmax())]
-
-
-def spoken(concept: Concept) -> Concept:
-    """The concept, named by what stands for it in a prompt: its name, or the phrase (a learned token) in its place."""
-    return concept if find_phrase(concept.name, concept.phrase) else replace(concept, name=concept.phrase)

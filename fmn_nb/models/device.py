@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -74,9 +74,20 @@ class MixedPrecision:
         """Context in which the model computes in that precision."""
         return torch.autocast(self._device, self._dtype) if self._dtype else nullcontext()
 
+    @classmethod
+    def of(cls, model: nn.Module) -> MixedPrecision:
+        """For weights beside a model that stays as it is: losses are scaled if it computes in float16."""
+        first = next(model.parameters())
+        return cls("fp16" if first.dtype == torch.float16 else "no", first.device)
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients."""
         self.scaler.scale(loss).backward()
+
+    def clip(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], norm: float) -> None:
+        """Clip the gradients' common norm, before a step."""
+        self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimiser take a step, and clear the gradients."""

@@ -16,6 +16,7 @@ from fmn_nb.attention import short_name
 from fmn_nb.plots.style import BRIGHT, DARK, MATRIX_COLOURS, InlineFigure, look, new_figure
 
 MOST_INSIDE = 6  # entries of a legend that lies among the curves; a longer one stands beside them
+MOST_SAID = 5  # rows that a figure's words name
 MEASURED = {"losses": "", "masses": "concept mass", "anchor": "anchor term", "retain": "retain term",
             "towards": "pull to the reading"}  # what the losses are depends on the method
 
@@ -33,8 +34,9 @@ def confusion_figure(confusion: pd.DataFrame, title: str = "") -> InlineFigure:
     figure.colorbar(shown, ax=axes, label="share of the row's images")
     asked = {name: shares.loc[name].get(name, 0.0) for name in shares.index}
     missed = [f"{name} {share:.0%}" for name, share in sorted(asked.items(), key=lambda one: one[1]) if share < 1]
-    rest = "; all others more often." if missed else "."
-    figure.words = f"Seen as asked: {', '.join(missed[:5]) or 'every row'}{rest}"
+    more = [f"{len(missed) - MOST_SAID} more not always"] if len(missed) > MOST_SAID else []
+    always = ["all others always"] if missed and len(missed) < len(shares) else []
+    figure.words = f"Seen as asked: {'; '.join([', '.join(missed[:MOST_SAID]) or 'every row', *more, *always])}."
     return figure
 
 

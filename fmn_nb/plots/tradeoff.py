@@ -134,7 +134,8 @@ def excess_against_keeping(excess: pd.DataFrame, groups: Mapping[str, str] | Non
         _points(axes, pd.DataFrame({
             "group": [shared.get(name, name) for name in rows["preset"]], "name": rows["preset"] if shared else "",
             "x": rows["h_of_ceiling"], "y": rows["excess"], "y_low": rows["low"], "y_high": rows["high"]}))
-        axes.set(title=attack, ylim=(-0.2, 1.06), xlabel="H, as a share of what it could be")
+        axes.set(title=attack, ylim=(min(-0.2, 1.1 * excess["low"].min()), 1.06),
+                 xlabel="H, as a share of what it could be")
         said.append(f"{attack}: " + ", ".join(f"{row.preset} {row.excess:.2f} at H {row.h_of_ceiling:.2f}"
                                               for row in rows.itertuples()))
     panels[0].set(ylabel="excess over the oracle's floor")
@@ -253,7 +254,7 @@ def measure_along(measures: pd.DataFrame, runs: pd.DataFrame, measure: str, alon
         raise ValueError(f"no finished run has the measure '{measure}'; those there are: {known}")
     if along not in runs:
         raise ValueError(f"the runs have no column '{along}'; there are: {', '.join(map(str, runs.columns[:12]))} ...")
-    points, values = _grouped(runs, by, along).join(table), runs[along]
+    points, values = _grouped(runs, by, along).join(table), runs[along].where(runs[along].notna(), "none")
     numbers = pd.api.types.is_numeric_dtype(values)  # stand at themselves, names at 0, 1, 2 and so on
     ordered = sorted(values.unique(), key=lambda value: (isinstance(value, str), value))
     places = {value: float(value if numbers else number) for number, value in enumerate(ordered)}
@@ -306,9 +307,11 @@ def _grouped(runs: pd.DataFrame, by: str | None, along: str | None) -> pd.DataFr
     """Each run's group, its value of `by` in words; groups in order, and in each the runs in the order of `along`."""
     columns = [column for column in dict.fromkeys((by, along)) if column in runs]
     ordered = runs.sort_values(columns, kind="stable") if columns else runs
-    groups = ordered[by].dropna().map(_short) if by in runs else pd.Series("all runs", ordered.index)
+    groups = ordered[by].map(_short) if by in runs else pd.Series("all runs", ordered.index)
     return groups.to_frame("group").assign(name="")
 
 
 def _short(value: object) -> str:
+    if pd.isna(value):  # an empty setting, which a table holds as nothing
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

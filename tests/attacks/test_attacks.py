@@ -20,6 +20,7 @@ from fmn_nb.attacks.prompt_search import Search, whole_words
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import MeasurementError, Session, Share, drawings
+from fmn_nb.evaluation.protocol import probe_drawings
 from fmn_nb.models import NoisyBatch, encode, seeded, text_encoders
 from fmn_nb.patches import LearnedTokens
 from fmn_nb.plots import relearning_figure, success_figure
@@ -35,6 +36,37 @@ def test_the_concepts_place_is_taken_by_other_words() -> None:
         "a photo of <x> in the style of noto", "a photo of a frog in the style of <x>", "a portrait of <x>"]
     with pytest.raises(MeasurementError, match="'cat' is not in the prompt"):
         with_words("a photo of a catalogue", CAT, "<x>")
+
+
+def test_a_learned_token_is_measured_and_attacked_by_the_token() -> None:
+    """It stands for the concept in every prompt; its name, which words describe badly, is only what it is called."""
+    pipe, toy = tiny_sd(), Concept("cat", phrase="<toy>")
+    own = session(pipe, judge=cats(1, 1))
+    tokens = LearnedTokens("<toy>", (torch.randn(2, 16, generator=seeded(0)) * 0.02,))
+    asked = drawings(toy, VOCABULARY)
+    assert {d.role for d in asked if "<toy>" in d.prompt} == {"forget"} == {d.role for d in asked if d.label == "cat"}
+    assert asked[0].prompt == "a photo of <toy> in the style of noto"
+    assert [d.seed for d in asked] == [d.seed for d in drawings(CAT, VOCABULARY)], "from the same noise as by its name"
+    assert all("<toy>" in d.prompt for d in probe_drawings(toy, VOCABULARY) if d.role in ("paraphrase", "pair"))
+    assert attacks.paraphrases(toy)[:2] == ["the <toy>", "<toy>"]
+    with tokens.loaded(pipe):
+        before = snapshot(pipe)
+        attack = attacks.concept_inversion(own, toy, None, budget=QUICK, references=noise_images(2))
+        assert attack.count == 4
+        assert_unchanged(pipe, before)
+
+
+def test_each_wording_is_asked_through_prompts_of_its_own() -> None:
+    """Two wordings of four prompts: neither may stand for half of the prompts."""
+    asked = []
+    own = session(tiny_sd(), judge=cats(*[1] * 24))
+    object.__setattr__(own, "seen", lambda concept, wanted, prompts=None: asked.append(prompts) or pd.Series(
+        [True] * len(wanted)))
+    attacks.paraphrase_attack(own, MILO, None, wordings=["<a>", "<b>"], each=4)
+    said = [{prompt.replace(words, "") for prompt in asked[0] if words in prompt} for words in ("<a>", "<b>")]
+    assert said[0] == said[1] and len(said[0]) == 4
+    with pytest.raises(MeasurementError, match="no wording to try"):
+        attacks.paraphrase_attack(own, MILO, None, wordings=[])
 
 
 @pytest.mark.parametrize("concept", [CAT, NOTO, MILO, Concept("mouse")])
@@ -130,8 +162,8 @@ def test_wordings_are_counted_each_and_together() -> None:
 def test_a_wording_only_counts_where_the_base_model_answers_it() -> None:
     pipe = tiny_sd()
     patch = quick(pipe)
-    # images 0 and 2 are of the first wording, 1 and 3 of the second: base model, plain prompts, reworded ones
-    judged = session(pipe, cats({0}, {0, 1, 2}, {2, 3}))
+    # images 0 and 1 are of the first wording, 2 and 3 of the second: base model, plain prompts, reworded ones
+    judged = session(pipe, cats({0}, {0, 1, 2}, {1, 2}))
     attack = attacks.paraphrase_attack(judged, CAT, patch, wordings=["a catt", "a kat"], each=2)
     assert (attack.successes, attack.count) == (1, 2), "half of the base model's images are enough for 'a catt'"
     assert (attack.before.value, attack.before.images, attack.found["counted"]) == (1.0, 2, 1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from judges import cats
+from PIL import Image
 from quick import quick
 from snapshots import assert_unchanged, snapshot
 from tiny import tiny_flux, tiny_sd, tiny_sdxl
@@ -17,7 +20,7 @@ from fmn_nb.attacks.relearning import RelearningBudget, harmless_tuning
 from fmn_nb.concepts import Concept
 from fmn_nb.emoji import STYLES
 from fmn_nb.evaluation import MeasurementError, Sampling, Session
-from fmn_nb.models import conditions, encode, predict, to_pixels
+from fmn_nb.models import conditions, encode, generate, predict, to_pixels
 
 CAT = Concept("cat")
 
@@ -156,3 +159,41 @@ def test_what_cannot_be_probed_says_why(world) -> None:
     assert "give references" in nowhere.skipped
     with pytest.raises(MeasurementError, match="nobody judges"):
         probe(tiny_sd(), CAT, None, "inpainting")
+
+
+def test_large_models_are_probed_in_the_batches_that_their_session_says(world, monkeypatch) -> None:
+    """Each image has its own scene and its own noise, however many are drawn at once."""
+    monkeypatch.setattr(module, "TUNING", RelearningBudget(at=(1,), references=2, batch_size=1))
+    pipe, sizes = tiny_sd(), []
+    monkeypatch.setattr(module, "generate", lambda pipe, prompts, *rest, **options: sizes.append(len(prompts))
+                        or generate(pipe, prompts, *rest, **options))
+    for name in ("inpainting", "half-finished image", "latent inversion", "harmless fine-tuning"):
+        images = {}
+        for batch in (4, 2):
+            kept, sizes[:] = [], []
+            own = Session(pipe, world, cats(1, 2, 1, 2), Sampling(steps=4, batch=batch))
+            object.__setattr__(own, "shows", lambda concept, asked, drawn, judge=None, kept=kept:
+                               kept.append(drawn) or pd.Series([True] * len(drawn)))
+            attack = probe(own, CAT, None, name, images=4)
+            assert attack.count == 4 and max(sizes) == batch
+            images[batch] = np.stack([np.asarray(image, float) for some in kept for image in some])[-4:]
+        assert np.abs(images[4] - images[2]).max() <= 3, f"{name}: the same images up to the last bits"
+        assert attack.steps == (1 if name == "harmless fine-tuning" else 0)
+
+
+def test_a_model_of_an_unknown_noise_schedule_is_skipped(world) -> None:
+    pipe = tiny_sd()
+    pipe.scheduler = EDMEulerScheduler(prediction_type="epsilon")
+    attack = probe(Session(pipe, world, cats(1, 1), Sampling(steps=2)), CAT, None, "noise on the way", images=2)
+    assert "knows how this model's training adds noise" in attack.skipped
+
+
+def test_an_image_that_cant_be_judged_leaves_one_cell_empty(world) -> None:
+    def blank(pipe, prompts, seeds, **options):
+        return [Image.new("RGB", (16, 16)) for _ in prompts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generate", blank)
+        table, reasons = probe_table(Session(tiny_sd(), world, cats(1, 1), Sampling(steps=1)), CAT, {}, images=2,
+                                     probes=["noise on the way"])
+    assert "one colour throughout" in reasons["noise on the way, base model"] and table.empty

@@ -11,6 +11,7 @@ from tiny import clip_tokenizer, tiny_sd
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import fmn_nb as fmn
+from fmn_nb.attention import AttentionBudgetError, MissedLayersError, UnknownArchitectureError
 from fmn_nb.concepts import NOTHING, Concept, NotThereError
 from fmn_nb.evaluation import Clip, ClipJudge, drawings
 from fmn_nb.evaluation.checkpoints import CheckpointWorld, PromptListError, read_vocabulary
@@ -259,3 +260,35 @@ def test_wrong_prompt_lists_are_named(prompts, name, text, says):
         path.write_text(text)
     with pytest.raises(PromptListError, match=says):
         read_vocabulary(prompts)
+
+
+@pytest.mark.parametrize(("concept", "names", "says"), [
+    (Concept("ink", kind="style"), {"styles": "ink"}, "objects and styles hold too few"),
+    (Concept("Ada", kind="identity"), {"names": "Ada"}, "names hold too few"),
+    (Concept("watercolour cat", kind="style"), {"objects": "cat"}, "no object to draw in the style"),
+])
+def test_lists_with_nothing_to_compare_with_are_named_before_anything_is_drawn(prompts, monkeypatch, concept, names,
+                                                                               says):
+    monkeypatch.setattr("fmn_nb.evaluation.session.draw_images", lambda *_, **__: pytest.fail("drawn for nothing"))
+    for name, text in names.items():
+        (prompts / f"{name}.txt").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        evaluate(concept, judge=always_a_cat(), prompts=prompts)
+
+
+@pytest.mark.parametrize("error", [AttentionBudgetError, MissedLayersError, UnknownArchitectureError])
+def test_attention_that_cant_be_heard_is_skipped_with_the_reason(prompts, monkeypatch, error):
+    def deaf(*_, **__):
+        raise error("too much to hear")
+
+    monkeypatch.setattr("fmn_nb.evaluation.evaluator.record_attention", deaf)
+    report = evaluate(Concept("cat"), judge=always_a_cat(), prompts=prompts)
+    assert report.before.skipped["attention"] == "too much to hear" and report.before.ira == 0
+
+
+def test_rows_of_few_images_stand_under_their_own_names(prompts):
+    (prompts / "objects.txt").write_text("cat\nfish")
+    report = evaluate(Concept("cat"), judge=always_a_cat(), prompts=prompts)
+    few = sum(d.role == "retain" for d in report.wanted)
+    assert few < 6 < sum(d.role == "forget" for d in report.wanted)
+    assert report.figures()["images"].words.startswith(f"{2 * few} images in rows of {few}: forget set, before; retain")

@@ -46,7 +46,12 @@ def test_a_figure_without_a_loss_says_so_instead_of_showing_a_flat_line():
 
 def test_figures_say_in_words_what_they_show():
     confusion = pd.DataFrame([[3, 1], [0, 2]], index=["cat", "dog"], columns=["cat", "dog"])
-    assert confusion_figure(confusion).words == "Seen as asked: cat 75%; all others more often."
+    assert confusion_figure(confusion).words == "Seen as asked: cat 75%; all others always."
+    many = pd.DataFrame(np.eye(8), index=list("abcdefgh"), columns=list("abcdefgh"))
+    assert confusion_figure(many).words == "Seen as asked: every row."
+    many.iloc[1:] = np.roll(np.eye(8), 1, axis=0)[1:]
+    assert confusion_figure(many).words == ("Seen as asked: b 0%, c 0%, d 0%, e 0%, f 0%; 2 more not always; all "
+                                            "others always.")
     layers = pd.DataFrame({"words_before": [0.2, 0.4], "words_after": [0.1, 0.1], "later_before": [0.5, 0.5],
                            "later_after": [0.5, 0.5]}, index=["mid_block.attn2", "up_blocks.0.attn2"])
     assert "on its words 30.0% before, 10.0% after" in attention_figure(layers).words

@@ -10,6 +10,7 @@ from fmn_nb.plots.tradeoff import (
     excess_against_keeping,
     forgetting_against_keeping,
     forgotten_and_kept,
+    measure_along,
     tradeoff_figure,
 )
 
@@ -74,8 +75,20 @@ def test_what_attacks_bring_back_stands_above_what_is_kept():
         assert dots(axes) == {look(0): [[1.0, 0.5], [0.9, 0.4]]}
         assert [text.get_text() for text in axes.texts] == ["uce", "esd-x"]
     assert alone.words.startswith("relearning: uce 0.50 at H 1.00, esd-x 0.40 at H 0.90; grounding: uce")
+    below = excess_against_keeping(pd.DataFrame(rows).assign(excess=-0.4, low=-0.7))
+    assert below.axes[0].get_ylim()[0] < -0.7, "no point is outside"
     with pytest.raises(ValueError, match="no attack"):
         excess_against_keeping(pd.DataFrame(rows)[:0])
+
+
+def test_runs_with_an_empty_setting_are_shown_too():
+    """A table read from a file holds the empty text as nothing."""
+    runs = RUNS.assign(references=[np.nan, "refs", np.nan])
+    figure = forgotten_and_kept(measured(ua=[0.9, 0.4, 0.5], ira=[0.8, 1, 1], cra=[1, 1, 1]), runs, "references")
+    assert sum(len(points) for points in dots(figure.axes[0]).values()) == 3
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {"refs", "none"}
+    along = measure_along(measured(ua=[0.9, 0.4, 0.5]), runs, "ua", "references")
+    assert "0.90 at none" in along.words and "0.40 at refs" in along.words
 
 
 def test_names_and_numbers_never_cover_one_another():
