@@ -106,9 +106,8 @@ MADE_ANEW = """
 
 ### The recipe from nothing
 
-One run of `fmn-nb pretrain` from random weights, interrupted and resumed a few times, when 15% of the captions that say
-just "mouse" showed a computer mouse. It was measured in the same way, but with 12 images of each word in each style
-(`data/results/{folder}`; its weights aren't bundled):
+One run of `fmn-nb pretrain` from random weights, by the recipe as it is now. It was measured in the same way, but with
+60 images of each ambiguous word in each style (`data/results/{folder}`; its weights aren't bundled):
 
 | training | steps | minutes |
 |---|---|---|
