@@ -103,7 +103,7 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     if kind not in TEMPLATES:
         raise InversionError(f"'{kind}' is not a kind of concept; choose one of {', '.join(TEMPLATES)}")
     Noising(pipe)  # a model that can't be trained is refused before anything is encoded
-    latents = references if isinstance(references, Latents) else encode(pipe, load_images(references))
+    latents = references if isinstance(references, Latents) else encode(pipe, load_images(references), size)
     generator = seeded(seed, Stream.INVERSION)
     start = _starting_vectors(pipe, initial, settings.tokens, generator)
     vectors = [nn.Parameter(vector.to(denoiser(pipe).device)) for vector in start]

@@ -348,3 +348,14 @@ def test_the_second_judge_is_of_another_architecture_and_answers_alike(smoke):
     assert features.shape == (2, second.label_head.in_features)
     with pytest.raises(FileNotFoundError, match="fmn-nb pretrain --stages second-judge"):
         SecondJudge.load(smoke / "nowhere")
+
+
+def test_a_restart_removes_nothing_but_a_trainings_own_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work = Request(Path("."), smoke=True).work
+    assert work == tmp_path.parent / "checkpoints" / tmp_path.name and Request(Path("..")).work.name != ".."
+    kept = Request(tmp_path / "models", smoke=True, resume=False, stages=["tokenizer"]).work / "thesis.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    pretrain(Request(tmp_path / "models", smoke=True, resume=False, stages=["tokenizer"]), log=lambda line: None)
+    assert kept.read_text() == "mine"

@@ -182,7 +182,7 @@ def _write_card(quality: Quality, training: dict, request: Request, shared: bool
         shared="are the emoji model's, which saw all words and scenes." if shared else "are its own: the tokenizer "
         "learned from captions of everything, the VAE from the same scenes as the U-Net.",
         sizes=quality.sizes, training=training_table(training), seed=request.seed,
-        history=history(training) + ("" if "word_weight" in training["diffusion"] else OTHER_SEED),
+        history=(said := history(training)) + (OTHER_SEED if said else ""),
         scenes="a smoke run's" if request.smoke else "24,000", figures="\n".join(f.row for f in figures),
         asked=ASKED // quality.scale or 1, shown=SHOWN,
         shares="\n".join(f"| {concept.name} | {concept.kind} | {_cell(known)} | {_cell(unknown)} |"

@@ -34,7 +34,7 @@ from fmn_nb.emoji.scenes import Renderer, Scene, build_sprites, sample_scenes
 from fmn_nb.emoji.training import networks
 from fmn_nb.emoji.training.card import Quality, write_card
 from fmn_nb.emoji.training.oracle import emoji_text_encoder, mark_untaught, take_parts, write_oracle
-from fmn_nb.emoji.training.request import SMOKE, UNCHECKPOINTED, Request, Size, claim
+from fmn_nb.emoji.training.request import REQUEST_FILE, SMOKE, UNCHECKPOINTED, Request, Size, claim
 from fmn_nb.emoji.training.word_masks import WordMasks, find_words
 from fmn_nb.emoji.world import IMAGE_SIZE, LABELS, MAX_TOKENS, STYLES, caption
 from fmn_nb.files import data_dir, read_json, replacing, replacing_folder, write_checksums, write_json
@@ -60,7 +60,7 @@ def pretrain(request: Request, log: Callable[[str], None] = print) -> Path:
         FileNotFoundError: sprites, an emoji set or the pipeline to start from is missing.
     """
     noted = request.noted()
-    if not request.resume:
+    if not request.resume and (request.work / REQUEST_FILE).is_file():  # nothing that isn't a training's is removed
         shutil.rmtree(request.work, ignore_errors=True)
     if request.start_from is not None or set(request.chosen) - set(UNCHECKPOINTED):
         claim(request.work, noted)

@@ -159,7 +159,8 @@ class Request:
     @property
     def work(self) -> Path:
         """Where checkpoints are: beside the models, so that no package takes them along."""
-        return self.folder.parent / "checkpoints" / f"{self.folder.name}{self._other}"
+        folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()  # '.' names no folder
+        return folder.parent / "checkpoints" / f"{folder.name}{self._other}"
 
     @property
     def _other(self) -> str:
