@@ -152,9 +152,10 @@ def _probe(probed: Probed, name: str, plain: Share | None = None) -> Attack:
             seen, found = zip(*(PROBES[name](part) for part in probed.parts()), strict=True)
     except NOT_PROBED as error:
         return Attack(name, 0, 0, NO_IMAGES, 0, perf_counter() - started, {}, str(error))
-    hits, told = pd.concat(seen), {key: value if isinstance(value, str) else sum(one[key] for one in found) / len(found)
-                                   for key, value in found[0].items()}
-    return Attack(name, int(hits.sum()), len(hits), plain, int(told.get("steps", 0)), perf_counter() - started, told)
+    hits = pd.concat(seen)
+    told = {key: sum(one[key] for one in found) / len(found) if isinstance(value, float) else value
+            for key, value in found[0].items()}  # what was measured as a mean over the parts
+    return Attack(name, int(hits.sum()), len(hits), plain, told.get("steps", 0), perf_counter() - started, told)
 
 
 def probe_table(pipe: DiffusionPipeline | Session, concept: Concept, patches: Mapping[str, Patch], *,

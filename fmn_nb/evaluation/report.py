@@ -188,7 +188,7 @@ class Report:
         found: dict[str, Figure] = {}
         if self.images:
             places = {role: [i for i, d in enumerate(self.wanted) if d.role == role] for role in ("forget", "retain")}
-            columns = min(EXAMPLES, *(len(some) for some in places.values() if some), EXAMPLES)
+            columns = min([EXAMPLES, *(len(some) for some in places.values() if some)])
             shown = {f"{role} set, {when}": [self.images[when][i] for i in evenly(some, columns)]
                      for role, some in places.items() if some for when in self.images}
             found["images"] = image_grid(sum(shown.values(), []), columns=columns, row_names=list(shown))
