@@ -19,7 +19,7 @@ from fmn_nb.attacks.attack import Attack
 from fmn_nb.concepts import Concept
 from fmn_nb.control import How, Interaction, draw_grounded, with_grounding
 from fmn_nb.control.grounding import require_gated
-from fmn_nb.evaluation import MeasurementError, Session, share_of
+from fmn_nb.evaluation import MeasurementError, Session, images_at_once, share_of
 from fmn_nb.evaluation.protocol import Drawing
 from fmn_nb.models import denoiser, generate
 from fmn_nb.models.gated import base_digest, is_gated
@@ -108,7 +108,8 @@ def shown_by_way(session: Session, concept: Concept, patch: Patch | None, each: 
 
 def _how(session: Session) -> How:
     """The session's own way to draw."""
-    return How(steps=session.sampling.steps, guidance=session.sampling.guidance)
+    sampling = session.sampling
+    return How(steps=sampling.steps, guidance=sampling.guidance, batch=sampling.batch or images_at_once(session.pipe))
 
 
 def _said(concept: Concept, synonym: str | None) -> dict[str, str]:
@@ -165,7 +166,8 @@ def _draw(pipe: DiffusionPipeline, concept: Concept, asked: Sequence[Drawing], w
           how: How) -> list[Image.Image]:
     seeds = [one.seed for one in asked]
     if way.by_prompt:
-        return generate(pipe, [one.prompt for one in asked], seeds, steps=how.steps, guidance=how.guidance)
+        return generate(pipe, [one.prompt for one in asked], seeds, steps=how.steps, guidance=how.guidance,
+                        batch=how.batch)
     prompts = [f"a photo in the style of {one.style}" if one.style else "a photo" for one in asked]
     boxes = [way.interactions(concept.name, others[number % len(others)]) for number in range(len(asked))]
     return draw_grounded(pipe, prompts, boxes, seeds, how)

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmn_nb.attention import read_columns
-from fmn_nb.concepts import TEMPLATES, Concept, same_name
+from fmn_nb.concepts import TEMPLATES, Concept, same_name, written_out
 from fmn_nb.evaluation import Session
 from fmn_nb.inversion import InversionSettings, invert
 from fmn_nb.models import Images, conditions, encode, load_images, text_encoders, tokenizers
@@ -141,8 +141,7 @@ def embedding(pipe: DiffusionPipeline, concept: Concept, space: str = "output", 
             states = conditions(pipe, [prompt]).rows["encoder_hidden_states"][0]
             return states[list(read_columns(pipe, prompt, len(states)).find(phrase).columns)].float().mean(0).cpu()
         for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
-            text = pipe.maybe_convert_prompt(phrase, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else phrase
-            ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = torch.tensor(tokenizer(written_out(tokenizer, phrase), add_special_tokens=False)["input_ids"])
             parts.append(encoder.get_input_embeddings()(ids.to(encoder.device)).float().mean(0).cpu())
         return torch.cat(parts)
 

@@ -450,7 +450,7 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
             chunked = True
             parts.append(_read_chunks(tokenizer, encoder, text, own, embeddings))
         else:
-            parts.append(unused if tokenizer is None else _read(tokenizer, text, own))
+            parts.append(unused if tokenizer is None else read_prompt(tokenizer, text, own))
     read, beside = join_prompts(parts), getattr(pipe, architecture.beside, None) if architecture.beside else None
     text = told.get(architecture.beside, prompt)
     if beside is None or text == prompt:
@@ -458,7 +458,7 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
     if chunked:
         raise UnreadablePromptError(f"two long prompts side by side, {prompt!r} and {text!r}, can't be read: give "
                                     "both encoders the same, or ask for columns by number")
-    return replace(read, beside=_read(beside, text, min(length, beside.model_max_length)))
+    return replace(read, beside=read_prompt(beside, text, min(length, beside.model_max_length)))
 
 
 def _is_chunked(tokenizer: Any, encoder: Any | None, columns: int) -> bool:
@@ -485,7 +485,7 @@ def _read_chunks(tokenizer: Any, encoder: Any | None, text: str, columns: int,
     elif encoder is None or embeddings is None or tokenizer.bos_token_id is None:
         doubt = "can't be compared with the text: its encoder isn't there"
     if not doubt:
-        read, rows = read_chunks(tokenizer, _written_out(tokenizer, text), columns // limit)
+        read, rows = read_chunks(tokenizer, text, columns // limit)
         ids = torch.tensor(rows, device=encoder.get_input_embeddings().weight.device)
         states = encoder(ids, output_hidden_states=True)
         there = [*read.begin, *read.words, *read.first_eot]
@@ -501,18 +501,3 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether rows of features are the same up to rounding; the other's may be followed by a second encoder's."""
     other = other[:, :one.shape[1]].to(one)
     return one.shape == other.shape and bool(((one - other).norm(dim=1) < 0.1 * one.norm(dim=1)).all())
-
-
-def _read(tokenizer: Any, text: str, length: int) -> PromptTokens:
-    """A text's columns."""
-    return read_prompt(tokenizer, _written_out(tokenizer, text), length)
-
-
-def _written_out(tokenizer: Any, text: str) -> str:
-    """The text, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as pipelines do."""
-    added = tokenizer.get_added_vocab()
-    for token in added:
-        if token in text and f"{token}_1" in added and f"{token}_1" not in text:
-            count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
-            text = text.replace(token, " ".join([token, *(f"{token}_{n}" for n in range(1, count))]))
-    return text

@@ -294,6 +294,7 @@ def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
         Layer -> its call, so that the layer can run again, alone, on other pixels or with another text.
     """
     calls: dict[str, LayerCall] = {}
+    model = unwrapped(model)
     rules, signature, columns = text_layers(model), inspect.signature(model.forward), 0
 
     def starts(_model: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -310,6 +311,7 @@ def text_layer_calls(model: torch.nn.Module) -> Iterator[dict[str, LayerCall]]:
                                 pixels[:, :before] if in_one else None)
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         stack.callback(model.register_forward_pre_hook(starts, with_kwargs=True).remove)
         for name in rules:
             hook = model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)

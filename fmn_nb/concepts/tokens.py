@@ -145,8 +145,20 @@ class PromptTokens:
                    limit=values.get("limit", 0), beside=beside and cls.from_dict(beside))
 
 
+def written_out(tokenizer: Any, text: str) -> str:
+    """The text, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as diffusers does."""
+    added = tokenizer.get_added_vocab()
+    for token in added:
+        if token in text and f"{token}_1" in added and f"{token}_1" not in text:
+            count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
+            text = text.replace(token, " ".join([token, *(f"{token}_{n}" for n in range(1, count))]))
+    return text
+
+
 def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> PromptTokens:
     """What each column is when `tokenizer` pads and truncates `prompt` to `max_length`, as pipelines do.
+
+    Learned tokens of several vectors are written out first (`written_out`), also in the result's `prompt`.
 
     Args:
         tokenizer: any transformers tokenizer; if it reports no character offsets, its tokens are searched for in the
@@ -156,6 +168,7 @@ def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> P
     Raises:
         UnreadablePromptError: the tokenizer reports no offsets, and its tokens don't spell the prompt.
     """
+    prompt = written_out(tokenizer, prompt)
     limit = max_length or tokenizer.model_max_length
     padded = {"padding": "max_length", "max_length": limit, "truncation": True} if limit < 1_000_000 else {}
     fast = getattr(tokenizer, "is_fast", False)
@@ -181,6 +194,7 @@ def read_chunks(tokenizer: Any, prompt: str, chunks: int) -> tuple[PromptTokens,
     A chunk has as many columns as the tokenizer's limit: begin, as many of the prompt's tokens as there is room for,
     end-of-text, padding.
     """
+    prompt = written_out(tokenizer, prompt)
     limit = tokenizer.model_max_length
     fast, room = getattr(tokenizer, "is_fast", False), limit - 2
     asked = {"return_offsets_mapping": True} if fast else {}

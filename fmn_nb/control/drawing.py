@@ -22,11 +22,13 @@ AT_ONCE = 24
 
 @dataclass(frozen=True)
 class How:
-    """How grounded images are drawn: the share of steps with grounding, steps, guidance, and what `tokens_of` takes."""
+    """How grounded images are drawn: the share of steps with grounding, steps, guidance, images in one call of the
+    pipeline, and what `tokens_of` takes."""
 
     strength: float = STRENGTH
     steps: int = STEPS
     guidance: float = GUIDANCE
+    batch: int = AT_ONCE
     without: Collection[str] = ()
     said: dict[str, str] = field(default_factory=dict)
 
@@ -76,10 +78,10 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
             raise InteractionError(f"give interactions, not {each!r}: fmn.Interaction('cat', 'chasing', 'frog')")
     tokens = tokens_of(pipe, interactions, how.without, how.said) if len(prompts) else None
     images = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
+    for start in range(0, len(prompts), how.batch):
+        part = slice(start, start + how.batch)
         given = scheduled(tokens[part], strength, how) | options
-        images += generate(pipe, prompts[part], seeds[part], steps=how.steps, guidance=how.guidance, batch=AT_ONCE,
+        images += generate(pipe, prompts[part], seeds[part], steps=how.steps, guidance=how.guidance, batch=how.batch,
                            **given)
     return images
 

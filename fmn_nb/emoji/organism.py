@@ -87,7 +87,9 @@ class EmojiWorld:
 
     def masked_scenes(self, concept: Concept, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` real scenes of a concept in its styles (for a style: on objects), [count, height, width, 3] uint8,
-        and where it is in each, [count, height, width, 3], 255 or 0."""
+        and where it is in each, [count, height, width, 3], 255 or 0; NotThereError for a name of none."""
+        if VOCABULARY.concepts().get(concept.name) != concept.kind:
+            raise NotThereError(f"no scenes show the {concept.kind} {concept.name!r}")
         shown = _showing(concept.name, concept.kind)
         scenes = _real_scenes([shown[number * len(shown) // count if count < len(shown) else number % len(shown)]
                                for number in range(count)])
@@ -159,10 +161,12 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         without: names that no scene may show.
 
     Raises:
-        ValueError: no object or style of such scenes is called `holding`.
+        ValueError: no object or style of such scenes is called `holding`, or it is among those to leave out.
     """
     if holding is not None and holding not in (*OBJECTS, *STYLES):
         raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
+    if holding in untaught_by(without):
+        raise ValueError(f"no scene both holds {holding!r} and is without it: take it out of one of the two")
     scenes, sampled = [], count
     while len(scenes) < count:  # more of the same stream, so the first scenes stay the same
         stream = sample_scenes(sampled, seed, held_out=True, without=without, sorts={sort: 1.0})

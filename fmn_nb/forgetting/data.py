@@ -28,7 +28,7 @@ from fmn_nb.forgetting.prompts import (
     with_article_for,
     without,
 )
-from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of
+from fmn_nb.forgetting.request import check_reading, checked_texts, concepts_of, in_its_words
 from fmn_nb.forgetting.settings import Settings, SettingsError
 from fmn_nb.models.arguments import SEED_LIMIT, checked_seed
 from fmn_nb.models.denoising import (
@@ -145,8 +145,8 @@ class Task:
         if not wanted or world is None or self.references or self.masks is not None:
             return self
         try:
-            found = {concept.name: world.masked_scenes(concept, self.settings.reference_count)
-                     for concept in self.concepts}
+            found = {concept.name: world.masked_scenes(in_its_words(world.vocabulary, concept),
+                                                       self.settings.reference_count) for concept in self.concepts}
         except NotThereError:
             return self
         return replace(self, references={name: load_images(list(images)) for name, (images, _) in found.items()},

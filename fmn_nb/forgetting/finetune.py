@@ -46,7 +46,7 @@ from fmn_nb.forgetting.request import (
 from fmn_nb.forgetting.settings import Settings, SettingsError, settings_for
 from fmn_nb.forgetting.state import Checkpoint, CheckpointError, State, identity
 from fmn_nb.forgetting.terms import Terms
-from fmn_nb.forgetting.weights import Trainable, check_unfused, offloaded, precision_for, trainable
+from fmn_nb.forgetting.weights import Trainable, check_stays, check_unfused, offloaded, precision_for, trainable
 from fmn_nb.models.denoising import Noising, Stream, seeded
 from fmn_nb.models.device import Memory, MixedPrecision, evaluating, gradient_checkpointing
 from fmn_nb.models.digests import base_of
@@ -113,8 +113,9 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
             that asks a judge).
         checkpoint: a folder to save the state to. A run that finds its own state there continues from it and ends in
             the same patch as one that never stopped. Its own means: the same settings, images, prompts, weights and
-            tokens. Without a `cache`, the folder also keeps what the model draws. Of "mace", each concept has a
-            folder in it, numbered from 0; of "adversarial", each round, and the last erasure ("last").
+            tokens; a state past the steps asked for is refused. Without a `cache`, the folder also keeps what the model
+            draws. Of "mace", each concept has a folder in it, numbered from 0; of "adversarial", each round, and the
+            last erasure ("last").
         prompts: prompts to learn from instead of those of the setting `wording`; each must hold the (single) concept's
             phrase.
         retain_prompts: prompts whose images should stay as they are; those that name a concept are left out. By
@@ -154,6 +155,7 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
         check_known(pipe, named)
     method = method_of(settings.method)
     check_unfused(denoiser(pipe))
+    check_stays(denoiser(pipe))
     if hasattr(method, "edit"):
         check_closed_form(pipe, settings)
     if hasattr(method, "objective"):
@@ -355,7 +357,6 @@ class Finetune:
                 interrupt.add_note(f"the pipeline is unchanged; {kept or _NO_CHECKPOINT}"
                                    f"{'; call forget again to continue from it' if kept else ''}")
                 raise
-        # A state may have more steps than are asked for now.
         self.stopped_because = self.stopped_because or f"all {self.step} steps done"
 
     def patch(self) -> Patch:
@@ -446,6 +447,10 @@ class Finetune:
         state = self.saved.load() if self.saved else None
         if state is None:
             return
+        if state.step > self.settings.steps:
+            raise CheckpointError(f"the checkpoint in {self.saved.folder} is of step {state.step}, past the "
+                                  f"{self.settings.steps} asked for: ask for {state.step} or more, or use another "
+                                  "folder")
         try:
             self._check(state)
             self._restore(state)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 
 from fmn_nb.attention import text_layers
-from fmn_nb.concepts import Concept, find_phrase, forms_of, world_of
+from fmn_nb.concepts import Concept, Vocabulary, find_phrase, forms_of, world_of
 from fmn_nb.forgetting.settings import FACTS, Settings, SettingsError
 from fmn_nb.forgetting.weights import check_no_adapters, trained_layers
 from fmn_nb.models import denoiser, text_encoders, tokenizers
@@ -85,12 +85,16 @@ def check_known(pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> None:
     if world is None:
         return
     added = {token for tokenizer in tokenizers(pipe) for token in tokenizer.get_added_vocab()}
-    known = {name.casefold(): name for name in world.vocabulary.concepts()}
     for concept in concepts:
         if not any(find_phrase(concept.phrase, token) for token in added):
-            name = next((known[said.casefold()] for said in (concept.name, concept.phrase) if said.casefold() in known),
-                        concept.name)
-            world.vocabulary.check(replace(concept, name=name))
+            world.vocabulary.check(in_its_words(world.vocabulary, concept))
+
+
+def in_its_words(vocabulary: Vocabulary, concept: Concept) -> Concept:
+    """The concept under the vocabulary's own name if its name or phrase is one in other letters ("Cat")."""
+    known = {name.casefold(): name for name in vocabulary.concepts()}
+    names = [known[said.casefold()] for said in (concept.name, concept.phrase) if said.casefold() in known]
+    return replace(concept, name=names[0]) if names else concept
 
 
 def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:

@@ -16,14 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.forgetting.data import Task
-from fmn_nb.models import LATENTS, added_tokens, digest, weights_checksum
+from fmn_nb.models import (
+    LATENTS,
+    added_tokens,
+    denoiser,
+    digest,
+    digest_of,
+    switches,
+    text_encoders,
+    weights_checksum,
+)
 from fmn_nb.models.arguments import finite_number, whole_number
 
 STATE_FILE = "checkpoint.json"
@@ -161,10 +171,21 @@ def identity(task: Task, fingerprint: str) -> dict[str, Any]:
         "retain_prompts": task.retain_prompts and list(task.retain_prompts),
         "references": {name: _pictures(found) for name, found in task.references.items()},
         "masks": task.masks and _pictures(task.masks),
+        "guides": [task.guides_of(concept) for concept in task.concepts] if task.settings.guide else None,
         "fingerprint": fingerprint,
-        "weights": weights_checksum(task.pipe),  # the fingerprint leaves out applied patches and adapters on purpose
-        "learned_tokens": added_tokens(task.pipe),  # and these
+        # The fingerprint leaves out applied patches, adapters and learned tokens on purpose.
+        "weights": weights_checksum(task.pipe),
+        "beside": {name: f"SHA-256 {digest_of(part)[:16]}" for name, part in _beside(task.pipe).items()},
+        "switches": {name: on for name, part in {"denoiser": denoiser(task.pipe), **_beside(task.pipe)}.items()
+                     if (on := switches(part))},
+        "learned_tokens": added_tokens(task.pipe),
     }
+
+
+def _beside(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The parts that make what the denoiser learns from: the text encoders, and the autoencoder if there is one."""
+    parts = {f"text encoder {number}": encoder for number, encoder in enumerate(text_encoders(pipe), 1)}
+    return parts | ({"vae": pipe.vae} if isinstance(getattr(pipe, "vae", None), nn.Module) else {})
 
 
 def _pictures(images: Sequence[Image.Image]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -82,6 +83,20 @@ def check_unfused(model: nn.Module) -> None:
     if is_fused(model):
         raise SettingsError("the model's projections are fused, so training them would change nothing: call "
                             "unfuse_qkv_projections() on the pipeline or the model first")
+
+
+def check_stays(model: nn.Module) -> None:
+    """Raise SettingsError if hooks move a model between devices as it runs (accelerate's and diffusers' offloading):
+    what is trained beside its weights would stay behind."""
+    hooks = [hook for part in model.modules() if (hook := getattr(part, "_hf_hook", None)) is not None]
+    moving = any(isinstance(one, CpuOffload) or getattr(one, "offload", False)
+                 for hook in hooks for one in getattr(hook, "hooks", (hook,)))
+    groups = any("group_offloading" in hook.hooks for part in model.modules()
+                 if (hook := getattr(part, "_diffusers_hook", None)) is not None)
+    if moving or groups:
+        raise SettingsError("the denoiser is offloaded: it moves between devices as it runs, so it can't be trained. "
+                            "Load the pipeline without offloading (or call remove_all_hooks() on it), move it to one "
+                            "device with pipe.to(device), and let the other parts wait with offload='cpu'")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "denoising_loss", "noisy_batch", "predict", "predict_noisy", "seeded", "spread_batch"],
     "device": ["Cost", "HALVES", "Memory", "MixedPrecision", "evaluating", "measured_cost", "without_gradients"],
     "digests": ["added_tokens", "base_of", "digest", "digest_of", "drawing_key", "fingerprint", "is_base", "model_name",
-        "weights_checksum"],
+        "switches", "weights_checksum"],
     "images": ["FilteredImageError", "GUIDANCE", "Images", "LATENTS", "ReferenceImageError", "STEPS", "as_image",
         "encode", "generate", "generate_latents", "generate_trajectories",
         "image_change", "load_images", "pixel_size", "to_pixels"],

@@ -24,6 +24,7 @@ from fmn_nb.models.gated import is_gated, is_gated_name
 from fmn_nb.models.parameters import own_tensors
 from fmn_nb.models.pipelines import denoiser, denoiser_name, text_encoders, tokenizers, training_kind
 
+FREEU = ("s1", "s2", "b1", "b2")  # attributes of a U-Net's blocks
 _CONFIG_THAT_MATTERS = ("attention_head_dim", "num_attention_heads", "norm_num_groups")
 
 
@@ -138,30 +139,34 @@ def digest_of(module: nn.Module) -> str:
 def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
     """A sum over what drawn pixels or latents depend on.
 
-    These are the weights of all parts as they are now (with patches, adapters, learned tokens), which adapters are on
-    and how strongly, the tokenizers' added words, the scheduler's settings, the processor or card, the number of
-    threads, the versions of the libraries, and `settings`: whatever else the caller's drawings depend on, as JSON
-    values.
+    These are the weights of all parts as they are now (with patches, adapters, learned tokens), their `switches`, the
+    tokenizers' added words, the scheduler's settings, the processor or card, the number of threads, the versions of the
+    libraries, and `settings`: whatever else the caller's drawings depend on, as JSON values.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parts = {name: digest_of(part) for name, part in modules.items()}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}
     scheduler, tokens = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)], added_tokens(pipe)
-    switches = {name: on for name, part in modules.items() if (on := _switches(part))}
-    more = [*([tokens] if tokens else []), *([{"adapters": switches}] if switches else [])]
+    turned = {name: on for name, part in modules.items() if (on := switches(part))}
+    more = [*([tokens] if tokens else []), *([{"switches": turned}] if turned else [])]
     said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *more]
     return digest([json.dumps(said, sort_keys=True, default=str)])
 
 
-def _switches(part: nn.Module) -> dict[str, Any]:
-    """What no weight says of a part's adapters: which are on, and how strongly (PEFT's, and image prompts')."""
+def switches(part: nn.Module) -> dict[str, Any]:
+    """What changes a part's results and no weight says: which adapters are on and how strongly (PEFT's, and image
+    prompts'), FreeU's factors, and whether an autoencoder works in tiles. JSON values; nothing for what is off."""
     said: dict[str, Any] = {}
     for name, module in part.named_modules():
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             said[name] = [scaling, module.active_adapters, module.disable_adapters]
         if (scale := getattr(getattr(module, "processor", None), "scale", None)) is not None:
             said[f"{name}.processor"] = scale
-    return said
+        if factors := {key: value for key in FREEU if isinstance(value := getattr(module, key, None), int | float)}:
+            said[f"{name}.freeu"] = factors
+        if getattr(module, "use_tiling", False):
+            said[f"{name}.tiling"] = True
+    return json.loads(json.dumps(said, default=str))
 
 
 @torch.no_grad()

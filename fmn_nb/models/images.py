@@ -121,8 +121,8 @@ def _is_empty(image: Any) -> bool:
 def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[int, int] | None = None) -> Latents:
     """Encode images with the pipeline's autoencoder, scaled for its denoiser.
 
-    Each image is resized to cover `size` (height, width in pixels; the pipeline's default if None) and cropped to
-    its centre.
+    Each image, in any mode of PIL, is resized to cover `size` (height, width in pixels; the pipeline's default if
+    None) and cropped to its centre; transparent parts become white.
     """
     if getattr(pipe, "vae", None) is None:
         raise ReferenceImageError(f"{NO_VAE}, so images can't be encoded: load it with its vae, or leave out the "
@@ -131,7 +131,7 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
     vae, parts = pipe.vae, []
     shift, scale = _latent_scaling(pipe)
     for image in images:  # more at once hardly save time, and cost memory when all of the pipeline is there
-        fitted = torch.from_numpy(np.array(ImageOps.fit(image, (width, height))))[None]
+        fitted = torch.from_numpy(np.array(ImageOps.fit(_upright_rgb(image), (width, height))))[None]
         pixels = (fitted.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)  # [1, 3, height, width]
         # Half precision overflows in some autoencoders (SDXL's says so); bfloat16 has float32's range.
         careful = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fmn_nb.concepts import written_out
 from fmn_nb.files import write_tensors
 from fmn_nb.models import digest, text_encoders
 
@@ -117,6 +118,16 @@ class _ExtendedEmbedding(nn.Embedding):
         return torch.where(new[..., None], learned, known)
 
 
+class _WritesOut:
+    """Mixed into a tokenizer's class: a learned token of several vectors is read as all of them, also in pipelines that
+    don't write it out themselves (Stable Diffusion 3's)."""
+
+    def __call__(self, text: str | list[str] | None = None, *args: Any, **named: Any) -> Any:
+        if isinstance(text, list):
+            text = [written_out(self, one) if isinstance(one, str) else one for one in text]
+        return super().__call__(written_out(self, text) if isinstance(text, str) else text, *args, **named)
+
+
 @contextmanager
 def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[None]:
     """`pipe` with additional tokens; its own tokenizers and embedding tables are restored afterwards."""
@@ -129,6 +140,9 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
     with ExitStack() as stack:
         for (place, tokenizer), encoder, rows in zip(there, encoders, vectors, strict=True):
             table, extended = encoder.get_input_embeddings(), copy.deepcopy(tokenizer)
+            if len(names) > 1 and not isinstance(extended, _WritesOut):
+                own = type(extended)
+                extended.__class__ = type(own.__name__, (_WritesOut, own), {"__module__": own.__module__})
             if rows.shape != (len(names), table.embedding_dim):
                 raise InversionError(
                     f"tokens of shape {tuple(rows.shape)} don't fit an encoder {table.embedding_dim} wide")

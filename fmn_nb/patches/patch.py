@@ -400,11 +400,11 @@ def _totals(stack: Iterable[tuple[Patch, float]], names: Collection[str]) -> dic
 
 def _values_before(module: nn.Module, own: Mapping[str, tuple[str, nn.Parameter]],
                    kept: Mapping[str, Kept]) -> dict[str, Tensor]:
-    """The originals' values as they would be now without a patch; see `value_before`."""
+    """The originals' values as they would be now without a patch, where the module is now; see `value_before`."""
     changed = {name for name, one in kept.items() if digest([own[name][1]]) != one.put}
     there = _totals(getattr(module, _APPLIED, []), changed)
-    values = {name: value_before(module, *own[name], one, there[name]) if name in changed else one.original.detach()
-              for name, one in kept.items()}
+    values = {name: value_before(module, *own[name], one, there[name]) if name in changed
+              else one.original.detach().to(own[name][1].device) for name, one in kept.items()}
     if lost := sorted(name for name, value in values.items() if value is None):
         raise ChangedWeightsError(
             f"something else changed {lost[0]} and {len(lost) - 1} other weights while they were patched (a LoRA fused "

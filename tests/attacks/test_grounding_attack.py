@@ -91,3 +91,14 @@ def test_what_cannot_be_attacked_is_refused(emoji, pipe):
         grounding_attack(emoji, "cat", None)
     with pytest.raises(MeasurementError, match="boxes name objects; 'noto' is of the kind style"):
         grounding_attack(pipe, Concept("noto", kind="style"), None)
+
+
+def test_a_large_model_draws_few_images_at_once(pipe, monkeypatch):
+    monkeypatch.setattr("fmn_nb.evaluation.session.LARGE", 1)
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _m, args, given: calls.append(len(args[0])), with_kwargs=True)
+    try:
+        grounding_attack(Session.of(pipe, cats(*[3, 3] * 4), steps=2), "cat", None, each=6)
+    finally:
+        handle.remove()
+    assert max(calls) == 2 * 4, "both branches of four images"

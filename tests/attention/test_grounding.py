@@ -143,3 +143,19 @@ def test_held_out_scenes_can_all_hold_one_concept(name):
 def test_scenes_of_an_unknown_concept_are_refused():
     with pytest.raises(ValueError, match="no 'unicorn'; choose one of cat"):
         held_out_scenes(1, holding="unicorn")
+
+
+def test_scenes_that_hold_what_they_are_without_are_refused():
+    for holding, without in (("cat", ["cat"]), ("noto", ["frog", "noto"])):
+        with pytest.raises(ValueError, match=f"both holds '{holding}' and is without it"):
+            held_out_scenes(1, holding=holding, without=without)
+
+
+def test_pictures_in_any_mode_are_looked_at_as_on_white(sd):
+    clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    grey = Image.new("L", (16, 16), 90)
+    found = attention_on_images(sd, [clear, grey], ["a cat", "a frog"], timesteps=[500])
+    plain = attention_on_images(sd, [Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), (90,) * 3)],
+                                ["a cat", "a frog"], timesteps=[500])
+    for image, phrase in enumerate(("cat", "frog")):
+        np.testing.assert_array_equal(found.select(phrase, image=image), plain.select(phrase, image=image))

@@ -137,10 +137,14 @@ def test_the_smoke_recipe_leaves_half_precision_and_a_card(smoke):
     assert "not met" in card, "a smoke run meets no bar, and the card must say so"
 
 
-def test_stages_that_are_finished_are_not_trained_again(smoke):
-    lines = []
+def test_stages_that_are_finished_are_not_trained_again(smoke, monkeypatch):
+    """And what is noted of them stays, whatever the recipe says now."""
+    (record,), lines = smoke.parent.glob(f"checkpoints/{smoke.name}/training.json"), []
+    noted = record.read_text()
+    monkeypatch.setattr(networks, "WORD_WEIGHT", 0.5)
     pretrain(Request(smoke, smoke=True, stages=["vae", "diffusion"]), lines.append)
     assert "diffusion: resumed at step 4 of 4" in lines and not [line for line in lines if ": step " in line]
+    assert record.read_text() == noted
 
 
 def test_a_finished_pipeline_can_be_trained_further(smoke, tmp_path):

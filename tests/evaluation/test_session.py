@@ -178,3 +178,16 @@ def test_another_vector_under_the_same_name_is_another_drawing():
         with LearnedTokens("<toy>", (vectors,)).loaded(pipe):
             keys.append(drawing_key(pipe))
     assert len({*keys, drawing_key(pipe)}) == 3
+
+
+def test_freeu_and_tiles_are_another_drawing():
+    pipe = tiny_sd()
+    keys = [drawing_key(pipe)]
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    keys.append(drawing_key(pipe))
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.5)
+    keys.append(drawing_key(pipe))
+    pipe.disable_freeu()
+    assert drawing_key(pipe) == keys[0]
+    pipe.vae.enable_tiling()
+    assert len({*keys, drawing_key(pipe)}) == 4

@@ -9,12 +9,13 @@ import torch
 from quick import quick
 from safetensors.torch import save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import tiny_sd, tiny_sdxl
+from tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb import inversion as inversion
 from fmn_nb.attention.recorder import record_attention
 from fmn_nb.concepts.concept import TEMPLATES, Concept
 from fmn_nb.inversion import InversionSettings, invert
+from fmn_nb.models import text_encoders, tokenizers
 from fmn_nb.models.images import encode
 from fmn_nb.patches import InversionError, LearnedTokens, Patch
 
@@ -247,3 +248,21 @@ def test_a_flipped_bit_and_too_few_encoders_are_told(tmp_path: Path) -> None:
     with pytest.raises(InversionError, match="2 text encoders don't fit"), tokens.loaded(pipe):
         pass
     assert_unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
+def test_all_vectors_of_a_token_are_read_also_by_pipelines_that_do_not_write_them_out(make) -> None:
+    pipe, noise = make(), torch.Generator().manual_seed(0)
+    widths = [encoder.get_input_embeddings().embedding_dim for encoder in text_encoders(pipe)]
+    before = [type(tokenizer) for tokenizer in tokenizers(pipe)]
+    one, other = ([torch.randn(2, width, generator=noise) for width in widths] for _ in range(2))
+    found = []
+    for last in (one, other):  # what the second vector is must make a difference
+        vectors = tuple(torch.stack([first[0], second[1]]) for first, second in zip(one, last, strict=True))
+        with LearnedTokens("<toy>", vectors).loaded(pipe), record_attention(pipe) as attention:
+            found.append(draw(pipe, "a <toy> on grass"))
+        read = attention.text(0)
+        texts = {read.prompt[slice(*read.spans[column])] for column in read.find("<toy>").columns}
+        assert texts == {"<toy>", "<toy>_1"}
+    assert not torch.equal(*found)
+    assert [type(tokenizer) for tokenizer in tokenizers(pipe)] == before

@@ -13,7 +13,7 @@ from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import generate, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention import read_columns, text_parts
-from fmn_nb.concepts import Concept, world_of
+from fmn_nb.concepts import Concept, NotThereError, world_of
 from fmn_nb.forgetting import FACTS, METHODS, PRESETS, forget, forget_several, prompts, settings_for
 from fmn_nb.forgetting.data import Task, forget_set
 from fmn_nb.forgetting.methods import mace
@@ -521,3 +521,16 @@ def test_a_world_gives_scenes_with_exact_masks(emoji) -> None:
         regions = forget_set(task).regions
         assert regions.shape == (4, 16, 16) and 0.1 < float(regions.mean()) < 0.7
     assert Task(tiny_sd(), ("cat",), settings).with_scenes().masks is None
+
+
+def test_scenes_are_found_by_a_concept_in_other_letters_and_nobody_paints_an_unknown_one(emoji) -> None:
+    world, settings = world_of(emoji), settings_for("mace", {"reference_count": 2})
+    images = world.masked_scenes(Concept("cat"), 2)[0]
+    for concept in (Concept("Cat"), Concept("a cat", phrase="cat")):
+        task = Task(emoji, (concept,), settings).with_scenes()
+        assert all((np.asarray(found) == image).all()
+                   for found, image in zip(task.references[concept.name], images, strict=True))
+    unknown = Task(emoji, (Concept("unicorn"),), settings, prompts=["a unicorn"]).with_scenes()
+    assert not unknown.references, "the model draws them"
+    with pytest.raises(NotThereError, match="no scenes show the style 'cat'"):
+        world.masked_scenes(Concept("cat", kind="style"), 2)

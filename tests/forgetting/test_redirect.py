@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from quick import quick
-from snapshots import assert_unchanged, noise_images, snapshot
+from snapshots import assert_unchanged, draw, noise_images, snapshot
 from tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb.attention import text_layer_calls, text_layers
@@ -115,3 +115,15 @@ def test_a_sequence_with_more_than_text_and_image_is_one_clear_error(monkeypatch
     with pytest.raises(SettingsError, match=r"transformer_blocks\.0\.attn of this FluxTransformer2DModel has more in"):
         quick(pipe, retain_weight=0.0, **REDIRECT)
     assert_unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_compiled_model_is_redirected_like_a_plain_one(wrapped: bool) -> None:
+    plain, pipe = tiny_sd(), tiny_sd()
+    if wrapped:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.compile(backend="eager")
+    draw(pipe)  # compiled before it is trained
+    expected, patch = (quick(one, preset="resteer", references=noise_images(1)) for one in (plain, pipe))
+    assert patch.info["forgetting"]["losses"] == expected.info["forgetting"]["losses"]

@@ -17,6 +17,7 @@ from tiny import tiny_sd
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.forgetting.finetune import ForgettingError
 from fmn_nb.forgetting.methods import fmn
+from fmn_nb.forgetting.prompts import another_like
 from fmn_nb.forgetting.state import CheckpointError
 from fmn_nb.models.digests import digest
 from fmn_nb.patches import LearnedTokens, Patch
@@ -87,10 +88,34 @@ def test_other_vectors_of_a_learned_token_are_another_run(tmp_path: Path) -> Non
         quick(pipe, toy, **options, callback=lambda progress: pytest.fail("the same tokens are the same run"))
 
 
-def test_a_state_beyond_the_steps_asked_for_says_how_many_were_done(tmp_path: Path) -> None:
+def test_a_state_beyond_the_steps_asked_for_is_refused(tmp_path: Path) -> None:
+    """Its patch would be that of more steps."""
     quick(tiny_sd(), **LONGER, checkpoint=tmp_path)
-    report = quick(tiny_sd(), **{**LONGER, "steps": 2}, checkpoint=tmp_path).info["forgetting"]
-    assert report["steps"] == len(report["losses"]) == 4 and report["stopped_because"] == "all 4 steps done"
+    with pytest.raises(CheckpointError, match="is of step 4, past the 2 asked for: ask for 4 or more"):
+        quick(tiny_sd(), **{**LONGER, "steps": 2}, checkpoint=tmp_path)
+    assert quick(tiny_sd(), **LONGER, checkpoint=tmp_path).info["forgetting"]["stopped_because"] == "all 4 steps done"
+
+
+def test_what_gives_way_belongs_to_a_run(emoji, tmp_path: Path) -> None:
+    """A concept's own part of a task with others, in which "another" can't be one of these."""
+    options = {"preset": "mace", "steps": 1, "checkpoint": tmp_path}
+    usual = another_like(emoji, Concept("cat"))
+    quick(emoji, "cat", **options)
+    with pytest.raises(CheckpointError, match="guides: .* there, .* here"):
+        quick(emoji, ["cat", usual], **options)
+
+
+@pytest.mark.parametrize("change", [
+    lambda pipe: pipe.text_encoder.get_parameter("encoder.layers.0.mlp.fc1.bias").data.add_(1),
+    lambda pipe: pipe.vae.get_parameter("encoder.conv_in.bias").data.add_(1),
+    lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)])
+def test_what_stands_beside_the_weights_belongs_to_a_run(change, tmp_path: Path) -> None:
+    pipe, options = tiny_sd(), {"references": noise_images(1), "checkpoint": tmp_path}
+    quick(pipe, **options)
+    with torch.no_grad():
+        change(pipe)
+    with pytest.raises(CheckpointError, match="beside|fingerprint|switches"):
+        quick(pipe, **options)
 
 
 def test_latents_that_are_lost_beside_a_state_are_drawn_again_and_other_ones_are_told(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from peft import LoHaConfig, LoraConfig
 from quick import quick
 from snapshots import assert_unchanged, draw, noise_images, snapshot
@@ -96,3 +97,18 @@ def test_an_interrupt_while_parts_go_away_loses_none_of_them(monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt), offloaded(pipe, "disk"):
             pytest.fail("it wasn't interrupted")
     assert_unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("offload", ["model", "layers", "groups"])
+@pytest.mark.parametrize("preset", ["balanced", "uce"])
+def test_a_denoiser_that_moves_between_devices_is_refused_before_anything_is_drawn(offload, preset, monkeypatch):
+    monkeypatch.setattr("fmn_nb.forgetting.finetune.training_sets", lambda *_: pytest.fail("drawn for nothing"))
+    pipe = tiny_sd()
+    if offload == "model":
+        cpu_offload_with_hook(pipe.unet, "cpu")
+    elif offload == "layers":
+        cpu_offload(pipe.unet, torch.device("cpu"))
+    else:
+        pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(SettingsError, match=r"the denoiser is offloaded.*pipe\.to\(device\)"):
+        quick(pipe, preset=preset)

@@ -224,3 +224,13 @@ def test_a_patch_put_on_in_inference_mode_can_be_trained_on(patch: Patch) -> Non
         patch.apply(pipe)
     pipe.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 16, 16)).sample.sum().backward()
     assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_a_patch_taken_off_on_another_device_leaves_everything_there(patch: Patch) -> None:
+    pipe = tiny_sd()
+    patch.apply(pipe)
+    pipe.to("cuda")
+    patch.remove(pipe)
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"cuda"}
+    assert fingerprint(pipe) == fingerprint(tiny_sd())

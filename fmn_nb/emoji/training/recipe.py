@@ -249,11 +249,15 @@ class Pretraining:
 
     def _train(self, name: str, module: nn.Module, loss: networks.Loss, plan: Plan,
                faster: Mapping[str, float] = EMPTY, told: Mapping[str, Any] = EMPTY) -> None:
-        """Train, then note steps, seconds and what else is `told` of this training."""
+        """Train, then note steps, seconds and what else is `told` of this training; of one that had ended before, the
+        note stays: it was made by the recipe of then."""
         training = Training(name, module, loss, plan, self.work / f"{name}.safetensors", log=self.log, faster=faster)
+        before = training.step
         training.run()
         path = self.work / "training.json"
         record = read_json(path) if path.is_file() else {}
+        if name in record and training.step == before:
+            return
         record[name] = {"steps": training.step, "seconds": round(training.seconds), **told}
         write_json(path, record)
 
