@@ -310,8 +310,8 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         concepts, presets, seeds = (_items(request[name]) for name in ("concepts", "presets", "seeds"))
         overrides = read_overrides(file, single, presets)
         presets = list(overrides) if presets == [EVERYTHING] else presets
-        seeds = [int(seed) for seed in seeds]
-        attacked = [int(seed) for seed in _items(request["attack_seeds"])] or seeds[:1]
+        seeds, attacked = _whole("--seeds", seeds), _whole("--attack-seeds", _items(request["attack_seeds"]))
+        attacked = attacked or seeds[:1]
         if unknown := set(attacked) - set(seeds):
             raise ValueError(f"no job has the attack seed {', '.join(map(str, sorted(unknown)))}; the seeds are "
                              f"{', '.join(map(str, seeds))}")
@@ -471,6 +471,13 @@ def _share_cores() -> None:
 def _items(text: str | None) -> list[str]:
     """The items of a comma-separated list."""
     return [item.strip() for item in (text or "").split(",") if item.strip()]
+
+
+def _whole(option: str, items: list[str]) -> list[int]:
+    wrong = [item for item in items if not item.isdecimal()]
+    if wrong:
+        raise ValueError(f"{option} takes whole numbers, such as 0,1, not '{wrong[0]}'")
+    return [int(item) for item in items]
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:

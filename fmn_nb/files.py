@@ -198,6 +198,8 @@ def _size(value: Any, known: dict[int, int]) -> int:
 
 def _beside(path: Path) -> Path:
     # Not tempfile: its files are private to their owner, but artefacts are shared.
+    if not path.name:
+        raise ValueError(f"'{path}' has no name that another could stand beside: write the folder's name")
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
 
 

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from fmn_nb.attention import as_encoded
 from fmn_nb.concepts import TEMPLATES
 from fmn_nb.models import (
     Conditions,
@@ -100,6 +101,10 @@ def invert(pipe: DiffusionPipeline, references: Images | Latents, *, kind: str =
     known = [one for one in names if any(one in tokenizer.get_vocab() for tokenizer in tokenizers(pipe))]
     if known:
         raise InversionError(f"the pipeline already knows a token '{known[0]}'; choose another name")
+    if name not in as_encoded(pipe, name):
+        raise InversionError(f"{type(pipe).__name__} cleans its prompts, and of '{name}' it leaves "
+                             f"'{as_encoded(pipe, name)}': choose a name in small letters; if none stays, this "
+                             "pipeline can't read learned tokens")
     if kind not in TEMPLATES:
         raise InversionError(f"'{kind}' is not a kind of concept; choose one of {', '.join(TEMPLATES)}")
     Noising(pipe)  # a model that can't be trained is refused before anything is encoded

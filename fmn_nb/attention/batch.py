@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +39,13 @@ class Row(NamedTuple):
 
 @dataclass
 class ImageText:
-    """The texts that one image was made from; None if they are unknown."""
+    """The texts that one image was made from, None if they are unknown; and the timesteps of its steps, None in records
+    of earlier versions."""
 
     prompt: PromptTokens | None = None
     negative: PromptTokens | None = None
     seed: int | None = None
+    timesteps: list[float] | None = None
 
 
 # ---- 1 and 2: prompts are encoded, noise is prepared ----------------------------------------------------------------
@@ -94,8 +97,8 @@ class PromptWatch:
                       if isinstance(t, torch.Tensor) and t.ndim == 3]
         if not embeddings:
             return
-        inside, prompts = self._pipeline_runs(), _as_list(arguments.get("prompt"))
-        earlier = self.pending if self.pending is not None and self.pending.inside == inside else None
+        inside, prompts = self._running_call(), _as_list(arguments.get("prompt"))
+        earlier = self.pending if self.pending is not None and self.pending.inside is inside else None
         if earlier is not None and earlier.uncond is None and len(embeddings) == 1:
             earlier.uncond = self._texts(arguments, "prompt", embeddings[0])  # Flux, Qwen: a second call for uncond
             self._remember(inside, earlier.uncond)
@@ -108,28 +111,24 @@ class PromptWatch:
         self.pending = Generation(self._texts(arguments, "prompt", embeddings[0]), uncond, inside=inside)
         self._remember(inside, self.pending.cond, uncond)
 
-    def _remember(self, inside: bool, *branches: Texts | None) -> None:
-        self._by_user += [texts for texts in branches if not inside and texts is not None and texts.prompts]
+    def _remember(self, inside: FrameType | None, *branches: Texts | None) -> None:
+        self._by_user += [texts for texts in branches if inside is None and texts is not None and texts.prompts]
 
-    def _pipeline_runs(self) -> bool:
-        """Whether the pipeline itself encodes, in a generation, rather than the user before one."""
+    def _running_call(self) -> FrameType | None:
+        """The call of the pipeline that encodes, in a generation; None if the user does, before one."""
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is self.pipe:
-                return True
+                return frame
             frame = frame.f_back
-        return False
+        return None
 
     def _texts(self, arguments: dict[str, Any], name: str, embeddings: torch.Tensor) -> Texts:
         """The prompts (or negative prompts) of a call, as the pipeline itself cleans them before encoding (as PixArt
         does): words are looked up in what is encoded."""
-        clean = getattr(self.pipe, "_text_preprocessing", None) if "clean_caption" in arguments else None
-
         def given(name: str) -> list[str] | None:
             texts = _as_list(arguments.get(name))
-            if clean is None or texts is None:
-                return texts
-            return [clean(text, clean_caption=arguments["clean_caption"])[0] for text in texts]
+            return texts and [as_encoded(self.pipe, text, arguments.get("clean_caption")) for text in texts]
 
         further = {f"tokenizer_{n}": given(f"{name}_{n}") for n in (2, 3) if arguments.get(f"{name}_{n}")}
         texts = given(name)
@@ -212,7 +211,9 @@ class Generation:
         first_image: the number of its first image among all recorded images.
         images: how many images have appeared so far.
         by_pipeline: whether a pipeline prepared it, rather than someone who only encodes prompts with it.
-        inside: whether its prompts were encoded in a call of the pipeline.
+        inside: the call of the pipeline that encodes its prompts, until the denoiser is called. If it fails before, no
+            other call's texts may join its own.
+        timesteps: those of its steps so far.
     """
 
     cond: Texts = field(default_factory=Texts)
@@ -221,7 +222,8 @@ class Generation:
     first_image: int = 0
     images: int = 0
     by_pipeline: bool = False
-    inside: bool = False
+    inside: FrameType | None = None
+    timesteps: list[float] = field(default_factory=list)
     _last: tuple[torch.Tensor, tuple[str, ...]] | None = None
 
     def rows_of(self, text: torch.Tensor | None, batch: int, seen: set[str]) -> list[Row | None]:
@@ -313,15 +315,16 @@ class CallLog:
         fresh = ready is not None or self.generation is None
         if fresh:
             self.generation = ready or Generation()
-            self.generation.first_image = len(self.images)
+            self.generation.first_image, self.generation.inside = len(self.images), None
         again = not fresh and arguments.timestep == self._timestep
         rows = self.generation.rows_of(arguments.text, arguments.batch, self._branches_of_step if again else set())
         branches = {row.branch for row in rows if row is not None}
         if not again or branches & self._branches_of_step:
             self._step = 0 if fresh else self._step + 1
             self._branches_of_step, self._timestep = set(), arguments.timestep
-            if self._step == len(self.timesteps):
-                self.timesteps.append(arguments.timestep)
+            for timesteps in (self.timesteps, self.generation.timesteps):
+                if self._step == len(timesteps):
+                    timesteps.append(arguments.timestep)
         self._branches_of_step |= branches
         self.branches |= branches
         self._note_images(arguments, rows)
@@ -332,7 +335,7 @@ class CallLog:
         got."""
         generation = self.generation
         for number in range(len(self.images) - generation.first_image, generation.images):
-            text = ImageText()
+            text = ImageText(timesteps=generation.timesteps)
             if arguments.columns is not None:
                 seen = {row.branch: arguments.text[place] for place, row in enumerate(rows)
                         if row is not None and row.image == generation.first_image + number}
@@ -409,6 +412,18 @@ def _readable(prompts: Sequence[str | PromptTokens] | str | PromptTokens, denois
 # ---- what the text columns of a prompt are --------------------------------------------------------------------------
 
 
+def as_encoded(pipe: Any, text: str, clean: bool | None = None) -> str:
+    """A text as the pipeline cleans it before it encodes it; PixArt, for example, writes it in small letters.
+
+    Args:
+        clean: the pipeline's argument `clean_caption`; None for what it takes by default.
+    """
+    usual = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
+    if usual is None or not hasattr(pipe, "_text_preprocessing"):
+        return text
+    return pipe._text_preprocessing(text, clean_caption=usual.default if clean is None else clean)[0]
+
+
 def text_parts(pipe: DiffusionPipeline, length: int) -> list[range]:
     """Which of the `length` text columns come from each tokenizer; the last one's fill what the others leave."""
     parts, first = [], 0
@@ -434,7 +449,8 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
         UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
         UnreadablePromptError: the tokenizer doesn't tell words, or a long prompt wasn't encoded in plain chunks.
     """
-    architecture, told = architecture_of(denoiser(pipe)), others or {}
+    architecture, prompt = architecture_of(denoiser(pipe)), as_encoded(pipe, prompt)
+    told = {name: as_encoded(pipe, text) for name, text in (others or {}).items()}
     names = architecture.tokenizers
     if not names or (len(names) == 1 and getattr(pipe, names[0], None) is None):
         raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from fmn_nb.attention.record import AttentionRecord
 from fmn_nb.attention.recorder import record_attention
-from fmn_nb.models import Noising, conditions, denoiser, encode, pixel_size, predict, seeded
+from fmn_nb.models import Noising, as_image, conditions, denoiser, encode, pixel_size, predict, seeded
 from fmn_nb.stats import mean_of_groups_interval, wilson
 
 TIMESTEPS = (300, 500, 700)  # of 1000: the object is decided, its details are not
@@ -130,7 +130,8 @@ def ground_images(pipe: DiffusionPipeline, images: Sequence[Image.Image], prompt
 
     Args:
         images: PIL images, and a prompt for each.
-        masks: for each image, phrase of its prompt -> mask [height, width] of the image's own height and width.
+        masks: for each image, phrase of its prompt -> mask [height, width] of the image's own height and width, upright
+            if the image says how it was held.
         batch: images at a time.
         options: timesteps, layers, heads, ..., as for `attention_on_images`.
 
@@ -144,10 +145,12 @@ def ground_images(pipe: DiffusionPipeline, images: Sequence[Image.Image], prompt
     if not len(images) == len(prompts) == len(masks):
         raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(masks)} sets of masks: "
                          "give as many of each")
-    size, rows = size or pixel_size(pipe), []
+    size, rows, images = size or pixel_size(pipe), [], [as_image(image) for image in images]
     for start in range(0, len(images), batch):
         part = slice(start, start + batch)
         phrases = list(dict.fromkeys(phrase for known in masks[part] for phrase in known))
+        if not phrases:
+            continue
         attention = attention_on_images(pipe, images[part], prompts[part], seed=seed + start, size=size,
                                         phrases=phrases, **options)
         for number, (image, known) in enumerate(zip(images[part], masks[part], strict=True)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -170,7 +171,7 @@ class AttentionRecord:
         what wasn't recorded is a NotRecordedError.
         """
         layer = self._named(layer)
-        row, steps = Row(branch, image), _as_set(step)
+        row, steps = Row(branch, image), _as_set("step", step)
         if steps is not None and any(key[1] is None for key in self.sums):
             raise NotRecordedError("only the mean over steps was kept; record with keep='steps' to choose steps")
         total, count, seen = None, 0, set()
@@ -194,7 +195,7 @@ class AttentionRecord:
         if phrase is not None and not isinstance(phrase, str):
             raise ValueError(f"a phrase is a text or a Concept, not {phrase!r}; columns by number are columns=[...]")
         if columns is not None:
-            return self._kept([columns] if isinstance(columns, int) else tuple(columns))
+            return self._kept(as_numbers("columns", columns), branch, image)
         if phrase is None and part is None:
             raise ValueError("say what to look at: a phrase, a part (begin, words, first_eot, padding) or columns")
         if self.phrases is not None:
@@ -207,7 +208,8 @@ class AttentionRecord:
             self.text(image).find(phrase)
             return [number]
         text = self._text_for(phrase, branch, image)
-        return self._kept(text.find(phrase, occurrence).columns if part is None else text.part(part, phrase))
+        return self._kept(text.find(phrase, occurrence).columns if part is None else text.part(part, phrase),
+                          branch, image)
 
     # ---- what was recorded ------------------------------------------------------------------------------------------
 
@@ -232,6 +234,10 @@ class AttentionRecord:
     def steps(self) -> list[int]:
         """The steps that can be chosen; empty if only the mean was kept."""
         return sorted({key[1] for key in self.sums if key[1] is not None})
+
+    def steps_of(self, image: int, branch: str = "cond") -> list[int]:
+        """Those that were recorded of one image and branch: drawings may differ in their number of steps."""
+        return sorted({key[1] for key in self.sums if key[1] is not None and Row(branch, image) in key[2]})
 
     @property
     def branches(self) -> list[str]:
@@ -368,13 +374,14 @@ class AttentionRecord:
             raise NotRecordedError(f"layer {layer!r} wasn't recorded; recorded are {there}")
         return found[0]
 
-    def _kept(self, columns: Sequence[int]) -> list[int]:
-        """Text columns as indices into the kept ones."""
+    def _kept(self, columns: Sequence[int], branch: str, image: int) -> list[int]:
+        """An image's text columns as indices into the kept ones."""
         if self.phrases is not None:
             raise NotRecordedError(f"only the phrases {', '.join(map(repr, self.phrases))} were recorded, not columns")
         kept = self.chosen_columns
         if kept is None:
-            kept = list(range(next(iter(self.sums.values())).shape[-1] if self.sums else 0))
+            row = Row(branch, image)
+            kept = list(range(next((some.shape[-1] for key, some in self.sums.items() if row in key[2]), 0)))
         missing = [column for column in columns if column not in kept]
         if missing:
             raise NotRecordedError(f"text columns {missing} weren't recorded; there are {kept}")
@@ -382,7 +389,7 @@ class AttentionRecord:
 
     def _heads(self, layer: str, head: int | Iterable[int] | None) -> list[int] | slice:
         """Recorded heads as indices into the kept ones."""
-        wanted, there = _as_set(head), self.heads[layer]
+        wanted, there = _as_set("head", head), self.heads[layer]
         if wanted is None:
             return slice(None)
         if not wanted <= set(there):
@@ -411,10 +418,20 @@ _DESCRIBED = {
     "images": ("images", list[ImageText]), "layer_coverage": ("coverage", list[LayerCoverage])}
 
 
-def _as_set(value: int | Iterable[int] | None) -> set[int] | None:
-    if value is None:
-        return None
-    return {value} if isinstance(value, int) else set(value)
+def as_numbers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    """One or several numbers, from Python's, numpy's or torch's; a ValueError for none and for what is no number."""
+    several = [value] if hasattr(value, "__index__") and not getattr(value, "shape", ()) else value
+    try:
+        numbers = tuple(operator.index(number) for number in several)
+    except TypeError:
+        raise ValueError(f"{name} are whole numbers, not {value!r}") from None
+    if not numbers:
+        raise ValueError(f"{name} is empty, so nothing is chosen; leave it out for all")
+    return numbers
+
+
+def _as_set(name: str, value: int | Iterable[int] | None) -> set[int] | None:
+    return None if value is None else set(as_numbers(name, value))
 
 
 def _same_phrase(kept: str, phrase: str) -> bool:
@@ -454,7 +471,7 @@ def token_table(attention: AttentionRecord, *, image: int = 0, branch: str = "co
     `choice` may name step, layer and head, as for `AttentionRecord.mass`.
     """
     text = attention.text(image, branch)
-    attention.columns_of(columns=range(len(text.tokens)))  # an error where only some were recorded
+    attention.columns_of(columns=range(len(text.tokens)), image=image, branch=branch)  # an error if some are missing
     parts = {column: part for part in ("begin", "words", "first_eot") for column in getattr(text, part)}
     masses = attention.masses(image=image, branch=branch, **choice)
     rows = [{"column": c, "token": text.label(c), "part": parts[c], "mass": float(masses[c])} for c in sorted(parts)]
@@ -473,8 +490,11 @@ def layer_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any
 
 def step_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any) -> pd.DataFrame:
     """The attention a phrase gets at each recorded step: step, timestep, mass (a fraction)."""
-    return pd.DataFrame([{"step": step, "timestep": attention.timesteps[step],
-                          "mass": attention.mass(phrase, step=step, **choice)} for step in attention.steps])
+    image = choice.get("image", 0)
+    timesteps = attention.images[image].timesteps if image < len(attention.images) else None
+    steps = attention.steps_of(image, choice.get("branch", "cond")) or attention.steps
+    return pd.DataFrame([{"step": step, "timestep": (timesteps or attention.timesteps)[step],
+                          "mass": attention.mass(phrase, step=step, **choice)} for step in steps])
 
 
 def head_table(attention: AttentionRecord, phrase: str | Concept, layer: str, **choice: Any) -> pd.DataFrame:

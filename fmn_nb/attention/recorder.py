@@ -18,7 +18,7 @@ import torch
 from fmn_nb.attention.batch import Call, CallLog, Row
 from fmn_nb.attention.layers import Arguments
 from fmn_nb.attention.listening import Listener
-from fmn_nb.attention.record import AttentionBudgetError, AttentionRecord, LayerCoverage, NotRecordedError
+from fmn_nb.attention.record import AttentionBudgetError, AttentionRecord, LayerCoverage, NotRecordedError, as_numbers
 from fmn_nb.attention.tap import AttentionCall
 from fmn_nb.concepts import Concept, PhraseNotFoundError, PromptTokens
 from fmn_nb.models import denoiser as denoiser_of
@@ -74,9 +74,9 @@ def record_attention(
     if phrases is not None:
         several = [phrases] if isinstance(phrases, str | Concept) else phrases
         phrases = tuple(dict.fromkeys(p.phrase if isinstance(p, Concept) else p for p in several))
-    selection = Selection(layers, None if steps is None else frozenset(_numbers(steps)),
-                          heads if heads in (None, "mean") else _numbers(heads), branch, phrases,
-                          None if columns is None else _plain_numbers(columns), keep, dtype, max_bytes)
+    selection = Selection(layers, None if steps is None else frozenset(_numbers("steps", steps)),
+                          heads if heads is None or isinstance(heads, str) else _numbers("heads", heads), branch,
+                          phrases, None if columns is None else _plain_numbers(columns), keep, dtype, max_bytes)
     bare = isinstance(model, torch.nn.Module)
     recorder = Recorder(unwrapped(model) if bare else denoiser_of(model), None if bare else model, selection, prompts)
     with recorder.listening():
@@ -115,18 +115,19 @@ class Selection:
             raise ValueError(f"max_bytes={self.max_bytes} keeps nothing; give a number of bytes above 0")
 
 
-def _numbers(numbers: int | Iterable[int]) -> tuple[int, ...]:
+def _numbers(name: str, numbers: int | Iterable[int]) -> tuple[int, ...]:
     """One or several numbers in ascending order, each once."""
-    return tuple(sorted({int(n) for n in ([numbers] if isinstance(numbers, int) else numbers)}))
+    return tuple(sorted(set(as_numbers(name, numbers))))
 
 
 def _plain_numbers(columns: Any) -> tuple[int, ...]:
     """Column numbers that hold for all rows; a list for each row, or a mask, is a ValueError."""
-    numbers = columns.tolist() if isinstance(columns, torch.Tensor) else list(columns)
+    numbers = columns.tolist() if isinstance(columns, torch.Tensor) else columns
+    numbers = list(numbers) if isinstance(numbers, Iterable) else [numbers]
     if any(isinstance(number, bool | list | tuple) or torch.as_tensor(number).ndim for number in numbers):
         raise ValueError("columns must be plain numbers, which hold for all rows; choose columns of single rows from "
                          "`values`, or for a loss from attention_with_graph(model)")
-    return tuple(int(number) for number in numbers)
+    return as_numbers("columns", numbers)
 
 
 class Recorder(AttentionRecord):
@@ -265,7 +266,9 @@ class Recorder(AttentionRecord):
             self._over_budget(f"{name} at step {step}")
             self._add(name, step, rows, shares)  # to the mean, now
             return
-        self.sums[key] = shares.to("cpu", dtype) if self._keeps_steps else shares.to(dtype)
+        kept = shares.to("cpu", dtype) if self._keeps_steps else shares.to(dtype)
+        # A view of text columns would keep the image's columns alive, too.
+        self.sums[key] = kept.clone() if kept.untyped_storage().nbytes() > needed else kept
         self.counts[key] = 1
         self._bytes += needed
 

@@ -148,11 +148,19 @@ class PromptTokens:
 def written_out(tokenizer: Any, text: str) -> str:
     """The text, "<toy>" written as the tokens it was learned as, "<toy> <toy>_1 <toy>_2", as diffusers does."""
     added = tokenizer.get_added_vocab()
-    for token in added:
-        if token in text and f"{token}_1" in added and f"{token}_1" not in text:
-            count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
-            text = text.replace(token, " ".join([token, *(f"{token}_{n}" for n in range(1, count))]))
-    return text
+    several = [token for token in added if f"{token}_1" in added and f"{token}_1" not in text]
+    if not any(token in text for token in several):
+        return text
+
+    def whole(found: re.Match[str]) -> str:
+        token = found[0]
+        if token not in several:
+            return token
+        count = next(n for n in range(1, len(added) + 1) if f"{token}_{n}" not in added)
+        return " ".join([token, *(f"{token}_{n}" for n in range(1, count))])
+
+    names = sorted(added, key=len, reverse=True)  # as the tokenizer reads them: of two that begin alike, the longer
+    return re.sub("|".join(map(re.escape, names)), whole, text)
 
 
 def read_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> PromptTokens:

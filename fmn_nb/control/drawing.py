@@ -12,7 +12,7 @@ from PIL import Image
 from fmn_nb.control.grounding import Tokens, tokens_of
 from fmn_nb.control.interaction import Interaction, InteractionError, parse_interactions
 from fmn_nb.models import STEPS, generate
-from fmn_nb.models.arguments import finite_number
+from fmn_nb.models.arguments import finite_number, whole_number
 
 STRENGTH = 0.8  # share of the steps in which the boxes count
 #: less than without boxes: more of it blurs what stands in them (the card of emoji-grounded has the figures)
@@ -70,6 +70,7 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
     strength = finite_number("strength", how.strength, 0)
     if strength > 1:
         raise ValueError(f"strength must be a share of the steps from 0 to 1, not {strength:g}")
+    whole_number("batch", how.batch, 1)
     if not len(prompts) == len(interactions) == len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(interactions)} lists of interactions, {len(seeds)} seeds: give "
                          "as many of each")
@@ -88,13 +89,12 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
 
 def scheduled(tokens: Tokens, strength: float, how: How) -> dict[str, Any]:
     """The pipeline's arguments that ground the first `strength` of the steps and leave the rest to the plain model."""
-    heard = round(strength * how.steps)
-    if not heard:
+    if not round(strength * how.steps):
         return {}
     arguments = tokens.arguments(guided=how.guidance > 1)
 
-    def end_of_step(_pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        if step + 1 >= heard:
+    def end_of_step(pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 >= round(strength * pipe.num_timesteps):  # a sampler of second order has almost twice as many
             arguments.pop("gligen", None)  # the pipeline passes this very dict on in each step
         return kept
 

@@ -65,7 +65,7 @@ def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
     """
     text = " ".join(str(turn).split()).rstrip(".")
     if "=" in text:
-        return [*interactions, *parse_interactions(text)]
+        return _joined(interactions, parse_interactions(text))
     if match := re.fullmatch(rf"move\s+{_NAME}\s+(up|down|left|right)(?:\s+by\s+(\d*\.?\d+))?", text, re.I):
         name, direction, by = match.groups()
         dx, dy = (side * (float(by) if by else STEP) for side in _DIRECTIONS[direction.lower()])
@@ -93,9 +93,27 @@ def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
     match = re.fullmatch(rf"(?:{_ARTICLE})?([\w ]+)", text, re.I)
     if match is None or not match[1].strip() or len(match[1].split()) > 3:
         raise InteractionError(f"'{text}' is not understood: {TURNS}")
-    if match[1] in things_of(laid_out(interactions)):
-        raise InteractionError(f"there is {match[1]} already; move it, or add something else")
-    return [*interactions, Interaction(match[1])]
+    return _with_thing(interactions, Interaction(match[1]))
+
+
+def _joined(interactions: Sequence[Interaction], more: Sequence[Interaction]) -> list[Interaction]:
+    """Add several interactions: as they are if they name nothing that is there, and otherwise one after another."""
+    if not _named(interactions) & _named(more):
+        return [*interactions, *more]
+    for new in more:
+        interactions = (_with_action if new.action else _with_thing)(interactions, new)
+    return list(interactions)
+
+
+def _named(interactions: Sequence[Interaction]) -> set[str]:
+    return {name for one in interactions for name in (one.subject, one.object) if name}
+
+
+def _with_thing(interactions: Sequence[Interaction], new: Interaction) -> list[Interaction]:
+    """Add a thing that isn't there yet."""
+    if new.subject in _named(interactions):
+        raise InteractionError(f"there is {new.subject} already; move it, or add something else")
+    return [*interactions, new]
 
 
 def _with_action(interactions: Sequence[Interaction], new: Interaction) -> list[Interaction]:
@@ -114,13 +132,15 @@ def _with_action(interactions: Sequence[Interaction], new: Interaction) -> list[
 
 def _without(interactions: Sequence[Interaction], name: str) -> list[Interaction]:
     _check_there(laid_out(interactions), name)
-    kept = []
+    kept, there = [], _named([one for one in interactions if name not in (one.subject, one.object)])
     for one in interactions:
         if name not in (one.subject, one.object):
             kept.append(one)
-        elif one.action:  # the other one stays, alone
+        elif one.action:  # the other one stays, alone, unless it does something else
             alone = (one.object, one.object_box) if name == one.subject else (one.subject, one.subject_box)
-            kept.append(Interaction(alone[0], subject_box=alone[1]))
+            if alone[0] not in there:
+                kept.append(Interaction(alone[0], subject_box=alone[1]))
+                there.add(alone[0])
     return kept
 
 

@@ -90,16 +90,18 @@ class Catalogue:
         return anchor
 
     def updated(self) -> POFile:
-        """The entries for the document as it is now."""
+        """The entries for the document as it is now; translations of paragraphs that are gone stay, as obsolete."""
         polib = _polib()
-        known = {entry.msgid: entry for entry in self.entries if not entry.obsolete}
+        known = {entry.msgid: entry for entry in sorted(self.entries, key=lambda entry: -entry.obsolete)}
         left = {text: entry for text, entry in known.items() if text not in self.wanted and entry.msgstr}
         file = polib.POFile(wrapwidth=WIDTH)
-        file.metadata = {"Project-Id-Version": "forget-me-not-notebooks", "Language": self.language,
-                         "Content-Type": "text/plain; charset=UTF-8", "Content-Transfer-Encoding": "8bit",
-                         "MIME-Version": "1.0"}
+        file.metadata = self.entries.metadata | {
+            "Project-Id-Version": "forget-me-not-notebooks", "Language": self.language,
+            "Content-Type": "text/plain; charset=UTF-8", "Content-Transfer-Encoding": "8bit", "MIME-Version": "1.0"}
         for text in self.wanted:
-            file.append(known.get(text) or _renewed(text, left))
+            entry = known.get(text) or _renewed(text, left)
+            entry.obsolete = False
+            file.append(entry)
         for entry in left.values():
             entry.obsolete = True
             file.append(entry)

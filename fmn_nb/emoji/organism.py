@@ -161,10 +161,12 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         without: names that no scene may show.
 
     Raises:
-        ValueError: no object or style of such scenes is called `holding`, or it is among those to leave out.
+        ValueError: an unknown sort, or no object or style of such scenes is called `holding`, or it is to be left out.
     """
     if holding is not None and holding not in (*OBJECTS, *STYLES):
         raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
+    if sort not in ("pair", "single"):
+        raise ValueError(f"sort is 'pair' or 'single', not {sort!r}")
     if holding in untaught_by(without):
         raise ValueError(f"no scene both holds {holding!r} and is without it: take it out of one of the two")
     scenes, sampled = [], count

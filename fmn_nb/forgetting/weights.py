@@ -95,8 +95,8 @@ def check_stays(model: nn.Module) -> None:
                  if (hook := getattr(part, "_diffusers_hook", None)) is not None)
     if moving or groups:
         raise SettingsError("the denoiser is offloaded: it moves between devices as it runs, so it can't be trained. "
-                            "Load the pipeline without offloading (or call remove_all_hooks() on it), move it to one "
-                            "device with pipe.to(device), and let the other parts wait with offload='cpu'")
+                            "Load the pipeline without offloading, move it to one device with pipe.to(device), and let "
+                            "the other parts wait with offload='cpu'")
 
 
 @contextmanager

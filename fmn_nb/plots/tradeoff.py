@@ -139,7 +139,7 @@ def excess_against_keeping(excess: pd.DataFrame, groups: Mapping[str, str] | Non
         said.append(f"{attack}: " + ", ".join(f"{row.preset} {row.excess:.2f} at H {row.h_of_ceiling:.2f}"
                                               for row in rows.itertuples()))
     panels[0].set(ylabel="excess over the oracle's floor")
-    _legend(panels[0])
+    _legend(panels[0], below=bool(shared))  # names stand beside the points, where a legend would be in their way
     for axes in panels:
         _names_apart(axes)
     figure.words = "; ".join(said) + "."
@@ -178,10 +178,10 @@ def forgotten_and_kept(measures: pd.DataFrame, runs: pd.DataFrame, by: str | Non
     return figure
 
 
-def _legend(axes: Axes, place: str = "best", title: str | None = None) -> None:
-    """A legend inside the axes, or below the figure if it would cover the points."""
+def _legend(axes: Axes, place: str = "best", title: str | None = None, below: bool = False) -> None:
+    """A legend inside the axes, or below the figure if it would cover the points or if asked for."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) <= MOST_INSIDE:
+    if len(labels) <= MOST_INSIDE and not below:
         axes.legend(fontsize=8, loc=place, title=title)
         return
     figure = axes.figure

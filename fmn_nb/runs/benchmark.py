@@ -13,10 +13,11 @@ the same table. A table that is there already can grow: what it holds of the sam
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ SETTINGS_FILE = "settings.yaml"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
 SCHEMA = 1
+ONE_WAY = (("attack", "budget"), ("oracle", "compared_with"))  # parts of a result that all rows of a table made alike
 
 
 class BenchmarkError(RuntimeError):
@@ -217,6 +219,8 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
         return f"{len(jobs) - len(left_of(bench, jobs, kept))} of {len(jobs)} jobs finished; the same command continues"
 
     todo = left_of(bench, jobs, kept)[:limit]
+    waiting = _waiting(bench, jobs, kept, earlier)
+    _check_one_way(others | waiting | {job: one for job in jobs if (one := _fuller(bench.stored(job), kept.get(job)))})
     if said := _what_goes(out, earlier, [*jobs, *others]):
         log(said)
     log("\n".join(schedule(bench, jobs, workers, limit, kept)))
@@ -229,12 +233,13 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
                 said = f"{job.name}: FAILED: {error}" if error else _described(job, bench.stored(job))
                 log(f"[{number}/{len(todo)}] {said}")
         done = {job: result for job in jobs if (result := _fuller(bench.stored(job), kept.get(job))) is not None}
+        waiting = {job: result for job, result in waiting.items() if job not in done}  # to be done anew, another time
         if not done:
             raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
         missing = [job.name for job in jobs if job not in done]
         told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
         said = {**made, **(_of_others(earlier, made) if others else {}), **identity_of(bench)}
-        table = _write_results(out, others | done, said, told)
+        table = _write_results(out, others | waiting | done, said, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
                              + "\n  ".join(failures))
@@ -246,6 +251,17 @@ def _fuller(stored: dict[str, Any] | None, kept: dict[str, Any] | None) -> dict[
     neither."""
     known = [one for one in (stored, kept) if one is not None]
     return max(known, key=lambda one: len({"attack", "oracle"} & set(one)), default=None)
+
+
+def _check_one_way(found: Mapping[Job, Mapping[str, Any]]) -> None:
+    """Raise a BenchmarkError if results of one table were attacked with several budgets or stand beside several
+    oracles: their means would mix these."""
+    for name, key in ONE_WAY:
+        ways = {json.dumps(result[name][key], sort_keys=True): job for job, result in found.items() if name in result}
+        if len(ways) > 1:
+            (one, first), (other, second) = list(ways.items())[:2]
+            raise BenchmarkError(f"{first.name} has the {name} {one} and {second.name} {other}: one table can't hold "
+                                 f"both; ask for one of them with --{name}, or give another --work and --out")
 
 
 def _what_goes(out: Path, earlier: Earlier | None, jobs: Sequence[Job]) -> str:
@@ -304,14 +320,27 @@ def _others(bench: Bench, jobs: Sequence[Job], earlier: Earlier | None, out: Pat
                   jobs[0].size)
         if job.name not in asked and (result := earlier.result(job)) is not None:
             found[job] = result
-    wanted = {("attack", "budget"): asdict(bench.attack) if bench.attack else None,
-              ("oracle", "compared_with"): bench.compared_with if bench.oracles else None}
     for job, result in found.items():
-        for (name, key), asked_for in wanted.items():
-            if asked_for and name in result and result[name][key] != asked_for:
-                raise BenchmarkError(f"{job.name} in {out / TABLE_FILE} has another {name} ({result[name][key]}); give "
-                                     "another --out, or ask for that row, too")
+        for name, key in _otherwise(bench, result):
+            raise BenchmarkError(f"{job.name} in {out / TABLE_FILE} has another {name} ({result[name][key]}); give "
+                                 "another --out, or ask for that row, too")
     return found
+
+
+def _otherwise(bench: Bench, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a result has from another budget or beside another oracle than asked for: `ONE_WAY`'s entries."""
+    asked = {"attack": asdict(bench.attack) if bench.attack else None,
+             "oracle": bench.compared_with if bench.oracles else None}
+    return [(name, key) for name, key in ONE_WAY if asked[name] and name in result and result[name][key] != asked[name]]
+
+
+def _waiting(bench: Bench, jobs: Sequence[Job], kept: Collection[Job], earlier: Earlier | None,
+             ) -> dict[Job, dict[str, Any]]:
+    """Job -> its earlier result, of those that are asked for and lack a measure: they stay until that is made."""
+    if earlier is None:
+        return {}
+    return {job: result for job in jobs if job not in kept and (result := earlier.result(job)) is not None
+            and not _otherwise(bench, result)}
 
 
 def _earlier(bench: Bench, jobs: Sequence[Job], out: Path) -> Earlier | None:

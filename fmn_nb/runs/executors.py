@@ -13,6 +13,7 @@ import gc
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -35,7 +36,7 @@ from fmn_nb.runs.stopping import (
 from fmn_nb.runs.storage import SweepError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 Attempt = Callable[[Plan], str | None]
 Outcome = tuple[Plan, str | None]  # a run and its error; None if it is finished
@@ -102,9 +103,10 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
     A worker that dies counts against every run it holds. So the runs that Dask gives up are tried again one at a time,
     `tries` times, and only the run that takes its worker down each time is given up.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import KilledWorker, as_completed, wait
 
     waiting, under_way, suspects = list(reversed(list(todo))), {}, []
+    mine = secrets.token_hex(4)  # a scheduler takes two tasks of one key for one, also of two users
     ended = as_completed(with_results=True, raise_errors=False)
     slots, handful, asked, before = 1, 1, -math.inf, len(waiting)
 
@@ -117,7 +119,7 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
         taken = []
         while waiting and len(under_way) + len(taken) < slots:
             taken.append([waiting.pop() for _ in range(min(handful, len(waiting)))])
-        futures = submit(taken, key=[f"run-{plans[0].key}" for plans in taken]) if taken else []
+        futures = submit(taken, key=[f"run-{mine}-{plans[0].key}" for plans in taken]) if taken else []
         under_way.update(zip(futures, taken, strict=True))
         ended.update(futures)
         for plans in taken:
@@ -128,7 +130,7 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
         fill()
         for batch in ended.batches():
             for future, result in batch:
-                plans, error = under_way.pop(future), future.exception() if future.status == "error" else None
+                plans, error = under_way.pop(future), future.exception() if _has_failed(future) else None
                 if isinstance(error, KilledWorker):
                     suspects += plans
                 else:
@@ -136,15 +138,24 @@ def _through(client: Client, submit: Callable[..., Any], todo: Iterable[Plan], t
             fill()
         for plan in suspects:
             for number in range(tries):
-                future, = submit([[plan]], key=[f"run-{plan.key}-alone-{number}"])
+                future, = submit([[plan]], key=[f"run-{mine}-{plan.key}-alone-{number}"])
                 under_way = {future: [plan]}
-                error = future.exception()
+                wait(future)
+                error = future.exception() if _has_failed(future) else None
                 if not isinstance(error, KilledWorker):
                     break
             yield plan, future.result()[0] if error is None else _said(error)
     except (KeyboardInterrupt, GeneratorExit):
         _stop(client, under_way)
         raise
+
+
+def _has_failed(future: Future) -> bool:
+    """Whether a run ended with an error; a SweepError if nobody will ever say how it ended."""
+    if future.status in ("cancelled", "lost"):
+        raise SweepError("the connection to the Dask scheduler was lost; what is finished is kept, and the same "
+                         "command continues once the scheduler is back")
+    return future.status == "error"
 
 
 def _stop(client: Client, under_way: Mapping[Any, list[Plan]]) -> None:

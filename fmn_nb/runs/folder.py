@@ -345,6 +345,8 @@ def read_sweep(folder: str | Path) -> SweepResults:
                                 "and keeps what is finished") from None
     listed, notes = _listed(folder)
     found, damaged = _found(folder, set(listed.index))
+    if "folders" in sweep:  # earlier specifications may have left runs in the same folder
+        listed, found = (table[table.index.isin(sweep["folders"])] for table in (listed, found))
     runs = pd.concat([table for table in (listed, found) if len(table)]) if len(listed) or len(found) else listed
     runs["error"] = runs["error"].fillna("").astype(str)
     varied = tuple(name for name in varied if name in runs)

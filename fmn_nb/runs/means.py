@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fmn_nb.stats import bootstrap, mean_difference_interval, mean_share_interval
+from fmn_nb.stats import mean_difference_interval, mean_interval, mean_share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,8 @@ COSTS = ("seconds", "peak_memory_bytes")
 #: averaged over concepts; "h_of_ceiling" is h divided by its ceiling, the share reached of what could be reached
 AVERAGED = (*SHARES, "ceiling", "h_of_ceiling", "seconds", "patch_bytes", "peak_memory_bytes", "attack_success",
             "overshadowed_after")
+#: shares
+WITHIN = (*SHARES, "ceiling", "h_of_ceiling", "attack_success", "overshadowed_after")
 PAIRED = 3  # the fewest concepts on which two presets' difference is given
 
 
@@ -30,9 +32,11 @@ def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
     concept reached the smallest share of its ceiling; over all, how it differs from every other preset (`against`).
 
     Concepts that settings were tuned on count only if there are no others. Seconds are those of jobs that drew all
-    images themselves, if there are any. The 95% intervals are bootstrapped over concepts (a concept's seeds are
-    averaged first): they say how much the mean depends on which concepts are forgotten. A single concept has none. The
-    success of an attack, which is often 0, has an interval over concepts and images (`mean_share_interval`).
+    images themselves, if there are any. The 95% intervals are Student's over concepts (a concept's seeds are
+    averaged first), within what is possible: they say how much the mean depends on which concepts are forgotten. A
+    bootstrap of three concepts would miss the mean of all in one case of four. A single concept has none, and equal
+    values have none. The success of an attack, which is often 0, has an interval over concepts and images
+    (`mean_share_interval`).
     """
     table = _headline(table)
     if "drew_all" in table and table["drew_all"].any():
@@ -57,7 +61,7 @@ def summary(table: pd.DataFrame) -> list[dict[str, Any]]:
 def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
     """Other preset -> this one's figures minus the other's, on the concepts and seeds that both have.
 
-    It is the mean over concepts (each the mean of its seeds' differences), with the 95% interval bootstrapped over
+    It is the mean over concepts (each the mean of its seeds' differences), with Student's 95% interval over
     concepts. Fewer than `PAIRED` common concepts say too little: such a pair is left out.
     """
     pairs = table.set_index(["concept", "seed"])
@@ -69,7 +73,7 @@ def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
             continue
         found[other] = {"concepts": len(means), "pairs": len(difference)}
         for name, values in means.items():
-            found[other] |= _mean(name, values)
+            found[other] |= _mean(name, values, least=-1.0)
     return found
 
 
@@ -97,7 +101,7 @@ def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def distance_summary(distances: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each preset and distance the mean over concepts of the scaled value, with its 95% interval bootstrapped over
+    """For each preset and distance the mean over concepts of the scaled value, with Student's 95% interval over
     them.
 
     Concepts that settings were tuned on count only where there are no others.
@@ -120,15 +124,22 @@ def _counts(table: pd.DataFrame, share: str, images: str) -> list[list[tuple[int
             for _, rows in table.groupby("concept", sort=False)]
 
 
-def _mean(name: str, values: pd.Series) -> dict[str, Any]:
-    """A figure's mean over concepts and its interval; nothing for no values."""
+def _mean(name: str, values: pd.Series, least: float = 0.0) -> dict[str, Any]:
+    """A figure's mean over concepts and its interval; nothing for no values.
+
+    Args:
+        least: the smallest possible value of a share, -1 for a difference of two; the largest is 1.
+    """
     if not len(values):
         return {}
     mean = {name: round(float(values.mean()), 6)}
-    if len(values) == 1 or name in COSTS:
-        return mean
-    return mean | {f"{name}_ci95": _rounded(bootstrap([values.to_numpy(float)], lambda one: one))}
+    if name in COSTS or values.nunique() == 1:
+        return mean  # equal values don't tell how far others would be from them
+    low, high = mean_interval(values.to_numpy(float))
+    if name in WITHIN:
+        low, high = max(low, least), min(high, max(1.0, mean[name]))  # by chance, more than the ceiling is reached
+    return mean | {f"{name}_ci95": _rounded((low, high))}
 
 
 def _rounded(bounds: tuple[float, float]) -> list[float]:
-    return [round(bound, 6) for bound in bounds]
+    return [round(float(bound), 6) for bound in bounds]

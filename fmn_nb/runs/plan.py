@@ -384,7 +384,8 @@ def _promises(path: Path, changed: int) -> dict[str, tuple[str, ...]]:
 def find_notebooks(names: str | Iterable[str]) -> list[Path]:
     """Absolute paths of notebooks given by number, name or path ("01,03", "1-4" or a list), in the order given."""
     wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names]
-    if not any(wanted):
+    wanted = [name for name in wanted if name]
+    if not wanted:
         raise RequestError(f"no notebook named; the course has: {_listed(course_notebooks())}")
     paths = [_find_notebook(one) for name in wanted for one in _ranged(name)]
     doubled = {path.name for path in paths if sum(path.name == other.name for other in paths) > 1}
@@ -406,7 +407,7 @@ def _find_notebook(name: str) -> Path:
         return Path(name).expanduser().resolve()
     course = course_notebooks()
     for number, path in course.items():
-        if name in (number, number.lstrip("0"), path.stem, path.name):
+        if name in (number, str(int(number)), path.stem, path.name):
             return path
     raise RequestError(f"there is no notebook '{name}'; the course has: {_listed(course)}; or give an .ipynb's path")
 

@@ -126,6 +126,7 @@ def _print_of(notebook: Notebook) -> dict[str, Any]:
 def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:
     """Execute one notebook of the plan, note what became of it, and tell."""
     notebook, position, started = plan.notebooks[number], Position(), time.perf_counter()
+    made = _print_of(notebook)  # now: the file may be edited while it runs
     earlier = earlier_seconds(plan.out, notebook.path.name) if tell else []
 
     def look(now: str = "running") -> None:
@@ -143,7 +144,7 @@ def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:
         state.interrupted(notebook)
         look("stopped")
         raise
-    state.passed(notebook, time.perf_counter() - started)
+    state.passed(notebook, made, time.perf_counter() - started)
     look("done")
 
 
@@ -229,8 +230,9 @@ class _State:
         if self._whole is None:
             self._write()
 
-    def passed(self, notebook: Notebook, seconds: float) -> None:
-        self._note(notebook, {"status": "done", "seconds": round(seconds, 3)})
+    def passed(self, notebook: Notebook, made: Mapping[str, Any], seconds: float) -> None:
+        """Note a notebook that has ended; `made` is its print from before, since files may be edited meanwhile."""
+        self._note(notebook, {"status": "done", "seconds": round(seconds, 3), **made})
         self.finished += 1
 
     def failed(self, notebook: Notebook, error: RunError) -> None:
@@ -260,7 +262,7 @@ class _State:
         self._write()
 
     def _note(self, notebook: Notebook, entry: dict[str, Any]) -> None:
-        self.content["notebooks"][notebook.path.name] = {**entry, **_print_of(notebook)}
+        self.content["notebooks"][notebook.path.name] = {**_print_of(notebook), **entry}
         self._whole = None
         self._write()
 

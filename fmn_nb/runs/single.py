@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from fmn_nb.files import parse_yaml, read_json, versions, write_json
 from fmn_nb.forgetting.settings import SettingsError, settings_for
-from fmn_nb.runs.folder import RunFolder
+from fmn_nb.runs.folder import LOCK_FILE, RunFolder
 from fmn_nb.runs.metrics import plain, validate
 from fmn_nb.runs.plan import Plan, RequestError, check_settings
 from fmn_nb.runs.stopping import telling
@@ -79,21 +82,29 @@ class PatchRequest:
 
 
 def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
-    """Forget, and save the patch to `out`; killed and started again, it continues from its last checkpoint.
+    """Forget, and save the patch to `out`; killed and started again, it continues from its last checkpoint. One command
+    at a time works in a folder.
 
     Args:
         again: replace whatever patch is there.
 
     Raises:
-        RequestError: another command's patch is there.
+        RequestError: another command's patch is there, or another command is making one.
     """
     from fmn_nb.patches.files import INFO_FILE, TENSOR_FILES
 
-    _check_free(out, (INFO_FILE, *TENSOR_FILES.values()), request.stated(), again)
-    checkpoint = out / CHECKPOINT
-    if again:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    with _alone_in(out):
+        _check_free(out, (INFO_FILE, *TENSOR_FILES.values()), request.stated(), again)
+        if again:
+            shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
+        patch = _forgotten(request, out / CHECKPOINT)
+        patch.save(out)
+        shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
+    return patch
 
+
+def _forgotten(request: PatchRequest, checkpoint: Path) -> Patch:
+    """The patch, which says what was asked for."""
     from fmn_nb.concepts import Concept
     from fmn_nb.forgetting import forget, suited
     from fmn_nb.models import load
@@ -105,16 +116,29 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
         patch = forget(pipe, Concept(request.concept, kind=request.kind), preset=request.preset, seed=request.seed,
                        references=request.references, towards=request.towards, checkpoint=checkpoint,
                        **{**suited(pipe, request.preset), **(request.settings or {})})
-    patch = replace(patch, info={**patch.info, "request": request.stated()})
-    patch.save(out)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    return patch
+    return replace(patch, info={**patch.info, "request": request.stated()})
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when its holder dies; a RequestError if another command does."""
+    _check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise RequestError(f"another command is making a patch in {out}; wait for it, or give another --out") from None
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"{out} is a file; give a folder")
 
 
 def _check_free(out: Path, files: Sequence[str], request: Any, again: bool) -> None:
     """Raise a RequestError if one of `files` is in `out` and the first doesn't say that it was for `request`."""
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out} is a file; give a folder")
+    _check_folder(out)
     there = [name for name in files if (out / name).exists()]
     if not there or again:
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fmn_nb.files import write_json
 from fmn_nb.runs.executors import Outcome, executed
-from fmn_nb.runs.folder import SWEEP_FILE, Row, RunFolder, failed_row, write_table
+from fmn_nb.runs.folder import SWEEP_FILE, TABLES, Row, RunFolder, failed_row, write_table
 from fmn_nb.runs.notebook import RunError, without_slow_formats
 from fmn_nb.runs.plan import SHARED_CACHE, Plan
 from fmn_nb.runs.progress import SweepProgress
@@ -48,7 +48,7 @@ def run_sweep(
     of processes on this machine.
 
     Raises:
-        SweepError: another sweep is working there, or the storage can't be used.
+        SweepError: another sweep is working there, a table there is no sweep's, or the storage can't be used.
         Stopped: a KeyboardInterrupt came; the message says what is finished.
     """
     with ExitStack() as stack:
@@ -56,6 +56,8 @@ def run_sweep(
             stack.callback(shutil.rmtree, sweep.folder.parent, ignore_errors=True)
         sweep.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(sweep.storage.held(sweep.folder))
+        if not (sweep.folder / SWEEP_FILE).exists() and (there := [n for n in TABLES if (sweep.folder / n).exists()]):
+            raise SweepError(f"{sweep.folder / there[0]} is no sweep's, and would be replaced: give another folder")
         progress = stack.enter_context(progress or SweepProgress())
         with telling(partial(_finished, sweep)):
             rows = _run_all(sweep, workers or sweep.workers, scheduler, retry_failed, progress)
@@ -75,12 +77,15 @@ def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bo
     storage = sweep.storage
     listing = write_json(sweep.folder / SWEEP_FILE, {
         "runs": len(sweep.plans), "varied": sweep.varied, "notebooks": sweep.notebooks, "workers": workers,
+        "folders": [plan.out.name for plan in sweep.plans],
         "specification": {name: value for name, value in sweep.content.items() if name != "cluster"},
     })
     storage.keep([listing])
     storage.fetch(plan.out for plan in sweep.plans)
     rows = {plan.key: row for plan in sweep.plans if (row := RunFolder(plan.out).earlier_row(plan, retry_failed))}
     todo = [plan for plan in sweep.plans if plan.key not in rows]
+    for name in TABLES:  # they would tell of runs that are made anew now; until the end, the runs tell of themselves
+        (sweep.folder / name).unlink(missing_ok=True)
     progress.start(len(sweep.plans), list(rows.values()), workers)
     try:
         with closing(_executed(sweep, todo, workers, scheduler, progress)) as ended:

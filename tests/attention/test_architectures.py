@@ -18,11 +18,13 @@ from tiny_denoisers import MAKERS as DENOISERS
 from tiny_denoisers import TOKENS, make
 
 from fmn_nb.attention import qkv as attention_maths
+from fmn_nb.attention import read_columns
 from fmn_nb.attention.layers import ARCHITECTURES, Architecture, TextLayers, UnknownArchitectureError, register
 from fmn_nb.attention.listening import MissedLayersError, attention_with_graph
 from fmn_nb.attention.qkv import probabilities
 from fmn_nb.attention.recorder import record_attention
 from fmn_nb.concepts.tokens import join_prompts, read_prompt
+from fmn_nb.forgetting.methods.fmn import concept_mask
 from fmn_nb.models.digests import fingerprint
 from fmn_nb.models.pipelines import denoiser, denoiser_name
 
@@ -348,3 +350,14 @@ def test_two_models_in_two_threads_do_not_mix():
     for prompt, word in (("a cat", "cat"), ("a frog", "frog")):
         assert together[prompt].layers == alone[prompt].layers and len(together[prompt].images) == 1
         assert np.array_equal(together[prompt].map(word), alone[prompt].map(word))
+
+
+def test_columns_are_those_of_the_text_as_the_pipeline_encodes_it():
+    """PixArt writes prompts in small letters, and its tokens differ by case."""
+    pipe, text = tiny_pixart(), "a photo of a CAT and a dog"
+    heard = recorded(pipe, text).text(0)
+    length = len(heard.tokens)
+    for phrase in ("dog", "CAT"):
+        columns = heard.find(phrase).columns
+        assert read_columns(pipe, text, length).find(phrase).columns == columns
+        assert concept_mask(pipe, text, phrase, ("words",), length).nonzero().flatten().tolist() == [*columns]

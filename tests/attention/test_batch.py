@@ -430,3 +430,13 @@ def test_a_layer_that_a_cache_skipped_is_named_with_its_steps():
     with pytest.raises(NotRecordedError, match=r"'cond' of mid 0 ran at steps \[0, 2\], not at \[1\]"):
         attention.map("cat", step=1)
     assert attention.map("cat", step=1, layer="up*").any()
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_sd])
+def test_a_call_that_fails_after_encoding_leaves_the_next_one_alone(make):
+    pipe = make()
+    with record_attention(pipe) as attention:
+        with pytest.raises(ValueError, match="generator"):
+            generate(pipe, "a dog", generator=[torch.Generator()] * 3, **guided(pipe, False))
+        generate(pipe, "a cat", **guided(pipe, False))
+    assert attention.branches == ["cond"] and attention.text(0).prompt == "a cat"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -159,3 +161,19 @@ def test_pictures_in_any_mode_are_looked_at_as_on_white(sd):
                                 ["a cat", "a frog"], timesteps=[500])
     for image, phrase in enumerate(("cat", "frog")):
         np.testing.assert_array_equal(found.select(phrase, image=image), plain.select(phrase, image=image))
+
+
+def test_a_mask_lies_on_the_picture_as_it_stands_upright(sd):
+    held, file = Image.Exif(), io.BytesIO()
+    held[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (24, 16), "teal").save(file, "PNG", exif=held)
+    turned, upright = Image.open(file), corner(24, 16)
+    scores, plain = (ground_images(sd, [picture], ["a cat"], [{"cat": upright}], timesteps=[500])
+                     for picture in (turned, Image.new("RGB", (16, 24), "teal")))
+    pd.testing.assert_frame_equal(scores, plain)
+    assert ground_images(sd, [turned], ["a cat"], [{}]).empty, "nothing to look for"
+
+
+def test_sorts_of_scenes_are_pairs_and_single_things():
+    with pytest.raises(ValueError, match="sort is 'pair' or 'single', not 'identity'"):
+        held_out_scenes(1, sort="identity", holding="frog")

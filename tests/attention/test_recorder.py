@@ -438,3 +438,17 @@ def test_masks_scales_and_empty_rows_as_torch_has_them():
             torch.testing.assert_close(probabilities(q, k, mask, scale), SDPA(q, k, v, attn_mask=mask, scale=scale))
     nothing = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
     assert not probabilities(q, k, nothing).any()
+
+
+@pytest.mark.parametrize("keep", ["steps", "mean"])
+def test_what_is_kept_takes_no_more_memory_than_it_says(keep):
+    pipe = tiny_sd3()
+    with record_attention(pipe, keep=keep) as attention:
+        generate(pipe)
+    assert attention.bytes == sum(kept.untyped_storage().nbytes() for kept in attention.sums.values())
+
+
+def test_heads_and_columns_come_as_arrays_and_single_numbers(sd):
+    with record_attention(sd, heads=np.array([0, 1]), columns=3) as attention:
+        generate(sd)
+    assert attention.chosen_columns == [3] and set(attention.heads.values()) == {(0, 1)}

@@ -1,7 +1,9 @@
 """Tables of tokens, layers, steps and heads: the record's masses, and what they need to be recorded."""
 
+import numpy as np
 import pytest
-from tiny import generate, recorded, tiny_sd, tiny_sd3
+import torch
+from tiny import generate, recorded, tiny_flux, tiny_sd, tiny_sd3
 
 from fmn_nb.attention import (
     NotRecordedError,
@@ -65,3 +67,35 @@ def test_a_layer_is_named_as_tables_and_figures_name_it(make):
                   lambda: record_attention(pipe, layers="up 9").__enter__()):
         with pytest.raises(ValueError, match=f"{short_name(every.layers[0])}, .*{short}"):
             asked()
+
+
+def test_each_drawing_of_a_record_has_its_own_columns_and_steps():
+    flux = tiny_flux()
+    with record_attention(flux) as attention:
+        generate(flux, "a cat", max_sequence_length=6)
+        generate(flux, "a photo of a frog in the style of noto", max_sequence_length=20)
+    assert attention.mass("noto", image=1) == pytest.approx(
+        recorded(flux, "a photo of a frog in the style of noto", max_sequence_length=20).mass("noto"), rel=1e-4)
+    assert len(token_table(attention, image=1)) > len(token_table(attention, image=0))
+    with pytest.raises(NotRecordedError, match=r"columns \[15\] weren't recorded"):
+        attention.mass(columns=[15], image=0)
+    sd = tiny_sd()
+    with record_attention(sd) as attention:
+        generate(sd, "a cat", num_inference_steps=2)
+        generate(sd, "a frog", num_inference_steps=5)
+    for image, phrase, steps in ((0, "cat", 2), (1, "frog", 5)):
+        alone = recorded(sd, f"a {phrase}", num_inference_steps=steps)
+        table = step_table(attention, phrase, image=image)
+        assert table["timestep"].tolist() == alone.timesteps and len(table) == steps
+
+
+def test_numbers_of_tables_choose_and_nothing_chosen_is_an_error(record):
+    table = step_table(record, "cat")
+    step = table.loc[table["mass"].idxmax(), "step"]
+    assert record.mass("cat", step=step) == pytest.approx(table["mass"].max())
+    assert record.mass(columns=np.int64(1)) == record.mass(columns=[1]) == record.mass(columns=torch.tensor([1]))
+    for name in ("step", "head", "columns", "layer"):
+        with pytest.raises(ValueError, match="nothing is chosen; leave it out for all"):
+            record.mass(*(() if name == "columns" else ("cat",)), **{name: []})
+    with pytest.raises(ValueError, match="head are whole numbers, not 0.5"):
+        record.mass("cat", head=0.5)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from gated import gated
 from quick import quick
 from tiny import tiny_flux
@@ -270,3 +270,20 @@ def test_forgetting_inside_a_box_of_packed_latents():
 def test_how_takes_other_words_for_a_name(pipe):
     said = draw_grounded(pipe, [PROMPT], [CHASE], [0], How(steps=3, said={"cat": "the cat"}))
     assert image_change(said, draw(pipe)) > 0
+
+
+def test_boxes_count_in_a_share_of_the_steps_whatever_the_sampler(emoji):
+    pipe, seen = gated(emoji), []
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda _m, args, given: seen.append("gligen" in (given["cross_attention_kwargs"] or {})), with_kwargs=True)
+    try:
+        fmn.draw_interactions(pipe, PROMPT, CHASE, (0,), 1.0, steps=3)
+        assert len(seen) == 5 and all(seen), "Heun takes each step but the last twice"
+        seen.clear()
+        fmn.draw_interactions(pipe, PROMPT, CHASE, (0,), 0.4, steps=3)
+        assert seen == [True, True, False, False, False]
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="batch"):
+        draw_grounded(pipe, [PROMPT], [CHASE], [0], How(batch=0))

@@ -90,3 +90,15 @@ def test_boxes_to_look_at_and_in_words():
     x, y = round(99 * box[0]), round(99 * (box[1] + box[3]) / 2)
     assert drawn[y, x].tolist() == [0xC1, 0x12, 0x1F] and drawn[1, 1].tolist() == [255, 255, 255]
     assert boxes_table([]).empty
+
+
+def test_no_thing_is_put_in_twice():
+    assert [str(one) for one in said("a cat", "cat=chasing=frog").interactions] == ["cat=chasing=frog"]
+    with pytest.raises(InteractionError, match="there is cat already"):
+        said("a cat", "cat")
+    with pytest.raises(InteractionError, match="there is cat already"):
+        said("cat=chasing=frog", "frog=above=key; cat")
+    state = said("a cat", "add a frog chasing it", "add a dog above the frog", "remove the cat")
+    assert [str(one) for one in state.interactions] == ["dog=above=frog"]
+    state = said("cat=chasing=frog; dog=above=frog", "remove the cat", "remove the dog")
+    assert [str(one) for one in state.interactions] == ["frog"]

@@ -156,3 +156,14 @@ def test_a_new_notebook_gets_a_file_and_translations_stay(tmp_path, monkeypatch)
     before = catalogues("zh_CN")["00_start_here"].done
     translation.update_catalogues("zh_CN", ["05"])
     assert list((tmp_path / "zh_CN").glob("05_*.po")) and catalogues("zh_CN")["00_start_here"].done == before > 0
+
+
+def test_what_is_gone_stays_for_as_long_as_it_takes_and_comes_back_translated(tmp_path):
+    texts, said = ["Kept words.", "Quite different words here."], ["留。", "别的。"]
+    one = made(tmp_path, texts, *zip(texts, said, [[], []], strict=True))
+    one.entries.metadata = {"Last-Translator": "somebody"}
+    for wanted in (texts[:1], texts[:1], texts):
+        one = Catalogue(one.language, one.name, one.path, tuple(wanted))
+        one.updated().save(str(one.path))
+    found = Catalogue(one.language, one.name, one.path, tuple(texts))
+    assert [found.ready[text] for text in texts] == said and not found.entries.obsolete_entries()

@@ -9,10 +9,11 @@ import torch
 from quick import quick
 from safetensors.torch import save_file
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 
 from fmn_nb import inversion as inversion
 from fmn_nb.attention.recorder import record_attention
+from fmn_nb.concepts import written_out
 from fmn_nb.concepts.concept import TEMPLATES, Concept
 from fmn_nb.inversion import InversionSettings, invert
 from fmn_nb.models import text_encoders, tokenizers
@@ -266,3 +267,23 @@ def test_all_vectors_of_a_token_are_read_also_by_pipelines_that_do_not_write_the
         assert texts == {"<toy>", "<toy>_1"}
     assert not torch.equal(*found)
     assert [type(tokenizer) for tokenizer in tokenizers(pipe)] == before
+
+
+def test_a_token_that_the_pipelines_cleaning_loses_is_refused(monkeypatch) -> None:
+    pipe = tiny_pixart()
+    with pytest.raises(InversionError, match="cleans its prompts, and of '<Toy>' it leaves '<toy>': .*small letters"):
+        invert(pipe, noise_images(1), name="<Toy>", settings=QUICK)
+    monkeypatch.setattr(type(pipe), "_text_preprocessing", lambda self, text, clean_caption: [text.split("<")[0]])
+    with pytest.raises(InversionError, match="can't read learned tokens"):
+        invert(pipe, noise_images(1), name="<toy>", settings=QUICK)
+
+
+def test_a_token_whose_name_begins_anothers_leaves_it_alone() -> None:
+    pipe, noise = tiny_sd(), torch.Generator().manual_seed(0)
+    short, long = (LearnedTokens(name, (torch.randn(count, 16, generator=noise),))
+                   for name, count in (("bad", 3), ("bad-hands", 1)))
+    with long.loaded(pipe):
+        alone = draw(pipe, "a bad-hands cat")
+        with short.loaded(pipe):
+            assert torch.equal(draw(pipe, "a bad-hands cat"), alone)
+            assert written_out(pipe.tokenizer, "a bad and a bad-hands") == "a bad bad_1 bad_2 and a bad-hands"

@@ -74,6 +74,7 @@ def test_what_attacks_bring_back_stands_above_what_is_kept():
     for axes in shared.axes:
         assert dots(axes) == {look(0): [[1.0, 0.5], [0.9, 0.4]]}
         assert [text.get_text() for text in axes.texts] == ["uce", "esd-x"]
+    assert alone.axes[0].get_legend() and not shared.axes[0].get_legend() and len(shared.legends) == 1, "below them"
     assert alone.words.startswith("relearning: uce 0.50 at H 1.00, esd-x 0.40 at H 0.90; grounding: uce")
     below = excess_against_keeping(pd.DataFrame(rows).assign(excess=-0.4, low=-0.7))
     assert below.axes[0].get_ylim()[0] < -0.7, "no point is outside"

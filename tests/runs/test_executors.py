@@ -210,3 +210,35 @@ def test_a_missing_package_is_named(spec, tmp_path, monkeypatch):
     plans = plan_sweep(spec(), Path(tmp_path / "out")).plans
     with pytest.raises(SweepError, match="dask-jobqueue is not installed: pip install"):
         list(executed(plans, attempt, 1, None, {"kind": "slurm"}))
+
+
+class Lost:
+    """A future whose scheduler is gone."""
+
+    status = "lost"
+
+
+def test_a_lost_scheduler_is_told_with_what_to_do():
+    with pytest.raises(SweepError, match="the connection to the Dask scheduler was lost.*the same command continues"):
+        executors._has_failed(Lost())
+
+
+def test_runs_of_two_users_of_one_scheduler_are_never_taken_for_one(spec, tmp_path):
+    """Dask executes one of two tasks with the same key, so no two calls may have one in common."""
+    plans, keys = plan_sweep(spec(), tmp_path / "out").plans[:1], []
+
+    def submit(work, key):
+        keys.extend(key)
+        raise KeyboardInterrupt
+
+    class Threads:
+        cluster = None
+
+        def nthreads(self):
+            return {"worker": 1}
+
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                list(executors._through(Threads(), submit, plans, 1, print))
+    assert len(set(keys)) == 2

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fmn_nb.files import write_json
+from fmn_nb.files import read_json, write_json
 from fmn_nb.plots.tradeoff import cost_and_quality, forgotten_and_kept, measure_along
 from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep, record
 from fmn_nb.runs.metrics import MetricsError
@@ -180,3 +180,9 @@ def test_what_metrics_cannot_hold_is_refused_and_nothing_written(tmp_path, bad, 
     with pytest.raises(MetricsError, match=said):
         record(tmp_path, bad)
     assert (tmp_path / "metrics.json").read_text() == before and json.loads(before)["after"] == {"ua": 0.5}
+
+
+def test_runs_of_an_earlier_specification_in_the_folder_are_no_runs_of_this_one(folder):
+    said = read_json(folder / "sweep.json")
+    write_json(folder / "sweep.json", said | {"runs": 2, "folders": ["cat-5", "dog-35"]})
+    assert sorted(read_sweep(folder).runs.index) == ["cat-5", "dog-35"]

@@ -336,3 +336,15 @@ def test_a_run_from_python_is_the_commands(write_notebook, tmp_path):
         state = json.loads((out / "run.json").read_text())
         assert state["status"] == "done" and state["parameters"] == said
         assert state["settings"]["concept"] == "frog"
+
+
+def test_a_notebook_edited_while_it_runs_is_executed_again(write_notebook, tmp_path):
+    one = write_notebook("03_forget.ipynb", CELL, FORGET, metrics=["forgetting"])
+    plan = plan_run(notebooks=[str(one)], out=tmp_path / "out")
+
+    def edit(where):
+        if where.position.cell:
+            one.write_text(one.read_text().replace("\n", "\n ", 1))
+
+    execute(plan, edit)
+    assert not is_finished(plan_run(notebooks=[str(one)], out=tmp_path / "out")), "the new one never ran"

@@ -171,3 +171,18 @@ def test_the_request_that_a_patch_states_is_plain(tmp_path):
         "towards": "computer mouse", "references": str(tmp_path), "settings": {"positions": ["words"]}}
     told = PatchRequest.checked(config=tmp_path, concept="mouse")
     assert told.stated()["config"] == str(tmp_path), "what was asked for alone makes another patch"
+
+
+def test_two_commands_never_make_a_patch_in_one_folder_at_once(command, monkeypatch):
+    real, meanwhile = fmn.forgetting.forget, []
+
+    def forget(*given, **options):
+        if not meanwhile:
+            meanwhile.append(None)
+            meanwhile.append(command("forget", "frog", *SINGLE, "-s", "steps=1"))
+        return real(*given, **options)
+
+    monkeypatch.setattr("fmn_nb.forgetting.forget", forget)
+    assert command("forget", "frog", *SINGLE).exit_code == 0
+    assert meanwhile[1].exit_code == 2 and "another command is making a patch in runs/patches" in meanwhile[1].output
+    assert fmn.Patch.load("runs/patches/frog-balanced-seed0").report["steps"] == 2

@@ -282,3 +282,11 @@ def _until(reached, seconds: float = 60):
     while not reached():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_a_table_that_is_no_sweeps_is_never_replaced(spec, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_text("mine")
+    with pytest.raises(SweepError, match="results.csv is no sweep's, and would be replaced: give another folder"):
+        run_sweep(plan_sweep(spec(), tmp_path / "out"))
+    assert (tmp_path / "out" / "results.csv").read_text() == "mine"
