@@ -76,6 +76,7 @@ class State(Section):
     versions: dict[str, Text]
     started: Text
     notebooks: dict[str, Executed]
+    model_files: str = None  # a print of them (`Plan.model_print`); absent in runs of earlier versions
     error: str = None
 
 
@@ -92,8 +93,8 @@ class RunFolder:
 
     @property
     def state_file(self) -> Path:
-        """run.json: status ("running", "stopped", "failed", "done"), key, settings, parameters, versions, notebooks,
-        error."""
+        """run.json: status ("running", "stopped", "failed", "done"), key, model_files, settings, parameters, versions,
+        notebooks, error."""
         return self.path / self.STATE
 
     @property
@@ -164,7 +165,8 @@ class RunFolder:
             notebooks = [state["notebooks"][one.path.name] for one in plan.notebooks]
             executed = all(said["status"] == "done" and said["sha256"] == one.digest
                            for said, one in zip(notebooks, plan.notebooks, strict=True))
-            return self.row(state) if state["status"] == "done" and state["key"] == plan.key and executed else None
+            return self.row(state) if state["status"] == "done" and state["key"] == plan.key and (
+                executed and plan.is_of_model(state)) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

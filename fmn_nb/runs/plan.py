@@ -30,7 +30,7 @@ from typing import Any
 
 from fmn_nb.concepts.concept import KINDS
 from fmn_nb.concepts.world import vocabulary_of
-from fmn_nb.files import notebooks_dir, read_json, sha256
+from fmn_nb.files import model_print, notebooks_dir, read_json, sha256
 from fmn_nb.forgetting.settings import PRESETS
 from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolve
 from fmn_nb.runs.folder import RunFolder, StateError
@@ -287,6 +287,18 @@ class Plan:
         """Ten hex digits that stand for the settings and parameters, whatever the folder and the notebooks."""
         content = json.dumps([self.settings, self.parameters], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+    @property
+    def model_print(self) -> str:
+        """A print of the model's files as they are now; a finished run knows by it whether it was of this model."""
+        try:
+            return model_print(resolve(self.settings["model"]))
+        except UnknownModelError:
+            return ""
+
+    def is_of_model(self, state: Mapping[str, Any]) -> bool:
+        """Whether a `run.json` is of the model as it is now; one of before this was noted is taken to be."""
+        return state.get("model_files", self.model_print) == self.model_print
 
 
 def plan_run(

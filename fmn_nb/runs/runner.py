@@ -105,6 +105,8 @@ def _finished_notebooks(plan: Plan) -> int:
     """How many of the plan's notebooks, from the first on, are finished in its folder exactly as it asks for them."""
     folder = RunFolder(plan.out)
     state, metrics = folder.state, folder.metrics
+    if not plan.is_of_model(state):
+        return 0
     for number, notebook in enumerate(plan.notebooks):
         try:
             said = state["notebooks"][notebook.path.name]
@@ -218,6 +220,7 @@ class _State:
         self.content = {
             "status": "running",
             "key": plan.key,
+            "model_files": plan.model_print,
             "settings": plan.settings,
             "parameters": plan.parameters,
             "versions": _versions(),

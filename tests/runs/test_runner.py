@@ -16,7 +16,7 @@ from PIL import Image
 import fmn_nb as fmn
 from fmn_nb.runs.folder import record
 from fmn_nb.runs.notebook import RunError
-from fmn_nb.runs.plan import RequestError, plan_run
+from fmn_nb.runs.plan import Plan, RequestError, plan_run
 from fmn_nb.runs.progress import Position
 from fmn_nb.runs.report import ReportError, write_report
 from fmn_nb.runs.runner import execute, is_finished
@@ -348,3 +348,12 @@ def test_a_notebook_edited_while_it_runs_is_executed_again(write_notebook, tmp_p
 
     execute(plan, edit)
     assert not is_finished(plan_run(notebooks=[str(one)], out=tmp_path / "out")), "the new one never ran"
+
+
+def test_a_model_trained_again_makes_another_run(write_notebook, tmp_path, monkeypatch):
+    one = write_notebook("03_forget.ipynb", CELL, FORGET, metrics=["forgetting"])
+    plan = plan_run(notebooks=[str(one)], out=tmp_path / "out")
+    execute(plan)
+    assert is_finished(plan)
+    monkeypatch.setattr(Plan, "model_print", "another")
+    assert not is_finished(plan)

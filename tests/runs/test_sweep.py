@@ -214,6 +214,19 @@ def test_a_run_of_a_notebook_that_has_changed_is_not_taken_for_done(spec, tmp_pa
     assert RunFolder(plan.out).earlier_row(plan, retry_failed=False) is None
 
 
+def test_a_run_of_a_model_that_was_trained_again_is_not_taken_for_done(spec, tmp_path):
+    content = spec()
+    weights = Path(content["fixed"]["model"]) / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(200_000))
+    plan = plan_sweep(content, tmp_path / "out").plans[0]
+    assert attempt(plan) is None
+    weights.write_bytes(bytes(200_000))
+    assert RunFolder(plan.out).earlier_row(plan, retry_failed=False), "the same bytes are the same model"
+    weights.write_bytes(bytes(199_999) + b"1")
+    assert RunFolder(plan.out).earlier_row(plan, retry_failed=False) is None
+
+
 def test_a_damaged_run_is_made_anew(spec, tmp_path):
     plan = _finished(plan_sweep(spec(), tmp_path / "out").plans[0])
     (plan.out / "metrics.json").write_text("{")
