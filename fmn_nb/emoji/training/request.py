@@ -68,7 +68,7 @@ class Size:
     joint_steps: int = 14_000
     joint_batch: int = 32
     grounded_scenes: int = 16_000
-    gated_start_steps: int = 250
+    gated_start_steps: int = 1500  # after 250, layers beside an oracle hardly knew yet what to write
     gated_start_batch: int = 16
     grounded_steps: int = 6000
     grounded_batch: int = 32
