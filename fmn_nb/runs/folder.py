@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from fmn_nb.files import read_json, replacing, write_json
@@ -78,6 +80,18 @@ class State(Section):
     notebooks: dict[str, Executed]
     model_files: str = None  # a print of them (`Plan.model_print`); absent in runs of earlier versions
     error: str = None
+
+
+@contextmanager
+def alone_in(folder: Path, busy: Exception, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock, which the system frees when its holder dies; raises `busy` if another still holds it after
+    so many seconds. The folder is made if it isn't there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=patience):
+            yield
+    except Timeout:
+        raise busy from None
 
 
 class RunFolder:

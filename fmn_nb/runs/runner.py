@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fmn_nb.files import read_json, replacing, versions, write_json
-from fmn_nb.runs.folder import LOCK_FILE, RunFolder, record
+from fmn_nb.runs.folder import RunFolder, alone_in, record
 from fmn_nb.runs.metrics import MEASURED, validate
 from fmn_nb.runs.notebook import RunError, execute_notebook
 from fmn_nb.runs.plan import (
@@ -69,8 +66,8 @@ def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fr
     finished notebooks; `fresh` first removes whatever an earlier attempt left there. A KeyboardInterrupt or
     `ask_to_stop` ends the run as Stopped: what was executed is kept, and run.json says "stopped".
     """
-    plan.out.mkdir(parents=True, exist_ok=True)
-    with stoppable([plan.out]), _alone_in(plan.out, patience):
+    busy = RequestError(f"another run is working in {plan.out}; wait for it or give another --out")
+    with stoppable([plan.out]), alone_in(plan.out, busy, patience):
         RunFolder(plan.out).tidy(everything=fresh)
         if not again and is_finished(plan):
             return plan.out
@@ -148,16 +145,6 @@ def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:
         raise
     state.passed(notebook, made, time.perf_counter() - started)
     look("done")
-
-
-@contextmanager
-def _alone_in(out: Path, patience: float) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when its holder dies."""
-    try:
-        with FileLock(out / LOCK_FILE, timeout=patience):
-            yield
-    except Timeout:
-        raise RequestError(f"another run is working in {out}; wait for it or give another --out") from None
 
 
 def _header(plan: Plan, kept: int) -> dict[str, Any]:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from fmn_nb.files import parse_yaml, read_json, versions, write_json
 from fmn_nb.forgetting.settings import SettingsError, settings_for
-from fmn_nb.runs.folder import LOCK_FILE, RunFolder
+from fmn_nb.runs.folder import RunFolder, alone_in
 from fmn_nb.runs.metrics import plain, validate
 from fmn_nb.runs.plan import Plan, RequestError, check_settings
 from fmn_nb.runs.stopping import telling
@@ -93,7 +90,9 @@ def make_patch(request: PatchRequest, out: Path, again: bool = False) -> Patch:
     """
     from fmn_nb.patches.files import INFO_FILE, TENSOR_FILES
 
-    with _alone_in(out):
+    _check_folder(out)
+    busy = RequestError(f"another command is making a patch in {out}; wait for it, or give another --out")
+    with alone_in(out, busy):
         _check_free(out, (INFO_FILE, *TENSOR_FILES.values()), request.stated(), again)
         if again:
             shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
@@ -117,18 +116,6 @@ def _forgotten(request: PatchRequest, checkpoint: Path) -> Patch:
                        references=request.references, towards=request.towards, checkpoint=checkpoint,
                        **{**suited(pipe, request.preset), **(request.settings or {})})
     return replace(patch, info={**patch.info, "request": request.stated()})
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when its holder dies; a RequestError if another command does."""
-    _check_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK_FILE, timeout=0):
-            yield
-    except Timeout:
-        raise RequestError(f"another command is making a patch in {out}; wait for it, or give another --out") from None
 
 
 def _check_folder(out: Path) -> None:

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fmn_nb.files import write_json, write_text
-from fmn_nb.runs.folder import LOCK_FILE, RunFolder
+from fmn_nb.runs.folder import RunFolder, alone_in
 
 _PUT_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}  # a file appears when complete
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -33,15 +31,9 @@ class SweepError(ValueError):
 class Local:
     """The sweep's own folder: what is written there is stored. Its methods are what a sweep needs of any storage."""
 
-    @contextmanager
-    def held(self, folder: Path) -> Iterator[None]:
+    def held(self, folder: Path) -> AbstractContextManager[None]:
         """A context in which no other sweep works there; SweepError if one does."""
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / LOCK_FILE, timeout=0):
-                yield
-        except Timeout:
-            raise SweepError(f"another sweep is working in {folder}; wait for it or give another --out") from None
+        return alone_in(folder, SweepError(f"another sweep is working in {folder}; wait for it or give another --out"))
 
     def fetch(self, runs: Iterable[Path]) -> None:
         """Bring what the storage knows of these runs into their local folders."""
