@@ -12,7 +12,7 @@ from fmn_nb.emoji import AMBIGUOUS, IDENTITIES, OBJECTS, STYLES
 from fmn_nb.emoji.world import VOCABULARY
 from fmn_nb.evaluation import Measures, drawings, harmonic_mean, judge_images, measure
 from fmn_nb.evaluation.protocol import FORGET_SET, REPEATS, image_seed
-from fmn_nb.stats import bootstrap, harmonic_mean_interval, wilson
+from fmn_nb.stats import harmonic_mean_interval, wilson
 
 CAT = Concept("cat")
 
@@ -28,13 +28,6 @@ def test_wilson_intervals_are_the_textbook_ones():
     for successes, count in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="is not a share"):
             wilson(successes, count)
-
-
-def test_bootstrap_is_deterministic_and_brackets_the_figure():
-    groups = [np.array([1, 1, 0, 1] * 20), np.array([0, 1] * 40)]
-    low, high = bootstrap(groups, lambda a, b: a * b)
-    assert (low, high) == bootstrap(groups, lambda a, b: a * b)
-    assert low < 0.75 * 0.5 < high
 
 
 def test_the_harmonic_means_interval_has_a_width_at_its_ends_and_contains_the_figure():
