@@ -164,15 +164,19 @@ def _yaml_loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            """A mapping, unless a key occurs twice in it; keys merged by `<<` may be overridden."""
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Merge what `<<` names, unless a key occurs twice; keys of the merged ones may be overridden.
+
+            Each key stays once, since merges of merges would otherwise double with each level.
+            """
             seen: set[tuple[str, str]] = set()
             for key, _ in node.value:
                 if (key.tag, str(key.value)) in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key '{key.value}' occurs twice; name it once", key.start_mark)
                 seen.add((key.tag, str(key.value)))
-            return super().construct_mapping(node, deep)
+            super().flatten_mapping(node)
+            node.value = list({(key.tag, str(key.value)): (key, value) for key, value in node.value}.values())
 
     Loader.yaml_implicit_resolvers = {}
     for tag, pattern, first in (

@@ -46,6 +46,9 @@ def test_what_nobody_means_is_an_error_of_one_line_that_names_the_file(tmp_path,
 
 def test_an_alias_and_a_merge_are_taken():
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "here")["b"] == {"x": 3, "y": 2}
+    levels = "\n".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}], k{n}: {n}}}" for n in range(60))
+    found = parse_yaml(f"a0: &a0 {{x: 1}}\n{levels}", "here")
+    assert found["a60"] == {"x": 1, **{f"k{n}": n for n in range(60)}}, "what is named twice is merged once"
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"])

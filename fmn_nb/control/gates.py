@@ -103,17 +103,20 @@ def record_boxes(pipe: DiffusionPipeline) -> Iterator[BoxAttention]:
     require_gated(pipe)
     unet = denoiser(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith(".fuser.attn")}
-    heard, now = BoxAttention(), {"rows": None, "tokens": 0, "latents": (0, 0), "time": math.inf}
+    heard, now = BoxAttention(), {"rows": None, "tokens": 0, "latents": (0, 0), "time": math.inf, "masks": None}
     for name in layers:
         heard.gates[name] = float(unet.get_parameter(name.removesuffix("attn") + "alpha_attn").detach().tanh().abs())
 
     def begins(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (kwargs.get("cross_attention_kwargs") or {}).get("gligen")
         sample, time = args[0] if args else kwargs["sample"], args[1] if len(args) > 1 else kwargs["timestep"]
-        if given is not None and (time := float(torch.as_tensor(time).max())) > now["time"]:
-            raise InteractionError("record_boxes hears one drawing, of images that are drawn at once: begin another "
-                                   "'with' block for the next ones")
-        now["time"] = now["time"] if given is None else time
+        if given is not None:
+            time, masks = float(torch.as_tensor(time).max()), given["masks"]
+            # a sampler of second order asks twice at one time, a second drawing of one step does with its own tokens
+            if time > now["time"] or (time == now["time"] and masks is not now["masks"]):
+                raise InteractionError("record_boxes hears one drawing, of images that are drawn at once: begin "
+                                       "another 'with' block for the next ones")
+            now["time"], now["masks"] = time, masks
         now["rows"] = None if given is None else given["masks"].any(dim=1).nonzero().flatten().tolist()
         now["tokens"] = 0 if given is None else given["masks"].shape[1]
         now["latents"] = tuple(sample.shape[-2:])

@@ -470,7 +470,8 @@ def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
 
 def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
     """A row for each job, attack and budget that was measured beside an oracle: success, floor, unchanged, excess with
-    its 95% interval, residual knowledge, and the steps to revive of the forgetting model and the oracle.
+    its 95% interval, residual knowledge, and the steps to revive of the forgetting model and the oracle; these are
+    empty where the attack had no `whole_curve`, and where it ended before.
     """
     import pandas as pd
 
@@ -483,6 +484,7 @@ def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ())
             rows.append({"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
                          "h_of_ceiling": _h_of_ceiling(result), **attack,
                          "steps_to_revive": back.get("forgetting model"), "oracle_steps": back.get("oracle"),
+                         "whole_curve": attack["attack"] in revive,
                          "tuned_on": job.concept.name in tuned})
     return pd.DataFrame(rows).round(6)
 

@@ -6,6 +6,7 @@ others.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.stats import mean_difference_interval, mean_interval, mean_share_interval
@@ -79,7 +80,8 @@ def against(table: pd.DataFrame, preset: str) -> dict[str, dict[str, Any]]:
 
 def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
     """For each preset, attack and budget the means over concepts, with 95% intervals over concepts and images
-    (`mean_difference_interval`); and on how many concepts the attack reached the steps to revive, with their median.
+    (`mean_difference_interval`); and, of the concepts on which the attack has a whole curve (`curves`), how many it
+    revived, with the median of the steps over all of them, if it lies within the curve.
 
     Concepts that settings were tuned on count only where there are no others.
     """
@@ -94,10 +96,18 @@ def excess_summary(excess: pd.DataFrame) -> list[dict[str, Any]]:
         bounds = {name: mean_share_interval(some) for name, some in counts.items()}
         bounds["excess"] = mean_difference_interval(counts["success"], counts["floor"])
         row |= {f"{name}_ci95": _rounded(some) for name, some in bounds.items()}
-        if len(revived := group["steps_to_revive"].dropna()):
-            row |= {"revived": group.loc[revived.index, "concept"].nunique(), "median_steps": float(revived.median())}
-        rows.append(row)
+        rows.append(row | _revived(group))
     return rows
+
+
+def _revived(group: pd.DataFrame) -> dict[str, Any]:
+    curves = group[group["whole_curve"].eq(True)] if "whole_curve" in group else group[:0]
+    if not len(curves):
+        return {}
+    steps = curves["steps_to_revive"]
+    median = float(steps.fillna(math.inf).median())
+    return {"curves": curves["concept"].nunique(), "revived": curves.loc[steps.notna(), "concept"].nunique(),
+            **({"median_steps": median} if math.isfinite(median) else {})}
 
 
 def distance_summary(distances: pd.DataFrame) -> list[dict[str, Any]]:

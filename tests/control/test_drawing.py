@@ -43,7 +43,7 @@ def pipe(emoji):
 
 
 def draw(pipe, interactions=CHASE, strength=0.8, seeds=(0,), **options):
-    return fmn.draw_interactions(pipe, PROMPT, interactions, seeds, strength, steps=3, **options)
+    return fmn.draw_interactions(pipe, PROMPT, interactions, seeds, strength, **{"steps": 3} | options)
 
 
 def test_without_interactions_the_images_are_the_plain_models_to_the_last_bit(emoji, pipe):
@@ -210,12 +210,13 @@ def test_the_recorder_hears_what_pixels_see_of_boxes(pipe):
         heard.map("colour")
 
 
-def test_the_recorder_refuses_a_second_drawing(pipe):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_recorder_refuses_a_second_drawing(pipe, steps):
     """Its images would be added to the first ones."""
     hooks = len(pipe.unet._forward_pre_hooks)
     with pytest.raises(InteractionError, match="one drawing"), record_boxes(pipe):
-        draw(pipe)
-        draw(pipe)
+        draw(pipe, steps=steps, strength=1.0)
+        draw(pipe, steps=steps, strength=1.0)
     assert len(pipe.unet._forward_pre_hooks) == hooks
     draw(pipe)
 

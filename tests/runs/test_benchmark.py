@@ -395,13 +395,19 @@ def test_jobs_on_what_an_oracle_never_learned_end_beside_it(bench: Bench, few, o
 def test_excess_is_averaged_over_concepts_that_no_tuning_saw() -> None:
     rows = [{"concept": name, "preset": "uce", "attack": "relearning", "budget": "first", "steps": 2, "success": s,
              "floor": 0.1, "unchanged": 1.0, "excess": s - 0.1, "images": 10, "floor_images": 10,
-             "steps_to_revive": revived, "tuned_on": name == "cat"}
+             "steps_to_revive": revived, "whole_curve": name != "bird", "tuned_on": name == "cat"}
             for name, s, revived in (("cat", 1.0, 1), ("dog", 0.3, float("nan")), ("frog", 0.5, 2))]
     (mean,) = excess_summary(pd.DataFrame(rows))
     assert mean["concepts"] == 2 and mean["excess"] == pytest.approx(0.3)
     assert mean["excess_ci95"] == [round(x, 6) for x in mean_difference_interval([[(3, 10)], [(5, 10)]],
                                                                                  [[(1, 10)], [(1, 10)]])]
-    assert (mean["revived"], mean["median_steps"]) == (1, 2)
+    assert (mean["curves"], mean["revived"], "median_steps" in mean) == (2, 1, False), "half lie beyond the curve"
+    more = [{**rows[1], "concept": name, "steps_to_revive": steps} for name, steps in zip(
+        ("car", "hat", "bird"), (8, 4, 1), strict=True)]
+    more[2]["whole_curve"] = False
+    (mean,) = excess_summary(pd.DataFrame([*rows, *more]))
+    assert (mean["curves"], mean["revived"], mean["median_steps"]) == (4, 3, 6), "of 2, 4, 8 and one beyond"
+    assert "curves" not in excess_summary(pd.DataFrame(rows).drop(columns="whole_curve"))[0]
     away = pd.DataFrame([{"concept": name, "preset": "uce", "distance": "kernel", "scaled": value,
                           "tuned_on": name == "cat"} for name, value in (("cat", 9.0), ("dog", 0.2), ("frog", 0.4))])
     (mean,) = distance_summary(away)

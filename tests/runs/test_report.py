@@ -91,10 +91,11 @@ def test_a_page_tells_floors_and_distances_where_an_oracle_was_given(run_folder)
     record(run_folder, {"oracle": {
         "attacks": [attack, {**attack, "attack": "concept inversion", "residual": 0.625, "withstood": False}],
         "budgets": "fixed on a day", "distance": {"kernel": {"value": 0.123, "unchanged": 0.5, "scaled": 0.246}},
+        "steps_to_revive": {"relearning": {"forgetting model": 40}},
         "skipped": {"adversarial prompt": "no whole words"}}})
     text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", write_report(run_folder).read_text())))
-    for said in ("relearning, half 10 0.750 0.500 1.000 0.250 -0.011 to 0.512 – yes", "0.625 no",
-                 "Budgets fixed on a day", "Distance to it: kernel", "0.123",
+    for said in ("relearning, half 10 0.750 0.500 1.000 0.250 -0.011 to 0.512 – yes 40; the oracle: none tried",
+                 "0.625 no –", "Budgets fixed on a day", "Distance to it: kernel", "0.123",
                  "oracle: adversarial prompt : no whole words"):
         assert said in text, said
 
