@@ -222,7 +222,6 @@ def test_an_oracle_gets_layers_of_its_own_and_only_beside_the_names_it_never_lea
                  lines.append)
 
 
-@pytest.mark.slow
 def test_the_card_holds_every_figure_and_says_what_is_not_met(smoke):
     pretrain(Request(smoke, organism="grounded", smoke=True, stages=["quality"]), lambda line: None)
     folder = smoke / "emoji-grounded"

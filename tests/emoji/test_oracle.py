@@ -103,23 +103,29 @@ def test_the_bundled_oracle_never_learned_what_its_card_says():
     card = (data_dir() / "emoji-oracle" / "README.md").read_text(encoding="utf-8")
     assert f"> {', '.join(untaught_of(pipe))}." in " ".join(card.split()), "its card lists them"
     figures = json.loads((data_dir() / "emoji-oracle" / "quality.json").read_text())
-    missed = {figure["name"] for figure in figures if not figure["met"]}
-    assert missed <= {"attention: pointing game", "'mouse': dominant reading"}, "what it was taught it draws"
+    assert all(figure["met"] for figure in figures), "what it was taught it draws"
+    assert "attention: pointing game" in {figure["name"] for figure in figures}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_recipes_oracles_meet_every_bar_and_never_learned_the_same(seed):
-    """The bundled one was trained before words were drawn to things."""
-    folder = data_dir() / "results" / f"oracle-seed-{seed}"
+def test_the_oracle_of_another_seed_meets_every_bar_and_never_learned_the_same():
+    folder = data_dir() / "results" / "oracle-seed-0"
     figures = json.loads((folder / "quality.json").read_text())
     assert all(figure["met"] for figure in figures) and "attention: pointing game" in {one["name"] for one in figures}
     other = fmn.load(str(folder / "weights"), device="cpu")
     assert untaught_of(other) == untaught_of(fmn.load("emoji-oracle", device="cpu"))
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 10.5e6, "what differs alone"
-    attacked = json.loads((folder / "attack-budgets.json").read_text())["oracles"]
-    assert attacked == [fingerprint(other)[:16]], "its curves are of these weights"
     untaught = pd.read_csv(folder / "untaught.csv")
     assert tuple(untaught["word"]) == untaught_of(other) and not untaught["oracle"].any()
+
+
+@pytest.mark.parametrize("name, seed", [("emoji-oracle", 1), ("data/results/oracle-seed-0/weights", 0)])
+def test_the_curves_of_an_oracle_are_of_these_weights(name, seed, monkeypatch):
+    monkeypatch.chdir(data_dir().parent)
+    attacked = json.loads((data_dir() / "results" / f"oracle-seed-{seed}" / "attack-budgets.json").read_text())
+    assert attacked["oracles"] == [fingerprint(fmn.load(name, device="cpu"))[:16]]
+    fixed = json.loads((data_dir() / "results" / "attack-budgets.json").read_text())
+    assert {attack: found["budgets"] for attack, found in attacked["attacks"].items()} == {
+        attack: found["budgets"] for attack, found in fixed["attacks"].items()}, "they'd fix the same budgets"
 
 
 def test_an_oracle_may_keep_the_text_encoder_that_saw_the_words(tmp_path):

@@ -106,9 +106,9 @@ MADE_ANEW = """
 
 ### The recipe from nothing
 
-One run of `fmn-nb pretrain` from random weights with seed 0, by the recipe as it is now; only the second judge, which none
-of these figures asks, was left out. It was measured in the same way, but with 60 images of each ambiguous word in each
-style (`data/results/{folder}`; its weights aren't bundled):
+One run of `fmn-nb pretrain` from random weights with seed 0, by the recipe as it is now; only the second judge, which
+none of these figures asks, was left out. It was measured in the same way, but with 60 images of each ambiguous word in
+each style (`data/results/{folder}`; its weights aren't bundled):
 
 | training | steps | minutes |
 |---|---|---|

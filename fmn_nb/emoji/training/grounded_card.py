@@ -70,7 +70,7 @@ class GroundedQuality:
         rng = random.Random(f"captions-{sort}")
         prompts = [replace_style(scene, rng, sort) for scene in scenes]
         boxes = [[_shared(one) for one in s.interactions] if shared else list(s.interactions) for s in scenes]
-        how = How(strength, self.steps, guidance, without)
+        how = How(strength, self.steps, guidance, without=without)
         return draw_grounded(self.pipe, prompts, boxes, range(len(scenes)), how)
 
     def in_boxes(self, scenes: Sequence[GroundedScene], images: Sequence[Image.Image],

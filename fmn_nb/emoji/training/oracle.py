@@ -160,11 +160,6 @@ oracle's from the same noise. What the lower rows show is the honest target of f
 """
 
 
-#: said of an oracle by the recipe as it was before words were drawn to their things
-BY_THE_RECIPE = """ Two oracles by
-the recipe as it is now meet every bar of the card (`data/results/oracle-seed-0`, `data/results/oracle-seed-1`)."""
-
-
 def _write_card(quality: Quality, training: dict, request: Request, shared: bool, folder: Path) -> None:
     figures, emoji = quality.measure(), load("emoji")
     concepts = [Concept(name, kind=VOCABULARY.concepts()[name]) for name in quality.untaught]
@@ -182,7 +177,7 @@ def _write_card(quality: Quality, training: dict, request: Request, shared: bool
         shared="are the emoji model's, which saw all words and scenes." if shared else "are its own: the tokenizer "
         "learned from captions of everything, the VAE from the same scenes as the U-Net.",
         sizes=quality.sizes, training=training_table(training), seed=request.seed,
-        history=(said := history(training)) + (BY_THE_RECIPE if said else ""),
+        history=history(training),
         scenes="a smoke run's" if request.smoke else "24,000", figures="\n".join(f.row for f in figures),
         asked=ASKED // quality.scale or 1, shown=SHOWN,
         shares="\n".join(f"| {concept.name} | {concept.kind} | {_cell(known)} | {_cell(unknown)} |"
