@@ -282,28 +282,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_END = 2**16  # bytes
+_BLOCK, _BLOCKS = 2**16, 1024  # bytes, and how many blocks are read of a file
+_SAID_OF = ("quality.json", "training.json", CHECKSUMS)  # beside a model: what was measured, which changes no image
 
 
 def model_print(model: str | Path) -> str:
-    """A sum over names, sizes and both ends of a model's files, which tells two trainings apart without reading all of
-    their weights; "" for what is no folder or file (a hub id)."""
+    """A sum over names, sizes and contents of a model's files, and of those that it leaves to a bundled model, which
+    tells two trainings apart; "" for what is no folder or file (a hub id).
+
+    Files of up to 64 MiB are read whole, larger ones in blocks at even distances.
+    """
     path = Path(model).expanduser()
-    files = sorted(one for one in path.rglob("*") if one.suffix in (".safetensors", ".json")) if path.is_dir() else (
+    files = [one for folder in _folders_of(path) for one in sorted(folder.rglob("*"))
+             if one.suffix in (".safetensors", ".json") and one.name not in _SAID_OF] if path.is_dir() else (
         [path] if path.is_file() else [])
     stats = [(str(one), one.stat()) for one in files]
-    return _ends_of(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)) if files else ""
+    return _content_of(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)) if files else ""
+
+
+def _folders_of(folder: Path) -> list[Path]:
+    """A model's folder, and those that hold its other parts."""
+    if (folder / GROUNDED).is_file():
+        with suppress(FileNotFoundError):
+            return [folder, *_folders_of(base_folder(folder))]
+    index = folder / "model_index.json"
+    rest = read_json(index).get(REST) if index.is_file() else None
+    return [folder, *([bundled_models()[rest["of"]]] if rest and rest["of"] in bundled_models() else [])]
 
 
 @lru_cache(maxsize=64)  # sweeps ask a thousand times
-def _ends_of(files: tuple[tuple[str, int, int], ...]) -> str:
+def _content_of(files: tuple[tuple[str, int, int], ...]) -> str:
     found = hashlib.sha256()
     for name, size, _changed in files:
         found.update(f"{Path(name).name} {size}".encode())
         with open(name, "rb") as file:
-            found.update(file.read(_END))
-            file.seek(max(0, size - _END))
-            found.update(file.read(_END))
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                found.update(file.read(_BLOCK))
     return found.hexdigest()[:16]
 
 

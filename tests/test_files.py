@@ -1,10 +1,11 @@
 """YAML as people mean it, and as nobody means it."""
 
 import os
+import shutil
 
 import pytest
 
-from fmn_nb.files import MOST_YAML, parse_yaml, read_json, read_yaml, replacing_folder
+from fmn_nb.files import MOST_YAML, data_dir, model_print, parse_yaml, read_json, read_yaml, replacing_folder
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,21 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"), replacing_folder(tmp_path / "x") as new:
         (new / "new").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "x"]
+
+
+def test_two_trainings_of_a_model_have_two_prints_wherever_they_differ(tmp_path):
+    """Weights in the middle of a file, and those of a bundled model that holds the rest, not what was measured."""
+    emoji, oracle = (shutil.copytree(data_dir() / name, tmp_path / name, ignore=shutil.ignore_patterns("images"))
+                     for name in ("emoji-diffusion", "emoji-oracle"))
+    before = model_print(emoji), model_print(oracle)
+    (emoji / "quality.json").write_text("{}")
+    assert model_print(emoji) == before[0]
+    weights = emoji / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert model_print(emoji) != before[0] and model_print(oracle) == before[1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fmn_nb.files.bundled_models", lambda: {"emoji": emoji})
+        assert model_print(oracle) != before[1]
+    assert model_print("org/model") == ""

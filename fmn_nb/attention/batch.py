@@ -386,7 +386,7 @@ class CallLog:
         others = {name: own[place] for name, own in texts.further.items() if len(own) == len(prompts)}
         seen = self._embeddings(texts, number) if seen is None else seen
         with suppress(UnsupportedPipelineError, UnreadablePromptError):
-            return read_columns(self.pipe, prompts[place], columns, others, seen)
+            return read_columns(self.pipe, prompts[place], columns, others, seen, cleaned=True)
         return None
 
     def _embeddings(self, texts: Texts, number: int) -> torch.Tensor | None:
@@ -435,7 +435,7 @@ def text_parts(pipe: DiffusionPipeline, length: int) -> list[range]:
 
 
 def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapping[str, str] | None = None,
-                 embeddings: torch.Tensor | None = None) -> PromptTokens:
+                 embeddings: torch.Tensor | None = None, cleaned: bool = False) -> PromptTokens:
     """What each of the `length` text columns that the denoiser sees is, over all tokenizers that make them.
 
     The tokenizers' columns follow one another; the last tokenizer fills what the others leave. Columns of an encoder
@@ -444,13 +444,15 @@ def read_columns(pipe: DiffusionPipeline, prompt: str, length: int, others: Mapp
     Args:
         others: tokenizer's name ("tokenizer_2") -> the prompt that was given for its encoder instead.
         embeddings: what the denoiser got, [length, width], to check chunks against.
+        cleaned: the texts are as the pipeline encoded them (`as_encoded`).
 
     Raises:
         UnsupportedPipelineError: the pipeline has no tokenizer, so nobody knows.
         UnreadablePromptError: the tokenizer doesn't tell words, or a long prompt wasn't encoded in plain chunks.
     """
-    architecture, prompt = architecture_of(denoiser(pipe)), as_encoded(pipe, prompt)
-    told = {name: as_encoded(pipe, text) for name, text in (others or {}).items()}
+    architecture, told = architecture_of(denoiser(pipe)), dict(others or {})
+    if not cleaned:
+        prompt, told = as_encoded(pipe, prompt), {name: as_encoded(pipe, text) for name, text in told.items()}
     names = architecture.tokenizers
     if not names or (len(names) == 1 and getattr(pipe, names[0], None) is None):
         raise UnsupportedPipelineError(f"{type(pipe).__name__} has no tokenizer to find a concept's words with")

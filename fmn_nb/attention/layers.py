@@ -123,9 +123,10 @@ def choose_layers(names: Sequence[str], chosen: str | Sequence[str] | None) -> l
     if chosen is None:
         return list(names)
     found, short = set(), {name: short_name(name) for name in names}
-    if not len(chosen):
+    patterns = [chosen] if isinstance(chosen, str) and chosen else list(chosen)
+    if not patterns:
         raise ValueError("no layer is named, so nothing is chosen; leave it out for all")
-    for pattern in [chosen] if isinstance(chosen, str) else list(chosen):
+    for pattern in patterns:
         text = pattern if isinstance(pattern, str) else ""
         matching = fnmatch.filter(names, text) or [name for name in names if fnmatch.fnmatchcase(short[name], text)]
         if not matching:

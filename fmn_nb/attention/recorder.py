@@ -103,6 +103,8 @@ class Selection:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, allowed))}")
+        if isinstance(self.heads, str) and self.heads != "mean":
+            raise ValueError(f"heads={self.heads!r}; give numbers from 0, or 'mean'; leave it out to keep all")
         if self.phrases is not None and self.columns is not None:
             raise ValueError("select phrases or columns, not both")
         for name in ("steps", "heads", "phrases", "columns"):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fmn_nb.concepts import Concept, Vocabulary, put_instead, spoken, with_article
+from fmn_nb.concepts import Concept, Vocabulary, find_phrase, put_instead, spoken, with_article
 from fmn_nb.stats import wilson
 
 Size = Literal["quick", "full"]
@@ -155,7 +155,9 @@ def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size
     for group in groups:
         chosen = evenly(group, count)
         wanted += repeated(chosen, count // len(chosen), seed)
-    return _worded(wanted, concept)
+    longer = [name for name in vocabulary.concepts() if name != concept.name and find_phrase(name, concept.name)]
+    about_it = [not any(find_phrase(d.prompt, name) for name in longer) for d in wanted]  # not "a cricket bat" of "bat"
+    return [_worded([d], concept)[0] if own else d for d, own in zip(wanted, about_it, strict=True)]
 
 
 def _object_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]]:

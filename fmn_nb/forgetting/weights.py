@@ -94,7 +94,7 @@ def check_stays(model: nn.Module) -> None:
     groups = any("group_offloading" in hook.hooks for part in model.modules()
                  if (hook := getattr(part, "_diffusers_hook", None)) is not None)
     if moving or groups:
-        raise SettingsError("the denoiser is offloaded: it moves between devices as it runs, so it can't be trained. "
+        raise SettingsError("the denoiser is offloaded: it moves between devices as it runs, so it can't be changed. "
                             "Load the pipeline without offloading, move it to one device with pipe.to(device), and let "
                             "the other parts wait with offload='cpu'")
 

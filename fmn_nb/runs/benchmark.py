@@ -220,7 +220,8 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
 
     todo = left_of(bench, jobs, kept)[:limit]
     waiting = _waiting(bench, jobs, kept, earlier)
-    _check_one_way(others | waiting | {job: one for job in jobs if (one := _fuller(bench.stored(job), kept.get(job)))})
+    stored = {job: one for job in jobs if (one := _fuller(bench.stored(job), kept.get(job)))}
+    _check_one_way(others | waiting | stored | {job: bench.ends_in(job) for job in todo})
     if said := _what_goes(out, earlier, [*jobs, *others]):
         log(said)
     log("\n".join(schedule(bench, jobs, workers, limit, kept)))
@@ -261,7 +262,8 @@ def _check_one_way(found: Mapping[Job, Mapping[str, Any]]) -> None:
         if len(ways) > 1:
             (one, first), (other, second) = list(ways.items())[:2]
             raise BenchmarkError(f"{first.name} has the {name} {one} and {second.name} {other}: one table can't hold "
-                                 f"both; ask for one of them with --{name}, or give another --work and --out")
+                                 f"both; ask for one of them with --{name} (for the same --attack-seeds), or give "
+                                 "another --work and --out")
 
 
 def _what_goes(out: Path, earlier: Earlier | None, jobs: Sequence[Job]) -> str:

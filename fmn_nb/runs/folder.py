@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +85,20 @@ class State(Section):
 @contextmanager
 def alone_in(folder: Path, busy: Exception, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder's lock, which the system frees when its holder dies; raises `busy` if another still holds it after
-    so many seconds. The folder is made if it isn't there."""
+    so many seconds. The folder is made if it isn't there; without patience it goes again if what is done in it fails
+    before it leaves anything (with it, others may be waiting there)."""
+    made = not folder.exists() and not patience
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK_FILE, timeout=patience):
-            yield
+            try:
+                yield
+            except BaseException:
+                if made and [one.name for one in folder.iterdir()] == [LOCK_FILE]:
+                    with suppress(OSError):  # where a file in use can't be removed, it stays
+                        (folder / LOCK_FILE).unlink()
+                        folder.rmdir()
+                raise
     except Timeout:
         raise busy from None
 

@@ -124,6 +124,11 @@ class Bench:
         return (job.seed in self.attack_seeds and bool(self.oracles)
                 and not unfit(self.oracle_pipes, job.concept, self.session))
 
+    def ends_in(self, job: Job) -> dict[str, Any]:
+        """What the job will end in, as a result says it: the attack's budget, what it is compared with."""
+        return ({"attack": {"budget": asdict(self.attack)}} if self.attacks(job) else {}) | (
+            {"oracle": {"compared_with": self.compared_with}} if self.compares(job) else {})
+
     @property
     def oracle_pipes(self) -> list[DiffusionPipeline]:
         """The oracles."""

@@ -361,3 +361,18 @@ def test_columns_are_those_of_the_text_as_the_pipeline_encodes_it():
         columns = heard.find(phrase).columns
         assert read_columns(pipe, text, length).find(phrase).columns == columns
         assert concept_mask(pipe, text, phrase, ("words",), length).nonzero().flatten().tolist() == [*columns]
+
+
+def test_a_text_that_the_pipeline_encoded_as_it_is_is_read_as_it_is(monkeypatch):
+    """With clean_caption=False, as tests draw, a cleaning that would take words away doesn't move the columns."""
+    pipe, plain = tiny_pixart(), type(tiny_pixart())._text_preprocessing
+
+    def cleaned(self, text, clean_caption=False):
+        texts = plain(self, text, clean_caption=False)
+        return [one.replace("red ", "") for one in texts] if clean_caption else texts
+
+    monkeypatch.setattr(type(pipe), "_text_preprocessing", cleaned)
+    text = "a red photo of a cat"
+    heard = recorded(pipe, text).text(0)
+    assert "red" in heard.prompt and "red" not in read_columns(pipe, text, len(heard.tokens)).prompt
+    assert heard.find("cat").columns != read_columns(pipe, text, len(heard.tokens)).find("cat").columns

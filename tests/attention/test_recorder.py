@@ -388,9 +388,16 @@ def test_a_record_shows_itself(sd):
     assert recorded(sd)._repr_html_().count("data:image/png") == 4  # a, photo, of, cat
 
 
+def test_layers_may_come_one_by_one(sd):
+    with record_attention(sd, layers=(name for name in ["up*"])) as heard:
+        generate(sd)
+    assert heard.layers and all(name.startswith("up_blocks") for name in heard.layers)
+
+
 def test_bad_selections_are_named(sd):
     for wrong, message in [({"keep": "all"}, "keep='all'"), ({"branch": "conditional"}, "branch='conditional'"),
                            ({"layers": "nowhere"}, "no layer with text attention matches 'nowhere'"),
+                           ({"heads": "all"}, "heads='all'"), ({"layers": ""}, "no layer is named"),
                            ({"heads": []}, "heads is empty"), ({"steps": [-1]}, "steps count from 0"),
                            ({"phrases": ["cat"], "columns": [1]}, "not both"), ({"max_bytes": 0}, "max_bytes=0")]:
         with pytest.raises(ValueError, match=message), record_attention(sd, **wrong):

@@ -111,6 +111,15 @@ def test_probes_leave_ua_ira_and_cra_alone():
     assert measure(rows, CAT) == measure(only, CAT)
 
 
+def test_probes_of_a_learned_token_leave_other_names_that_hold_its_word():
+    plain, learned = (probe_drawings(Concept("bat", phrase=words), VOCABULARY) for words in ("bat", "<toy>"))
+    for one, other in zip(plain, learned, strict=True):
+        longer = "wild bat" in one.prompt or "cricket bat" in one.prompt
+        assert other.prompt == (one.prompt if longer else one.prompt.replace("a bat", "<toy>").replace(
+            "bat", "<toy>"))
+    assert any("cricket bat" in one.prompt for one in learned) and any("<toy>" in one.prompt for one in learned)
+
+
 def test_the_table_says_what_each_share_means():
     measures = Measures(probes=probe_shares(rows_of(CAT, faithful), CAT, VOCABULARY, ["dog"]))
     table = Report(CAT, 0, "full", measures, measures).probes()

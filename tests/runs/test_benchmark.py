@@ -513,3 +513,14 @@ def test_one_table_never_mixes_budgets(stubbed) -> None:
         with pytest.raises(BenchmarkError, match="has the attack .*one table can't hold both; ask for one of them"):
             stubbed("cat", "frog", out=out)
     assert set(stubbed("cat", "frog", attack=50, out="third").values()) == {0.5}
+
+
+def test_budgets_that_would_be_mixed_are_refused_before_any_work(tmp_path) -> None:
+    jobs, work = plan_jobs(VOCABULARY, ["cat"], ["balanced"], [0, 1]), tmp_path / "work"
+    run_benchmark(Stub("emoji", work, attack=InversionBudget(steps=300, images=12), attack_seeds=(0, 1)), jobs,
+                  tmp_path / "out", made={"command": "x"})
+    before = sorted(work.iterdir())
+    with pytest.raises(BenchmarkError, match="one table can't hold both; .*for the same --attack-seeds"):
+        run_benchmark(Stub("emoji", work, attack=InversionBudget(steps=50, images=12), attack_seeds=(0,)), jobs,
+                      tmp_path / "new", made={"command": "x"})
+    assert sorted(work.iterdir()) == before and not (tmp_path / "new").exists()

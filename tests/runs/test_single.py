@@ -56,6 +56,12 @@ def test_forget_leaves_a_patch_and_says_how_to_use_it(command, emoji, tmp_path):
     assert patch.info["settings"] == settings_for("balanced", SHORT).to_dict() and patch.info["preset"] == "balanced"
 
 
+def test_a_refused_request_leaves_no_folder(command, tmp_path):
+    result = command("forget", "no such thing", *SINGLE)
+    assert result.exit_code != 0 and not list((tmp_path / "runs").rglob("*.lock"))
+    assert not any((tmp_path / "runs" / "patches").glob("*"))
+
+
 def test_a_forgetting_that_was_stopped_goes_on(command, monkeypatch, tmp_path):
     asked = ["frog", *SINGLE, "-s", "steps=3", "-s", "checkpoint_every=1", "-s", "retain_count=0"]
     real = fmn.forgetting.forget

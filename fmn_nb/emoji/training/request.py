@@ -201,7 +201,8 @@ def claim(work: Path, noted: Mapping[str, Any]) -> None:
         differing = [name for name in {**before, **noted} if before.get(name) != noted.get(name)]
         theirs = f"were trained with {_listed(before, differing)}"
     elif any(work.glob("*.safetensors")):
-        theirs = "come from an older version, which didn't note what they were trained with"
+        raise ValueError(f"the checkpoints in {work} don't say what they were trained with, so nothing continues from "
+                         "them and nothing removes them: delete the folder, or give another --out")
     else:
         write_json(path, dict(noted))
         return
