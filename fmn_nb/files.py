@@ -293,9 +293,9 @@ def model_print(model: str | Path) -> str:
     Files of up to 64 MiB are read whole, larger ones in blocks at even distances.
     """
     path = Path(model).expanduser()
-    files = [one for folder in _folders_of(path) for one in sorted(folder.rglob("*"))
-             if one.suffix in (".safetensors", ".json") and one.name not in _SAID_OF] if path.is_dir() else (
-        [path] if path.is_file() else [])
+    files = [path] if path.is_file() else [
+        one for folder in _folders_of(path) for one in sorted(folder.rglob("*"))
+        if one.suffix in (".safetensors", ".json") and one.name not in _SAID_OF]
     stats = [(str(one), one.stat()) for one in files]
     return _content_of(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)) if files else ""
 
@@ -306,8 +306,8 @@ def _folders_of(folder: Path) -> list[Path]:
         with suppress(FileNotFoundError):
             return [folder, *_folders_of(base_folder(folder))]
     index = folder / "model_index.json"
-    rest = read_json(index).get(REST) if index.is_file() else None
-    return [folder, *([bundled_models()[rest["of"]]] if rest and rest["of"] in bundled_models() else [])]
+    rest = read_json(index).get(REST, {}).get("of") if index.is_file() else None
+    return [folder, *(place for name, place in bundled_models().items() if name == rest)]
 
 
 @lru_cache(maxsize=64)  # sweeps ask a thousand times

@@ -196,7 +196,8 @@ def test_the_readme_says_what_the_tables_say():
     rows = {(one["preset"], one["attack"]): one["success"] for one in made}
     learned = {preset: rows[preset, "concept inversion"] for preset in ("uce", "balanced", "robust")}
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "in four of five images after `uce`, in a third after `balanced`, and in 3 of 120 images after `rob" in text
+    assert ("in four of five images after `uce`, in a third after `balanced`, and in 3 of 120 images after `robust`"
+            in text)
     assert round(5 * learned["uce"]) == 4 and round(3 * learned["balanced"]) == 1
     assert round(120 * learned["robust"], 3) == 3
     back = [success for (_, attack), success in rows.items() if attack == "relearning"]

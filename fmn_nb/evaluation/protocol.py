@@ -78,12 +78,14 @@ def drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size: Size
     return _worded(repeated(forget, repeats, seed), concept) + repeated(retain, REPEATS[size], seed)
 
 
-def _worded(wanted: Sequence[Drawing], concept: Concept) -> list[Drawing]:
-    """The drawings, with what stands for the concept in a prompt (a learned token) in the place of its name."""
+def _worded(wanted: Sequence[Drawing], concept: Concept, longer: Sequence[str] = ()) -> list[Drawing]:
+    """The drawings, with what stands for the concept in a prompt (a learned token) in the place of its name; prompts
+    stay that hold one of the `longer` names, in which its own is a part ("cricket bat")."""
     words, forms = spoken(concept).name, (with_article(concept.name), concept.name)
     if words == concept.name:
         return list(wanted)
-    return [replace(d, prompt=put_instead(d.prompt, forms, words) or d.prompt) for d in wanted]
+    return [d if any(find_phrase(d.prompt, name) for name in longer) else
+            replace(d, prompt=put_instead(d.prompt, forms, words) or d.prompt) for d in wanted]
 
 
 def _some(objects: int, styles: int, about: int | None) -> set[tuple[int, int]]:
@@ -156,8 +158,7 @@ def probe_drawings(concept: Concept, vocabulary: Vocabulary, seed: int = 0, size
         chosen = evenly(group, count)
         wanted += repeated(chosen, count // len(chosen), seed)
     longer = [name for name in vocabulary.concepts() if name != concept.name and find_phrase(name, concept.name)]
-    about_it = [not any(find_phrase(d.prompt, name) for name in longer) for d in wanted]  # not "a cricket bat" of "bat"
-    return [_worded([d], concept)[0] if own else d for d, own in zip(wanted, about_it, strict=True)]
+    return _worded(wanted, concept, longer)
 
 
 def _object_probes(concept: Concept, vocabulary: Vocabulary) -> list[list[Drawing]]:

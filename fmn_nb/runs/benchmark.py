@@ -218,9 +218,9 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
     def finished() -> str:
         return f"{len(jobs) - len(left_of(bench, jobs, kept))} of {len(jobs)} jobs finished; the same command continues"
 
-    todo = left_of(bench, jobs, kept)[:limit]
+    stored = {job: one for job in jobs if (one := _fuller(bench.stored(job), kept.get(job))) is not None}
+    todo = [job for job in jobs if job not in stored][:limit]
     waiting = _waiting(bench, jobs, kept, earlier)
-    stored = {job: one for job in jobs if (one := _fuller(bench.stored(job), kept.get(job)))}
     _check_one_way(others | waiting | stored | {job: bench.ends_in(job) for job in todo})
     if said := _what_goes(out, earlier, [*jobs, *others]):
         log(said)
