@@ -62,14 +62,18 @@ class Budgets:
         steps = {attack: budgets for attack, budgets in self.steps.items() if attack in attacks}
         return replace(self, steps=steps, grounding=self.grounding and GROUNDING in attacks)
 
-    def at_most(self, steps: int) -> Budgets:
+    def at_most(self, steps: int, rounds: int | None = None) -> Budgets:
         """The same for those in a hurry: a first budget above `steps` becomes `steps`, at which the oracle was as
-        quiet; what else is above it is left out."""
-        found = {attack: {name: min(number, steps) if name == "first" else number for name, number in budgets.items()
-                          if name == "first" or number <= steps} for attack, budgets in self.steps.items()}
-        tried = {attack: tuple(number for number in numbers if number <= steps)
+        quiet; what else is above it is left out. `rounds` is the limit for the search, whose rounds take as long as
+        several steps; None for `steps`."""
+        limits = dict.fromkeys(self.steps, steps) | ({} if rounds is None else {"adversarial prompt": rounds})
+        found = {attack: {name: min(number, limits[attack]) if name == "first" else number
+                          for name, number in budgets.items() if name == "first" or number <= limits[attack]}
+                 for attack, budgets in self.steps.items()}
+        tried = {attack: tuple(number for number in numbers if number <= limits.get(attack, steps))
                  for attack, numbers in self.tried.items()}
-        return replace(self, steps=found, source=f"{self.source}; here at most {steps} steps", tried=tried)
+        said = f"{steps} steps" if rounds is None else f"{steps} steps or {rounds} rounds"
+        return replace(self, steps=found, source=f"{self.source}; here at most {said}", tried=tried)
 
 
 def choose_budgets(curve: pd.DataFrame) -> dict[str, int]:

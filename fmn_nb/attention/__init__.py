@@ -3,7 +3,8 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "batch": ["Row", "as_encoded", "read_columns", "text_parts"],
+    "batch": ["Row"],
+    "columns": ["as_encoded", "read_columns", "text_parts"],
     "grounding": ["attention_on_images", "ground", "ground_images", "summarise"],
     "layers": ["ARCHITECTURES", "Architecture", "TextLayers", "UnknownArchitectureError", "architecture_of",
         "pixel_grid", "register", "short_name", "text_layers"],

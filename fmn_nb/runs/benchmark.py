@@ -1,8 +1,9 @@
 """The results table of all concepts by one command: `fmn-nb benchmark`.
 
 A job forgets one concept with one preset and one seed (`fmn_nb.runs.measure`). This file says which jobs there are, and
-makes the table of their results. Killed at any moment and started again, the command continues where it was and ends in
-the same table. A table that is there already can grow: what it holds of the same model and settings isn't done again.
+does them; `fmn_nb.runs.tables` makes the tables of their results. Killed at any moment and started again, the command
+continues where it was and ends in the same table. A table that is there already can grow: what it holds of the same
+model and settings isn't done again.
 
     WORK/cat-balanced-seed0-HASH.json   one job's result
     OUT/results.csv, results.json       the table, and how it was made, with means and paired differences
@@ -26,23 +27,21 @@ from typing import TYPE_CHECKING, Any
 from fmn_nb.concepts.concept import Concept
 from fmn_nb.concepts.world import Vocabulary
 from fmn_nb.evaluation.protocol import REPEATS
-from fmn_nb.files import read_json, read_yaml, replacing, versions, write_json, write_text
-from fmn_nb.forgetting.settings import FACTS, PRESETS, Settings, SettingsError, settings_for
+from fmn_nb.files import read_json, read_yaml
+from fmn_nb.forgetting.settings import PRESETS, Settings, SettingsError, settings_for
 from fmn_nb.models.arguments import checked_seed
-from fmn_nb.runs.earlier import DISTANCES_FILE, EXCESS_FILE, RESULTS_FILE, TABLE_FILE, Earlier
-from fmn_nb.runs.means import SHARES, TUNED_ON, distance_summary, excess_summary, summary
+from fmn_nb.runs.earlier import TABLE_FILE, Earlier
+from fmn_nb.runs.means import TUNED_ON
 from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
+from fmn_nb.runs.tables import write_results
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from fmn_nb.runs.measure import Bench
 
 SETTINGS_FILE = "settings.yaml"
 EVERYTHING = "all"  # asks for every preset and variant of the settings file
 _BASE, _SEEDS = "preset", "seeds"  # in a variant's settings: the preset that it changes, and its only seeds
-SCHEMA = 1
 ONE_WAY = (("attack", "budget"), ("oracle", "compared_with"))  # parts of a result that all rows of a table made alike
 
 
@@ -240,7 +239,7 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
         missing = [job.name for job in jobs if job not in done]
         told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
         said = {**made, **(_of_others(earlier, made) if others else {}), **identity_of(bench)}
-        table = _write_results(out, others | waiting | done, said, told)
+        table = write_results(out, others | waiting | done, said, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "
                              + "\n  ".join(failures))
@@ -382,136 +381,3 @@ def _described(job: Job, result: Mapping[str, Any]) -> str:
     if overshadowed := result.get("overshadowed"):
         text += f"  '{job.towards}' {overshadowed['before']['value']:.2f} to {overshadowed['after']['value']:.2f}"
     return text + (f"  attack {result['attack']['success']:.2f}" if "attack" in result else "")
-
-
-# ---- what is made of them --------------------------------------------------------------------------------------------
-
-
-def _write_results(out: Path, found: Mapping[Job, Mapping[str, Any]], made: Mapping[str, Any],
-                   told: Mapping[str, Any]) -> Path:
-    """Write the table of the done jobs as CSV, how it was made as JSON, and the figures."""
-    from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
-
-    table = table_of(found, made.get(TUNED_ON, ()))
-    means = summary(table)
-    write_text(out / TABLE_FILE, table.to_csv(index=False, lineterminator="\n"))
-    budgets = [result["attack"]["budget"] for result in found.values() if "attack" in result]
-    attacks = {"attack": {"name": "concept inversion", "budget": budgets[0]}} if budgets else {}
-    compared = [result["oracle"]["compared_with"] for result in found.values() if "oracle" in result]
-    tuned = made.get(TUNED_ON, ())
-    excess, distances = excess_of(found, tuned), distances_of(found, tuned)
-    for name, beside in ((EXCESS_FILE, excess), (DISTANCES_FILE, distances)):
-        if len(beside):
-            write_text(out / name, beside.to_csv(index=False, lineterminator="\n"))
-        else:
-            (out / name).unlink(missing_ok=True)  # of other settings
-    if compared:
-        attacks["oracle"] = {**compared[0], "summary": excess_summary(excess) if len(excess) else [],
-                             "distances": distance_summary(distances)}
-    write_json(out / RESULTS_FILE, {
-        "schema": SCHEMA, **made, "size": next(iter(found)).size, "seeds": sorted({job.seed for job in found}),
-        "settings": {job.preset: job.settings.to_dict() for job in found}, "versions": versions(),
-        "summary": means, **attacks, **told,
-    })
-    groups = groups_of({job.preset: job.settings for job in found})
-    for name, figure in (("forgetting-against-keeping", forgetting_against_keeping(table, groups)),
-                         ("cost", cost_of_presets(means, groups))):
-        with replacing(out / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", metadata={"Description": figure.words})
-    return out / TABLE_FILE
-
-
-def groups_of(variants: Mapping[str, Settings]) -> dict[str, str] | None:
-    """What shares a look in the figures if there are more variants than looks: the method, and what it trains if that
-    differs between its variants. None if each can have its own.
-    """
-    from fmn_nb.plots.style import LOOKS
-
-    if len(variants) <= LOOKS:
-        return None
-    trained: dict[str, set[str]] = {}
-    for one in variants.values():
-        trained.setdefault(one.method, set()).add(one.train if FACTS[one.method].trains else "")
-    return {name: f"{one.method}, {one.train}" if len(trained[one.method]) > 1 else one.method
-            for name, one in variants.items()}
-
-
-def table_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
-    """A row per job: concept, kind, preset, seed, figures with 95% intervals, costs, what the method needs; whether it
-    drew all images itself, so that its seconds are complete, and whether settings were tuned on its concept.
-
-    An empty cell means not measured.
-    """
-    import pandas as pd
-
-    table = pd.DataFrame([result["row"] if "row" in result else _row(job, result) for job, result in found.items()])
-    return table.assign(tuned_on=table["concept"].isin(list(tuned)))
-
-
-def _row(job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
-    before, after, cost = result["before"], result["after"], result["forgetting"]
-    row: dict[str, Any] = {"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
-                           "images": after["images"]}
-    for name in SHARES:
-        row |= _with_bounds(name, after[name], *after["ci95"][name])
-    row |= {"ceiling": after["ceiling"], "h_of_ceiling": _h_of_ceiling(result)}
-    row |= {f"base_{name}": before[name] for name in ("ua", "ira", "cra")}
-    row |= {name: cost.get(name) for name in ("steps", "seconds", "peak_memory_bytes", "patch_bytes",
-                                              "trainable_parameters")}
-    if overshadowed := result.get("overshadowed"):
-        share = overshadowed["after"]
-        row |= {"overshadowed_before": overshadowed["before"]["value"],
-                **_with_bounds("overshadowed_after", share["value"], share["low"], share["high"]),
-                "overshadowed_images": share["images"]}
-    if attack := result.get("attack"):
-        row |= {**_with_bounds("attack_success", attack["success"], attack["low"], attack["high"]),
-                "attack_images": attack["count"]}
-    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-    return rounded | {"job_seconds": result.get("seconds"), "drew_all": result.get("draws"), **result.get("facts", {})}
-
-
-def excess_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
-    """A row for each job, attack and budget that was measured beside an oracle: success, floor, unchanged, excess with
-    its 95% interval, residual knowledge, and the steps to revive of the forgetting model and the oracle; these are
-    empty where the attack had no `whole_curve`, and where it ended before.
-    """
-    import pandas as pd
-
-    rows = []
-    for job, result in found.items():
-        rows += [{**row, "tuned_on": job.concept.name in tuned} for row in result.get("oracle", {}).get("excess", ())]
-        revive = result.get("oracle", {}).get("steps_to_revive", {})
-        for attack in result.get("oracle", {}).get("attacks", ()):
-            back = revive.get(attack["attack"], {})
-            rows.append({"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed,
-                         "h_of_ceiling": _h_of_ceiling(result), **attack,
-                         "steps_to_revive": back.get("forgetting model"), "oracle_steps": back.get("oracle"),
-                         "whole_curve": attack["attack"] in revive,
-                         "tuned_on": job.concept.name in tuned})
-    return pd.DataFrame(rows).round(6)
-
-
-def distances_of(found: Mapping[Job, Mapping[str, Any]], tuned: Sequence[str] = ()) -> pd.DataFrame:
-    """A row for each job and distance that was measured beside an oracle: the value, the unchanged model's, that of a
-    second oracle (0 without one), and the value on the scale from there to the unchanged model.
-    """
-    import pandas as pd
-
-    rows = []
-    for job, result in found.items():
-        beside = result.get("oracle", {})
-        own = {"concept": job.concept.name, "kind": job.group, "preset": job.preset, "seed": job.seed}
-        new = [{**own, "distance": name, **values} for name, values in beside.get("distance", {}).items()]
-        rows += [{**row, "tuned_on": job.concept.name in tuned} for row in (*beside.get("distances", ()), *new)]
-    columns = ["concept", "kind", "preset", "seed", "distance", "value", "unchanged", "zero", "second", "scaled",
-               TUNED_ON]
-    return pd.DataFrame(rows, columns=columns).round(6)
-
-
-def _h_of_ceiling(result: Mapping[str, Any]) -> float | None:
-    after = result["after"]
-    return after["h"] / after["ceiling"] if after["ceiling"] else None
-
-
-def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -1,6 +1,6 @@
 """What a benchmark's tables say on average: means over concepts with their intervals, and paired differences.
 
-The tables are `fmn_nb.runs.benchmark`'s. Concepts that settings were tuned on count in no mean, unless there are no
+The tables are `fmn_nb.runs.tables`'s. Concepts that settings were tuned on count in no mean, unless there are no
 others.
 """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn_nb.files import replacing
-from fmn_nb.runs.plan import literal
+from fmn_nb.runs.parameters import literal
 from fmn_nb.runs.progress import Position
 from fmn_nb.runs.stopping import Stopped, asked_to_stop
 

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fmn_nb.files import read_yaml
 from fmn_nb.runs.metrics import first_fault
-from fmn_nb.runs.plan import COURSE_RUN, SETTINGS, Plan, did_you_mean, plan_run
+from fmn_nb.runs.parameters import SETTINGS, did_you_mean
+from fmn_nb.runs.plan import COURSE_RUN, Plan, plan_run
 from fmn_nb.runs.storage import Local, Remote, SweepError, storage_at
 
 MOST_RUNS = 100_000

@@ -61,6 +61,10 @@ def test_budgets_for_those_in_a_hurry_stay_within_the_first():
     quick = known.at_most(30)
     assert quick.steps == {"relearning": {"first": 30}, "concept inversion": {"first": 5, "half": 20}}
     assert quick.tried["relearning"] == (0,) and quick.source == "fixed; here at most 30 steps"
+    known = replace(known, steps=known.steps | {"adversarial prompt": {"first": 16}})
+    quick = known.at_most(30, rounds=8)
+    assert quick.steps["adversarial prompt"] == {"first": 8} and quick.steps["relearning"] == {"first": 30}
+    assert quick.source == "fixed; here at most 30 steps or 8 rounds"
 
 
 def test_the_excess_by_hand_and_its_interval():

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from fmn_nb.forgetting.settings import PRESETS
-from fmn_nb.runs.plan import read_parameters
+from fmn_nb.runs.parameters import read_parameters
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent.parent / "notebooks"
 MOST_BYTES = 300_000

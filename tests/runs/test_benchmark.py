@@ -26,21 +26,19 @@ from fmn_nb.plots.style import LOOKS
 from fmn_nb.plots.tradeoff import cost_of_presets, forgetting_against_keeping
 from fmn_nb.runs import executors, measure
 from fmn_nb.runs.benchmark import (
-    DISTANCES_FILE,
-    EXCESS_FILE,
     BenchmarkError,
-    groups_of,
     kept_rows,
     plan_jobs,
     read_overrides,
     run_benchmark,
     schedule,
-    table_of,
     tuned_on,
 )
+from fmn_nb.runs.earlier import DISTANCES_FILE, EXCESS_FILE
 from fmn_nb.runs.means import COSTS, distance_summary, excess_summary, summary
 from fmn_nb.runs.measure import CACHE, Bench
 from fmn_nb.runs.stopping import Stopped
+from fmn_nb.runs.tables import groups_of, table_of
 from fmn_nb.stats import mean_difference_interval
 
 SHORT = {"steps": 1, "reference_count": 2, "reference_steps": 2, "retain_count": 2, "batch_size": 1, "retain_batch": 1}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmn_nb.forgetting.settings import PRESETS
-from fmn_nb.runs.plan import Parameter, ParameterError, check_parameters, read_parameters
+from fmn_nb.runs.parameters import Parameter, ParameterError, check_parameters, read_parameters
 
 CELL = """\
 concept: str = "cat"  # what to forget

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from fmn_nb.models import names
 from fmn_nb.models.names import UnknownModelError
 from fmn_nb.runs import plan as plans
-from fmn_nb.runs.plan import ParameterError, RequestError, check_concept, find_notebooks, plan_run
+from fmn_nb.runs.parameters import ParameterError
+from fmn_nb.runs.plan import RequestError, check_concept, find_notebooks, plan_run
 
 CELL = """\
 concept: str = "cat"  # what to forget

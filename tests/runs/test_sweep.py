@@ -20,7 +20,8 @@ from fmn_nb.files import write_json
 from fmn_nb.models.names import UnknownModelError
 from fmn_nb.runs.executors import threads_each
 from fmn_nb.runs.folder import RunFolder, write_table
-from fmn_nb.runs.plan import ParameterError, RequestError
+from fmn_nb.runs.parameters import ParameterError
+from fmn_nb.runs.plan import RequestError
 from fmn_nb.runs.progress import SweepProgress
 from fmn_nb.runs.spec import plan_sweep
 from fmn_nb.runs.storage import SweepError
