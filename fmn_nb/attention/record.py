@@ -219,6 +219,9 @@ class AttentionRecord:
             raise NotRecordedError(f"image {image} wasn't recorded; there are {len(self.images)}, counted from 0")
         texts = self.images[image]
         found = texts.prompt if branch == "cond" else texts.negative
+        if found is None and self.sums and not any(Row(branch, image) in key[2] for key in self.sums):
+            raise NotRecordedError(f"the branch {branch} of image {image} didn't run, so nothing of it was recorded "
+                                   "(without guidance, there is only cond)")
         if found is None:
             raise NotRecordedError("the prompt isn't known (a bare denoiser, embeddings without their text or of more "
                                    "than one encoder's length, a tokenizer whose tokens don't spell the text): "
@@ -489,8 +492,14 @@ def layer_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any
 
 
 def step_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any) -> pd.DataFrame:
-    """The attention a phrase gets at each recorded step: step, timestep, mass (a fraction)."""
+    """The attention a phrase gets at each recorded step: step, timestep, mass (a fraction).
+
+    Raises:
+        NotRecordedError: only the mean over steps was kept.
+    """
     image = choice.get("image", 0)
+    if not attention.steps:
+        raise NotRecordedError("only the mean over steps was kept; record with keep='steps' to see steps")
     timesteps = attention.images[image].timesteps if image < len(attention.images) else None
     steps = attention.steps_of(image, choice.get("branch", "cond")) or attention.steps
     return pd.DataFrame([{"step": step, "timestep": (timesteps or attention.timesteps)[step],
@@ -498,6 +507,12 @@ def step_table(attention: AttentionRecord, phrase: str | Concept, **choice: Any)
 
 
 def head_table(attention: AttentionRecord, phrase: str | Concept, layer: str, **choice: Any) -> pd.DataFrame:
-    """The attention a phrase gets from each head of a layer: head, mass (a fraction)."""
+    """The attention a phrase gets from each head of a layer: head, mass (a fraction).
+
+    Raises:
+        NotRecordedError: heads were averaged while recording.
+    """
+    if not attention.heads[attention._named(layer)]:
+        raise NotRecordedError("only the mean over heads was kept; record without heads='mean' to see heads")
     return pd.DataFrame([{"head": head, "mass": attention.mass(phrase, layer=layer, head=head, **choice)}
                          for head in attention.heads[attention._named(layer)]])

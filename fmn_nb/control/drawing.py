@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,21 +81,26 @@ def draw_grounded(pipe: DiffusionPipeline, prompts: Sequence[str], interactions:
     images = []
     for start in range(0, len(prompts), how.batch):
         part = slice(start, start + how.batch)
-        given = scheduled(tokens[part], strength, how) | options
+        given = scheduled(tokens[part], strength, how, options)
         images += generate(pipe, prompts[part], seeds[part], steps=how.steps, guidance=how.guidance, batch=how.batch,
                            **given)
     return images
 
 
-def scheduled(tokens: Tokens, strength: float, how: How) -> dict[str, Any]:
-    """The pipeline's arguments that ground the first `strength` of the steps and leave the rest to the plain model."""
+def scheduled(tokens: Tokens, strength: float, how: How, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The pipeline's arguments that ground the first `strength` of the steps and leave the rest to the plain model,
+    with `options`: what they have for attention stands beside the tokens, and their callback is called, too."""
+    options = dict(options or {})
     if not round(strength * how.steps):
-        return {}
-    arguments = tokens.arguments(guided=how.guidance > 1)
+        return options
+    arguments = {**(options.get("cross_attention_kwargs") or {}), **tokens.arguments(guided=how.guidance > 1)}
+    theirs = options.get("callback_on_step_end")
 
-    def end_of_step(pipe: DiffusionPipeline, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    def end_of_step(pipe: DiffusionPipeline, step: int, time: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if step + 1 >= round(strength * pipe.num_timesteps):  # a sampler of second order has almost twice as many
             arguments.pop("gligen", None)  # the pipeline passes this very dict on in each step
-        return kept
+        return kept if theirs is None else theirs(pipe, step, time, kept)
 
-    return {"cross_attention_kwargs": arguments, "callback_on_step_end": end_of_step}
+    if hasattr(theirs, "tensor_inputs"):  # one of diffusers' own callbacks, which says what it needs
+        options["callback_on_step_end_tensor_inputs"] = theirs.tensor_inputs
+    return options | {"cross_attention_kwargs": arguments, "callback_on_step_end": end_of_step}

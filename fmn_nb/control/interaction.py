@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fmn_nb.control.relations import ACTIONS, RELATIONS, Box, between, centre
+from fmn_nb.control.relations import ACTIONS, RELATIONS, Box, area, between, centre, holds
 from fmn_nb.models.arguments import finite_number
 
 FORM = "write SUBJECT=ACTION=OBJECT, several with ; between them, such as cat=chasing=frog; dog=above=key"
 ALONE: Box = (0.15, 0.15, 0.85, 0.85)  # of one thing without a box
+SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # how much smaller a box may be to fit beside another one
 
 
 class InteractionError(ValueError):
@@ -126,8 +127,9 @@ def laid_out(interactions: Sequence[Interaction]) -> list[Interaction]:
     """The interactions with a box for everything: given boxes stay, the others are placed as the action says.
 
     Several share the image: rows one below the other, columns side by side; a row beside a column takes the left two
-    thirds. If only one box is given, the missing one has its size and is placed as the action says, as far as the image
-    allows.
+    thirds. If only one box is given, the missing one has its size and is placed as the action says; where the image has
+    too little room for it there, it is smaller, and where it has none, the missing box lies at the rim, whatever the
+    action (`holds` tells).
 
     Raises:
         InteractionError: a box is missing and the action doesn't say where things stand.
@@ -164,11 +166,32 @@ def _with_boxes(one: Interaction, region: Box) -> Interaction:
                                f"use one of {', '.join(ACTIONS)}")
     relation = RELATIONS[one.action]
     subject, other = (_within(box, region, relation.direction) for box in (relation.subject, relation.other))
-    if one.subject_box is not None:
-        return replace(one, object_box=_beside(one.subject_box, subject, other))
-    if one.object_box is not None:
-        return replace(one, subject_box=_beside(one.object_box, other, subject))
-    return replace(one, subject_box=subject, object_box=other)
+    if one.subject_box is None and one.object_box is None:
+        return replace(one, subject_box=subject, object_box=other)
+    given, known, missing = ((one.object_box, other, subject) if one.subject_box is None
+                             else (one.subject_box, subject, other))
+    tried = [_beside(given, known, _shrunk(missing, known, times)) for times in SHRUNK]
+    name = "object_box" if one.subject_box is not None else "subject_box"
+    fitting = [new for box in tried if holds(one.action, *_boxes(new := replace(one, **{name: box})))]
+    if relation.direction != "nested":  # beside it, not on it
+        fitting = [new for most in (0.1, 0.5) for new in fitting if _common(*_boxes(new)) <= most]
+    return fitting[0] if fitting else replace(one, **{name: tried[0]})
+
+
+def _boxes(one: Interaction) -> tuple[Box, Box]:
+    return one.subject_box, one.object_box
+
+
+def _common(one: Box, other: Box) -> float:
+    """The area that two boxes share, as a part of the smaller one's."""
+    sides = [max(0.0, min(one[i + 2], other[i + 2]) - max(one[i], other[i])) for i in (0, 1)]
+    return sides[0] * sides[1] / min(area(one), area(other))
+
+
+def _shrunk(box: Box, to: Box, times: float) -> Box:
+    """A box `times` as large, about the point of the box `to` that is nearest to its centre."""
+    nearest = [min(max(middle, to[axis]), to[axis + 2]) for axis, middle in enumerate(centre(box))]
+    return tuple(nearest[i % 2] + (side - nearest[i % 2]) * times for i, side in enumerate(box))
 
 
 def _within(box: Box, region: Box, direction: str) -> Box:

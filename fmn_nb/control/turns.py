@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fmn_nb.control.interaction import Interaction, InteractionError, checked_box, laid_out, parse_interactions
-from fmn_nb.control.relations import ACTIONS, Box
+from fmn_nb.control.relations import ACTIONS, Box, holds
 
 TURNS = ('write "a cat", "add a frog chasing it", "move the cat up", "make the cat larger", "remove the frog", or '
          "cat=chasing=frog")
 STEP, GROWTH = 0.1, 1.25  # of a move, in fractions of the image; of a size
+LARGE, AMONG_OTHERS = 0.5, 0.6  # a lone thing beyond this size becomes so much smaller where another has no room
 _DIRECTIONS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 _GROWTHS = {"larger": GROWTH, "bigger": GROWTH, "smaller": 1 / GROWTH}
 _ARTICLE = r"(?:a|an|the|one)\s+"
@@ -61,7 +62,7 @@ def after(interactions: Sequence[Interaction], turn: str) -> list[Interaction]:
     """The interactions after a turn; a turn that moves or sizes something gives all of them boxes.
 
     Raises:
-        InteractionError: it isn't understood, or names a thing that isn't there or is there already.
+        InteractionError: it isn't understood, names a thing that isn't there, or says what is there already.
     """
     text = " ".join(str(turn).split()).rstrip(".")
     if "=" in text:
@@ -97,8 +98,9 @@ def _added(interactions: Sequence[Interaction], text: str) -> list[Interaction]:
 
 
 def _joined(interactions: Sequence[Interaction], more: Sequence[Interaction]) -> list[Interaction]:
-    """Add several interactions: as they are if they name nothing that is there, and otherwise one after another."""
-    if not _named(interactions) & _named(more):
+    """Add several interactions: as they are if each names what nothing else does, and otherwise one after another."""
+    names = [name for one in more for name in (one.subject, one.object) if name]
+    if not _named(interactions) & {*names} and len(names) == len({*names}):
         return [*interactions, *more]
     for new in more:
         interactions = (_with_action if new.action else _with_thing)(interactions, new)
@@ -117,9 +119,14 @@ def _with_thing(interactions: Sequence[Interaction], new: Interaction) -> list[I
 
 
 def _with_action(interactions: Sequence[Interaction], new: Interaction) -> list[Interaction]:
-    """Add an interaction: a lone thing that it names becomes part of it, and one that already does something keeps its
-    place, as all others do then."""
+    """Add an interaction: a lone thing that it names becomes part of it, smaller if it leaves no room for the other,
+    and one that already does something keeps its place, as all others do then."""
     names = (new.subject, new.object)
+    if new.subject == new.object:
+        raise InteractionError(f"'{new}': in turns, {new.subject} is one thing and can't be both; give "
+                               "draw_interactions boxes for two of them")
+    if any(str(one) == str(new) for one in interactions):
+        raise InteractionError(f"{new.subject} is {new.action} {new.object} already; say something else")
     if any(one.action and {one.subject, one.object} & {*names} for one in interactions):
         interactions = laid_out(interactions)
     boxes = things_of(interactions)
@@ -127,7 +134,19 @@ def _with_action(interactions: Sequence[Interaction], new: Interaction) -> list[
     new = replace(new, subject_box=boxes.get(new.subject), object_box=boxes.get(new.object))
     if new.object_box is not None and new.subject not in things_of(rest):  # the subject goes to its place
         new = replace(new, subject_box=None)
-    return [*rest, new]
+    lone = {one.subject for one in interactions if not one.action}
+    smaller = {f"{side}_box": grown(box, AMONG_OTHERS) for side in ("subject", "object")
+               if getattr(new, side) in lone and (box := getattr(new, f"{side}_box")) and min(_sides(box)) > LARGE}
+    for tried in (new, replace(new, **smaller)):
+        placed = laid_out([*rest, tried])[-1]
+        if tried == placed or holds(placed.action, placed.subject_box, placed.object_box):  # boxes that are all given
+            return [*rest, tried]
+    there, missing = (new.subject, new.object) if new.subject_box else (new.object, new.subject)
+    raise InteractionError(f"'{new}': there is no room for {missing} there; move {there}, or make it smaller")
+
+
+def _sides(box: Box) -> tuple[float, float]:
+    return box[2] - box[0], box[3] - box[1]
 
 
 def _without(interactions: Sequence[Interaction], name: str) -> list[Interaction]:

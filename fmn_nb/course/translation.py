@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmn_nb.course.lessons import CourseError, begun_folder, lessons_of
+from fmn_nb.course.lessons import ELSEWHERE, LINK, CourseError, begun_folder, lessons_of
 from fmn_nb.course.paragraphs import lost, paragraphs, translated
 from fmn_nb.files import notebooks_dir, replacing, write_json, write_text
 
@@ -168,9 +169,8 @@ def translate_notebook(notebook: NotebookNode, name: str, known: Mapping[str, Ca
 
 
 def translate_course(out: Path, language: str, log: Callable[[str], object] = lambda line: None) -> Path:
-    """Write the README and the notebooks in another language into `out`, and say how much of each is translated.
-
-    A notebook without any translation isn't written.
+    """Write the README and the notebooks in another language into `out`, with the pages and pictures that they link to,
+    and say how much of each is translated; the rest stays in English.
 
     Raises:
         CourseError: no such language, a PO file that can't be read, a translation that lost a link, code, a formula.
@@ -179,16 +179,35 @@ def translate_course(out: Path, language: str, log: Callable[[str], object] = la
     out = begun_folder(out, MARK)
     for catalogue in known.values():
         log(catalogue.told())
+    texts = {readme_name(language): known[README](readme().read_text(encoding="utf-8"))}
+    write_text(out / readme_name(language), texts[readme_name(language)])
     for lesson in lessons_of():
-        if known[lesson.name].done:
-            import nbformat
+        import nbformat
 
-            notebook = translate_notebook(lesson.read(), lesson.name, known)
-            write_text(out / "notebooks" / lesson.path.name, nbformat.writes(notebook) + "\n")
-    write_text(out / readme_name(language), known[README](readme().read_text(encoding="utf-8")))
+        notebook, name = translate_notebook(lesson.read(), lesson.name, known), f"notebooks/{lesson.path.name}"
+        texts[name] = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        write_text(out / name, nbformat.writes(notebook) + "\n")
+    _copy_linked(texts, out)
     write_json(out / MARK, {"language": language, "paragraphs": {
         name: {"translated": one.done, "stale": one.stale, "all": len(one.wanted)} for name, one in known.items()}})
     return out
+
+
+def _copy_linked(texts: Mapping[str, str], out: Path) -> None:
+    """Copy into `out` what the texts, by their path in it, link to besides each other, and what those pages link to."""
+    left, seen, here = dict(texts), set(texts), readme().parent.resolve()
+    while left:
+        name, text = left.popitem()
+        for _, _, target in LINK.findall(text):
+            source = (here / name).parent / target.partition("#")[0]
+            if ELSEWHERE.match(target) or not source.is_file() or not source.resolve().is_relative_to(here):
+                continue
+            linked = source.resolve().relative_to(here).as_posix()
+            if linked not in seen:
+                seen.add(linked)
+                with replacing(out / linked) as temporary:
+                    shutil.copyfile(source, temporary)
+                left |= {linked: source.read_text(encoding="utf-8")} if source.suffix == ".md" else {}
 
 
 def readme_name(language: str) -> str:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from fmn_nb.attention import AttentionRecord, probabilities, scores, short_name
-from fmn_nb.concepts import Concept
+from fmn_nb.concepts import Concept, find_phrase
 from fmn_nb.files import replacing
 from fmn_nb.models import as_image
 from fmn_nb.plots.style import MAP_COLOURS, MATRIX_COLOURS, InlineFigure, as_png, new_figure
@@ -127,7 +127,8 @@ def step_layer_sheet(attention: AttentionRecord, phrase: str | Concept, *, image
     Raises:
         NotRecordedError: only the mean over steps was kept.
     """
-    return _by_layer(attention, phrase, "step", attention.steps or [0], image=image, branch=branch)
+    return _by_layer(attention, phrase, "step", attention.steps_of(image, branch) or attention.steps or [0],
+                     image=image, branch=branch)
 
 
 def head_sheet(attention: AttentionRecord, phrase: str | Concept, *, image: int = 0,
@@ -162,9 +163,21 @@ def _spread(items: Sequence) -> list:
 
 
 def cond_uncond(attention: AttentionRecord, phrase: str | Concept, *, image: int = 0) -> InlineFigure:
-    """A phrase's map in both branches on one scale, and their difference: what the words change at these columns."""
-    cond, uncond = (attention.map(phrase, image=image, branch=branch) for branch in ("cond", "uncond"))
-    return compare(cond, uncond, ("with the prompt (cond)", "without (uncond)"))
+    """A phrase's map in both branches on one scale, and their difference: what the words change at these columns.
+
+    Both are of the columns that the phrase has in the prompt, also where a negative prompt has it elsewhere (unless
+    only phrases were recorded: then the panel says so).
+    """
+    other, branches = "without (uncond)", ("cond", "uncond")
+    if attention.phrases is None:
+        columns = attention.text(image).find(_name(phrase)).columns
+        cond, uncond = (attention.select(columns=columns, image=image, branch=branch) for branch in branches)
+    else:  # their columns were added up while recording
+        cond, uncond = (attention.map(phrase, image=image, branch=branch) for branch in branches)
+        negative = attention.images[image].negative
+        if negative is not None and find_phrase(negative.prompt, _name(phrase)):
+            other = "its own in the negative prompt (uncond)"
+    return compare(cond, uncond, ("with the prompt (cond)", other))
 
 
 def before_after(before: AttentionRecord, after: AttentionRecord, phrase: str | Concept, *,
@@ -290,13 +303,14 @@ def step_gif(attention: AttentionRecord, phrase: str | Concept, path: str | os.P
     path = Path(path)
     if path.suffix.lower() != ".gif" or not attention.steps:
         raise ValueError(f"{path.name}: give a name ending in .gif and a record with single steps (keep='steps')")
-    maps = [attention.select(phrase, step=step, image=image, branch=branch) for step in attention.steps]
+    steps = attention.steps_of(image, branch) or attention.steps
+    maps = [attention.select(phrase, step=step, image=image, branch=branch) for step in steps]
     limit = float(max(m.max() for m in maps))
-    figures = [attention_map(m, f"step {step}", limit) for step, m in zip(attention.steps, maps, strict=True)]
+    figures = [attention_map(m, f"step {step}", limit) for step, m in zip(steps, maps, strict=True)]
     frames = [Image.open(io.BytesIO(as_png(figure))).convert("RGB") for figure in figures]
     with replacing(path) as file:
         frames[0].save(file, save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0,
-                       comment=_rows_in_words([maps], [_name(phrase)], [f"step {step}" for step in attention.steps]))
+                       comment=_rows_in_words([maps], [_name(phrase)], [f"step {step}" for step in steps]))
     return path
 
 

@@ -215,11 +215,12 @@ def m_score_figure(scores: Mapping[str, Any]) -> InlineFigure:
 def sequence_figure(tables: Mapping[str, pd.DataFrame]) -> InlineFigure:
     """UA of each concept and what is kept of all others after each stage (`sequence_table`); a panel for each way."""
     figure, panels = new_figure(1.0 + 2.9 * len(tables), 3.4, len(tables), sharey=True)
-    said = []
+    names = dict.fromkeys(name for table in tables.values() for name in table.query("state != 'retained'")["concept"])
+    looks, said, shown = {name: look(number) for number, name in enumerate(names)}, [], {}
     for axes, (way, table) in zip(panels, tables.items(), strict=True):
         kept = table["state"] == "retained"
-        for number, name in enumerate(table.loc[~kept, "concept"].unique()):
-            rows, (colour, marker) = table[table["concept"] == name], look(number)
+        for name in table.loc[~kept, "concept"].unique():
+            rows, (colour, marker) = table[table["concept"] == name], looks[name]
             axes.plot(rows["forgotten"], rows["value"], color=colour, marker=marker, label=f"{name}: UA")
         for measure, line in (("label", "--"), ("style", ":")):
             rows = table[kept & (table["measure"] == measure)]
@@ -229,12 +230,12 @@ def sequence_figure(tables: Mapping[str, pd.DataFrame]) -> InlineFigure:
         axes.set(title=way, xlabel="concepts forgotten", ylim=(-0.03, 1.05))
         last = table[table["stage"] == table["stage"].max()].itertuples()
         said.append(f"{way}: " + ", ".join(f"{row.concept} {row.measure} {row.value:.2f}" for row in last))
+        shown |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[0].set_ylabel("share of images")
-    lines, names = panels[0].get_legend_handles_labels()
-    if len(lines) <= MOST_INSIDE:
-        panels[0].legend(fontsize=7, loc="best")
+    if len(shown) <= MOST_INSIDE:
+        panels[0].legend(shown.values(), shown, fontsize=7, loc="best")
     else:  # it would lie on the curves
-        figure.legend(lines, names, fontsize=7, loc="outside right center")
+        figure.legend(shown.values(), shown, fontsize=7, loc="outside right center")
     figure.words = ". ".join(said) + "."
     return figure
 

@@ -6,7 +6,7 @@ import anywidget
 import traitlets
 
 _SCRIPT = """
-const STEP = 0.02, LEAST = 0.08;
+const STEP = 0.02, LEAST = 0.08, SHAKE = 0.012;  // nearer than SHAKE, a press is a click
 function fit(v, low, high) { return Math.min(Math.max(v, low), high); }
 function round(v) { return Math.round(v * 1000) / 1000; }
 export default {
@@ -82,10 +82,14 @@ export default {
     canvas.addEventListener("pointermove", event => {
       if (!drag) return;
       const [x, y] = at(event), by = [x - drag.from[0], y - drag.from[1]];
-      put(drag.number, (drag.corner ? sized : shifted)(drag.box, ...by));
+      drag.far = drag.far || Math.hypot(...by) >= SHAKE;
+      if (drag.far) put(drag.number, (drag.corner ? sized : shifted)(drag.box, ...by));
     });
-    const finished = () => { model.set("moved", model.get("moved") + 1); model.save_changes(); };
-    const release = () => { if (drag) { drag = null; finished(); } };
+    const finished = (number, before) => {  // a click, or a key at the rim, moves nothing
+      if (things()[number].box.every((side, n) => Math.abs(side - before[n]) < 0.001)) return;
+      model.set("moved", model.get("moved") + 1); model.save_changes();
+    };
+    const release = () => { if (drag) { const { number, box } = drag; drag = null; finished(number, box); } };
     canvas.addEventListener("pointerup", release);
     canvas.addEventListener("pointercancel", release);
     canvas.addEventListener("keydown", event => {
@@ -99,7 +103,7 @@ export default {
       if (!by || !one) return;
       event.stopPropagation(); event.preventDefault();
       put(number, (event.shiftKey ? sized : shifted)(one.box, ...by));
-      finished();
+      finished(number, one.box);
     });
     model.on("change:boxes", draw);
     model.on("change:selected", draw);
@@ -119,7 +123,7 @@ class BoxCanvas(anywidget.AnyWidget):
         boxes: [{"name", "colour", "box": [x0, y0, x1, y1]}], sides in [0, 1].
         selected: the number of the box that keys move.
         picture: a data URL, or "".
-        moved: counts finished moves; a drag counts once, when the mouse is released.
+        moved: counts finished moves; a drag counts once, when the mouse is released somewhere else.
     """
 
     _esm = _SCRIPT

@@ -105,8 +105,10 @@ class Composer(_Explorer):
                                            steps=self.steps)[0]
             self.trouble.value = ""
             self.picture.value = as_png(self.image.resize((256, 256), Image.Resampling.NEAREST))
-        except (InteractionError, ValueError) as error:
-            self.trouble.value = html.escape(str(error))
+        except BaseException as error:
+            self.trouble.value = html.escape(f"not drawn: {error or type(error).__name__}")
+            if not isinstance(error, (InteractionError, ValueError)):
+                raise
         finally:
             self.draw.disabled = False
 
@@ -154,7 +156,9 @@ class Composer(_Explorer):
         self._put(one["name"], one["box"])
 
     def _put(self, name: str, box: Sequence[float]) -> None:
-        """Put a thing's box somewhere, as a turn of its own."""
+        """Put a thing's box somewhere else, as a turn of its own."""
+        if things_of(self.state.interactions).get(name) == tuple(box):
+            return
         try:
             interactions = changed(self.state.interactions, name, lambda _: tuple(box))
         except InteractionError as error:

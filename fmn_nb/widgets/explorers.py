@@ -45,19 +45,25 @@ class AttentionExplorer(_Explorer):
 
     Args:
         attention: the record; the text of its images must be known.
-        images: the generated images, to lay the maps over; may be left out.
+        images: the generated images, to lay the maps over; may be left out. As many as were recorded.
         phrase: a concept or words of the prompt to begin with; by default the first word.
 
     Attributes:
         token, layer, head, step, branch, image: the controls.
         picture: the map over the image and alone, from its lowest to its highest value, as PNG.
         words: the sentence.
+
+    Raises:
+        ValueError: another number of images than the record has.
     """
 
     without_kernel = "An explorer of attention maps. It needs a running kernel; the figure below is what it opens with."
 
     def __init__(self, attention: AttentionRecord, images: list[Image.Image] | None = None,
                  phrase: str | Concept | None = None) -> None:
+        if images is not None and len(images) != len(attention.images):
+            raise ValueError(f"the record has {len(attention.images)} images, and {len(images)} are given: give all, "
+                             "in order, or none")
         self.attention, self.images = attention, images
         self.phrase = phrase.phrase if isinstance(phrase, Concept) else phrase
         self.image = ipywidgets.BoundedIntText(0, min=0, max=len(attention.images) - 1, description="image")
@@ -70,15 +76,28 @@ class AttentionExplorer(_Explorer):
         self.head = ipywidgets.Dropdown(options=heads, description="head")
         self.step = ipywidgets.Dropdown(options=steps, description="step")  # a slider would have no name to read out
         self.picture, self.words = _natural_size(), ipywidgets.HTML()
-        self._offer_tokens()
-        self._show()
+        self._choose()
         for control in (self.image, self.branch):
-            control.observe(lambda _change: (self._offer_tokens(), self._show()), "value")
+            control.observe(lambda _change: self._choose(), "value")
         for control in (self.token, self.layer, self.head, self.step):
             control.observe(lambda _change: self._show(), "value")
         controls = [*([self.image] if len(attention.images) > 1 else []),
                     self.branch, self.token, self.layer, self.head, self.step]
         super().__init__([ipywidgets.HBox([ipywidgets.VBox(controls), self.picture]), self.words])
+
+    def _choose(self) -> None:
+        """Offer what the chosen image and branch have, and show it, or say why there is nothing."""
+        try:
+            self._offer_tokens()
+        except (NotRecordedError, PhraseNotFoundError) as reason:
+            self.token.options = []
+            self._say_nothing(reason)
+            return
+        self._show()
+
+    def _say_nothing(self, reason: Exception) -> None:
+        self.words.value = f"Nothing to show: {html.escape(str(reason))}"
+        self.picture.value = b""  # or the last choice's picture would stand beside the words
 
     def _offer_tokens(self) -> None:
         """Offer the tokens of the chosen image and branch, or the recorded phrases; begin with the one asked for."""
@@ -102,6 +121,8 @@ class AttentionExplorer(_Explorer):
 
     def _show(self) -> None:
         """Show the map of what is chosen, or why there is none."""
+        if self.token.value is None:
+            return
         label = self.token.label.partition(" ")[2]
         what = {"phrase" if isinstance(self.token.value, str) else "columns": self.token.value}
         for name in ("layer", "head", "step"):
@@ -110,8 +131,7 @@ class AttentionExplorer(_Explorer):
         try:
             values = self.attention.select(**what, branch=self.branch.value, image=self.image.value)
         except (NotRecordedError, PhraseNotFoundError) as reason:
-            self.words.value = f"Nothing to show: {html.escape(str(reason))}"
-            self.picture.value = b""  # or the last choice's picture would stand beside the words
+            self._say_nothing(reason)
             return
         shown = map_picture(values, None if self.images is None else self.images[self.image.value])
         self.picture.value, self.words.value = as_png(shown), html.escape(describe(values, label))
@@ -133,7 +153,7 @@ class PatchScale(_Explorer):
     Attributes:
         scale: the control.
         picture: the images as PNG.
-        state: whether it is drawing.
+        state: whether it is drawing, or why it couldn't.
     """
 
     without_kernel = "A choice of the patch's scale. It needs a running kernel; the rows below show four scales."
@@ -141,7 +161,8 @@ class PatchScale(_Explorer):
     def __init__(self, pipe: DiffusionPipeline, patch: Patch, prompts: list[str], seed: int = 0, *,
                  drawn: Mapping[float, Sequence[Image.Image]] | None = None,
                  scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5), **options: Any) -> None:
-        self.pipe, self.patch, self.prompts, self.seed, self.options = pipe, patch, list(prompts), seed, options
+        self.pipe, self.patch, self.seed, self.options = pipe, patch, seed, options
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._drawn = {float(scale): self._grid(images) for scale, images in (drawn or {}).items()}
         choices = sorted({1.0, *map(float, scales)})
         self.scale = ipywidgets.Dropdown(options=choices, value=1.0, description="scale")  # as the explorer's step
@@ -153,14 +174,15 @@ class PatchScale(_Explorer):
     def show(self, scale: float) -> None:
         """Draw the prompts at a scale, or show them again."""
         if scale not in self._drawn:
-            self.state.value = "drawing ..."
+            self.state.value, self.picture.value = "drawing ...", b""
             seeds = range(self.seed, self.seed + len(self.prompts))
             try:
                 with self.patch.applied(self.pipe, scale=scale):
                     self._drawn[scale] = self._grid(generate(self.pipe, self.prompts, seeds, **self.options))
-            finally:
-                self.state.value = ""
-        self.picture.value = self._drawn[scale]
+            except BaseException as error:
+                self.state.value = html.escape(f"not drawn: {error or type(error).__name__}")
+                raise
+        self.state.value, self.picture.value = "", self._drawn[scale]
 
     def _grid(self, images: Sequence[Image.Image]) -> bytes:
         return as_png(image_grid(images, columns=len(images), titles=self.prompts))

@@ -98,6 +98,19 @@ def test_tokens_hold_words_boxes_and_masks(pipe):
     assert guided["boxes"].shape[0] == 2 and not guided["masks"][0].any() and guided["masks"][1].any()
 
 
+def test_a_callers_callback_and_attention_arguments_leave_strength_as_it_is(pipe):
+    seen, how = [], How(strength=0.5, steps=4)
+
+    def watched(own, step, time, kept):
+        seen.append(step)
+        return kept
+
+    given = ([PROMPT], [CHASE], [0], how)
+    half = draw_grounded(pipe, *given)
+    assert image_change(half, draw_grounded(pipe, *given, callback_on_step_end=watched)) == 0 and seen == [0, 1, 2, 3]
+    assert image_change(half, draw_grounded(pipe, *given, cross_attention_kwargs={"scale": 1.0})) == 0
+
+
 def test_ablations_leave_one_thing_away(pipe):
     whole, role, between, action = (tokens_of(pipe, [CHASE], without) for without in (
         (), ("role",), ("between",), ("action",)))

@@ -1,6 +1,7 @@
 """Interactions: words, boxes, their text form, the between box, and places where none are given."""
 
 import math
+import random
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_a_missing_box_stands_beside_the_one_that_is_given(action):
     moved = tuple(0.05 + 0.8 * side for side in both.object_box)
     found = laid_out([fmn.Interaction("cat", action, "frog", object_box=moved)])[0]
     assert found.object_box == moved and holds(action, found.subject_box, moved), found.words
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_missing_box_stands_as_the_action_says_where_there_is_room(action):
+    rng, not_so = random.Random(0), 0
+    for _ in range(100):
+        side = rng.uniform(0.15, 0.4)
+        x, y = (rng.uniform(0, 1 - side) for _ in range(2))
+        for given in ("subject_box", "object_box"):
+            found = laid_out([fmn.Interaction("cat", action, "frog", **{given: (x, y, x + side, y + side)})])[0]
+            not_so += not holds(action, found.subject_box, found.object_box)
+            assert all(0 <= side <= 1 for side in (*found.subject_box, *found.object_box))
+    assert not_so < 30, "of 200, and those at a rim"
 
 
 def test_given_boxes_stay_and_an_unknown_action_needs_both():

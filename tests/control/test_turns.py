@@ -43,7 +43,7 @@ def test_things_are_moved_sized_and_taken_away():
 
 
 def test_what_was_moved_or_does_something_already_keeps_its_place():
-    state = said("a cat", "make the cat smaller", "make the cat smaller", "move the cat left by 0.3")
+    state = said("a cat", "make the cat smaller", "make the cat smaller", "move the cat left by 0.1")
     cat = things_of(state.interactions)["cat"]
     state.say("a frog left of the cat")
     assert things_of(state.interactions)["cat"] == cat
@@ -90,6 +90,36 @@ def test_boxes_to_look_at_and_in_words():
     x, y = round(99 * box[0]), round(99 * (box[1] + box[3]) / 2)
     assert drawn[y, x].tolist() == [0xC1, 0x12, 0x1F] and drawn[1, 1].tolist() == [255, 255, 255]
     assert boxes_table([]).empty
+
+
+@pytest.mark.parametrize("turns", [("a cat", "move the cat up", "add a frog chasing it"),
+                                   ("a cat", "move the cat right by 0.3", "a frog chasing the cat"),
+                                   ("a cat", "make the cat larger", "a frog left of the cat")])
+def test_a_lone_thing_that_was_moved_makes_room_for_another(turns):
+    state = Turns()
+    for turn in turns:
+        state.say(turn)
+    (one,) = state.interactions
+    assert holds(one.action, one.subject_box, one.object_box), one.words
+
+
+def test_where_there_is_no_room_a_turn_is_refused():
+    state = said("a cat", "make the cat smaller", "make the cat smaller", "move the cat left by 0.3")
+    with pytest.raises(InteractionError, match="no room for frog there; move cat, or make it smaller"):
+        state.say("a frog left of the cat")
+    assert [str(one) for one in state.interactions] == ["cat"]
+
+
+def test_a_name_is_one_thing_also_within_a_turn():
+    state = Turns()
+    state.say("cat=chasing=frog; cat=above=key")
+    first, second = state.interactions
+    assert first.subject_box == second.subject_box
+    before = list(state.states)
+    for turn, says in (("a cat chasing the cat", "can't be both"), ("a cat chasing a frog", "chasing frog already")):
+        with pytest.raises(InteractionError, match=says):
+            state.say(turn)
+    assert state.states == before
 
 
 def test_no_thing_is_put_in_twice():

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from fmn_nb.course import translation
-from fmn_nb.course.lessons import CourseError, lessons_of
+from fmn_nb.course.lessons import ELSEWHERE, LINK, CourseError, lessons_of
 from fmn_nb.course.paragraphs import lost, paragraphs, pieces, translated
 from fmn_nb.course.translation import Catalogue, catalogues, languages, readme, readme_name, translate_notebook
 
@@ -146,7 +146,14 @@ def test_the_command_says_what_is_translated(tmp_path):
     result = CliRunner().invoke(main, ["course", "translate", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "00_start_here: " in result.output and "paragraphs (" in result.output
-    assert (tmp_path / "out" / "notebooks" / "00_start_here.ipynb").is_file()
+    out = tmp_path / "out"
+    texts = {path: path.read_text(encoding="utf-8") for path in out.rglob("*.md")}
+    texts |= {path: "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+              for path in out.rglob("*.ipynb")}
+    assert len(texts) > len(lessons_of()) + 5
+    missing = [(path.name, target) for path, text in texts.items() for _, _, target in LINK.findall(text)
+               if not ELSEWHERE.match(target) and not (path.parent / target.partition("#")[0]).exists()]
+    assert missing == []
     assert CliRunner().invoke(main, ["course", "translate"]).exit_code == 2
 
 

@@ -66,6 +66,9 @@ def test_every_stage_by_hand() -> None:
     assert first["state"].tolist() == ["forgotten", "waiting", "retained", "retained"]
     assert table.groupby("stage")["forgotten"].first().tolist() == [0, 1, 2]
     assert "apart: cat ua 0.75, dog ua 1.00" in sequence_figure({"apart": table}).words
+    first, second = sequence_figure({"apart": table, "backwards": table[::-1]}).axes[:2]
+    looks = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (first, second)]
+    assert looks[0] == looks[1], "one legend holds for all panels"
 
 
 def test_a_single_patch_is_one_stage() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import generate, tiny_sd
 
 from fmn_nb import plots
-from fmn_nb.attention import probabilities, record_attention, step_table, token_table
+from fmn_nb.attention import NotRecordedError, head_table, probabilities, record_attention, step_table, token_table
 from fmn_nb.models import ReferenceImageError
 from fmn_nb.plots import as_png, comparison, describe
 
@@ -90,6 +90,15 @@ def test_comparisons(record):
         generate(pipe, "a photo of a cat and a frog", seed=1)
     before, after, _ = drawn(plots.before_after(record, other, "cat"))
     assert np.array_equal(before, record.map("cat")) and np.array_equal(after, other.map("cat"))
+    with record_attention(pipe) as negated:
+        generate(pipe, "a photo of a cat", negative_prompt="a cat drawing")
+    columns = negated.columns_of("cat")
+    assert columns != negated.columns_of("cat", branch="uncond")
+    assert np.array_equal(drawn(plots.cond_uncond(negated, "cat"))[1],
+                          negated.select(columns=columns, branch="uncond")), "the same columns in both"
+    with record_attention(pipe, phrases=["cat"]) as summed:
+        generate(pipe, "a photo of a cat", negative_prompt="a cat drawing")
+    assert "in the negative prompt" in plots.cond_uncond(summed, "cat").words
     with pytest.raises(ValueError, match="same size"):
         plots.compare(np.ones((2, 2)), np.ones((3, 3)), ("a", "b"))
 
@@ -106,6 +115,21 @@ def test_the_qkv_picture_shows_the_equations():
     np.testing.assert_allclose(output, shares @ v, atol=1e-6)
     with pytest.raises(ValueError, match="a label for each token"):
         plots.qkv(query, key, value, ["cat"])
+
+
+def test_a_drawing_with_fewer_steps_than_another_is_shown_at_its_own(tmp_path):
+    pipe = tiny_sd()
+    with record_attention(pipe) as attention:
+        generate(pipe, "a cat", steps=3)
+        generate(pipe, "a dog", steps=2)
+    assert "step 1" in texts(plots.step_layer_sheet(attention, "dog", image=1))
+    with Image.open(plots.step_gif(attention, "dog", tmp_path / "dog.gif", image=1)) as gif:
+        assert gif.n_frames == 2 == len(step_table(attention, "dog", image=1))
+    with record_attention(pipe, keep="mean", heads="mean") as mean:
+        generate(pipe, "a cat")
+    for table, choice in ((step_table, {}), (head_table, {"layer": mean.layers[0]})):
+        with pytest.raises(NotRecordedError, match="only the mean over"):
+            table(mean, "cat", **choice)
 
 
 def test_the_animation_has_a_frame_for_each_step(record, tmp_path):

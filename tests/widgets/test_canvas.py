@@ -72,6 +72,12 @@ def test_the_mouse_moves_and_sizes_a_box(page):
     assert boxes(page)["frog"] == pytest.approx([0.4, 0.3, 0.6, 1.0], abs=0.01) and page.evaluate("saved") > 2
     page.mouse.click(250, 5)
     assert page.evaluate("state.moved") == 2, "where no box is, nothing moves"
+    page.mouse.move(50, 50)
+    page.mouse.down()
+    page.mouse.move(51, 51)
+    page.mouse.up()
+    assert page.evaluate("[state.selected, state.moved]") == [0, 2], "a click chooses"
+    assert boxes(page)["cat"] == BOXES[0]["box"]
 
 
 def test_the_keyboard_moves_sizes_and_chooses(page):
@@ -84,4 +90,5 @@ def test_the_keyboard_moves_sizes_and_chooses(page):
         page.keyboard.press("ArrowLeft")
     assert boxes(page)["frog"] == pytest.approx([0, 0.5, 0.4, 0.9], abs=1e-6), "the image ends there"
     said = page.locator("canvas").get_attribute("aria-label")
-    assert said.startswith("Boxes. frog: left 0, top 0.5") and page.evaluate("state.moved") == 43
+    assert said.startswith("Boxes. frog: left 0, top 0.5")
+    assert page.evaluate("state.moved") == 3 + 25, "at the rim, a key moves nothing"

@@ -51,6 +51,17 @@ def test_trouble_is_said_and_nothing_changes(pipe):
     assert "the model doesn&#x27;t know &#x27;unicorn&#x27;" in board.trouble.value and board.picture.value == b""
 
 
+def test_a_drawing_that_fails_is_not_said_to_go_on(pipe, monkeypatch):
+    def out_of_memory(*_given, **_options):
+        raise RuntimeError("out of memory")
+
+    board = Composer(pipe, turns=["a cat"], steps=2)
+    monkeypatch.setattr("fmn_nb.widgets.composer.draw_interactions", out_of_memory)
+    with pytest.raises(RuntimeError):
+        board.show_image()
+    assert board.trouble.value == "not drawn: out of memory" and not board.draw.disabled
+
+
 def test_a_box_that_is_moved_on_the_canvas_is_a_turn(pipe):
     pytest.importorskip("anywidget", reason="anywidget is missing: pip install '.[lab]'")
     board = Composer(pipe, turns=["cat=above=frog"], steps=2)
@@ -63,6 +74,10 @@ def test_a_box_that_is_moved_on_the_canvas_is_a_turn(pipe):
     board.canvas.moved += 1
     assert things_of(board.state.interactions)["frog"] == (0.0, 0.6, 0.4, 1.0)
     assert board.numbers["top"].value == 0.6 and board.canvas.selected == 1
+    said = list(board.state.said)
+    board.draw.click()
+    board.canvas.moved += 1
+    assert board.state.said == said and board.picture.value, "nothing moved, so nothing changes"
 
 
 def test_without_the_canvas_a_drawing_shows_the_boxes(pipe, monkeypatch):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import ipywidgets
+import pytest
 from ipywidgets.widgets.widget_description import DescriptionWidget
 from quick import quick
 from snapshots import noise_images
@@ -95,6 +96,39 @@ def test_no_picture_stands_beside_nothing_to_show():
     assert explorer.picture.value and "dog" in explorer.words.value
     explorer.image.value = 0
     assert explorer.picture.value == b"" and explorer.words.value.startswith("Nothing to show")
+
+
+def test_a_branch_that_did_not_run_has_nothing_to_show_and_images_are_those_recorded(picture):
+    pipe = tiny_sd()
+    with record_attention(pipe) as attention:
+        generate(pipe, "a cat")
+        generate(pipe, "a dog", guidance_scale=1.0)
+    explorer = AttentionExplorer(attention, [picture, picture])
+    explorer.branch.value = "uncond"
+    explorer.image.value = 1
+    assert explorer.picture.value == b"" and explorer.token.options == ()
+    assert "the branch uncond of image 1 didn" in explorer.words.value
+    explorer.branch.value = "cond"
+    assert explorer.picture.value and "of the attention" in explorer.words.value
+    with pytest.raises(ValueError, match="2 images, and 1 are given"):
+        AttentionExplorer(attention, [picture])
+
+
+def test_a_scale_that_was_not_drawn_has_no_picture_and_a_text_is_one_prompt(monkeypatch):
+    pipe = tiny_sd()
+    chosen = PatchScale(pipe, quick(pipe, references=noise_images(1)), "a cat", steps=1)
+    first = chosen.picture.value
+    assert chosen.prompts == ["a cat"]
+
+    def out_of_memory(*_given, **_options):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError):
+        broken.setattr("fmn_nb.widgets.explorers.generate", out_of_memory)
+        chosen.scale.value = 0.5
+    assert chosen.picture.value == b"" and chosen.state.value == "not drawn: out of memory"
+    chosen.scale.value = 1.0
+    assert chosen.picture.value == first and chosen.state.value == ""
 
 
 def test_a_chosen_scale_shows_the_patch_at_that_scale(monkeypatch) -> None:
