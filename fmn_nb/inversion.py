@@ -35,6 +35,7 @@ from fmn_nb.models import (
     noisy_batch,
     seeded,
     text_encoders,
+    tokenized_encoders,
     tokenizers,
     without_gradients,
 )
@@ -129,7 +130,7 @@ def _learn(pipe: DiffusionPipeline, latents: Latents, prompted: Callable[[int, C
            callback: Callable[[int, float], None] | None) -> list[float]:
     """The training loop; changes `vectors` and returns the losses. `prompted` encodes a step's prompt, like earlier."""
     model, noising, losses = denoiser(pipe), Noising(pipe), []
-    tables = [encoder.get_input_embeddings().weight for encoder in text_encoders(pipe)]
+    tables = [encoder.get_input_embeddings().weight for _, _, encoder in tokenized_encoders(pipe)]
     lengths = [float(table.float().norm(dim=-1).mean()) if settings.norm == "vocabulary" else float(settings.norm)
                for table in tables if settings.norm != "free"]
     optimizer = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -160,7 +161,7 @@ def _starting_vectors(pipe: DiffusionPipeline, initial: str | None, count: int,
                       generator: torch.Generator) -> list[Tensor]:
     """For each text encoder [count, width] in float32: the words' embeddings first, then random ones."""
     vectors = []
-    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
+    for _, tokenizer, encoder in tokenized_encoders(pipe):
         words = encoder.get_input_embeddings()
         table = words.weight.detach().float().cpu()
         ids = tokenizer(initial or "", add_special_tokens=False)["input_ids"]

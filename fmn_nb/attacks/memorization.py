@@ -45,7 +45,7 @@ from fmn_nb.attention import read_columns
 from fmn_nb.concepts import TEMPLATES, Concept, same_name, written_out
 from fmn_nb.evaluation import Session
 from fmn_nb.inversion import InversionSettings, invert
-from fmn_nb.models import Images, conditions, encode, load_images, text_encoders, tokenizers
+from fmn_nb.models import Images, conditions, encode, load_images, tokenized_encoders
 from fmn_nb.patches import LearnedTokens, Patch
 from fmn_nb.stats import mean_interval
 
@@ -140,7 +140,7 @@ def embedding(pipe: DiffusionPipeline, concept: Concept, space: str = "output", 
         if space == "output":
             states = conditions(pipe, [prompt]).rows["encoder_hidden_states"][0]
             return states[list(read_columns(pipe, prompt, len(states)).find(phrase).columns)].float().mean(0).cpu()
-        for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
+        for _, tokenizer, encoder in tokenized_encoders(pipe):
             ids = torch.tensor(tokenizer(written_out(tokenizer, phrase), add_special_tokens=False)["input_ids"])
             parts.append(encoder.get_input_embeddings()(ids.to(encoder.device)).float().mean(0).cpu())
         return torch.cat(parts)

@@ -31,7 +31,7 @@ from fmn_nb.models import (
     encode,
     seeded,
     spread_batch,
-    text_encoders,
+    tokenized_encoders,
     tokenizers,
 )
 from fmn_nb.patches import LearnedTokens, Patch
@@ -148,7 +148,7 @@ class Search:
         """(e_known - e_word) . dloss/de_word for every place and known word, summed over the text encoders."""
         vocabulary = tokenizers(self.pipe)[0].get_vocab()
         places, words = ([vocabulary[word + "</w>"] for word in some] for some in (prefix, self.known))
-        tables = [encoder.get_input_embeddings().weight.detach() for encoder in text_encoders(self.pipe)]
+        tables = [encoder.get_input_embeddings().weight.detach() for _, _, encoder in tokenized_encoders(self.pipe)]
         leaves = [table[places].float().requires_grad_() for table in tables]
         with LearnedTokens(TOKEN, tuple(leaves)).loaded(self.pipe), torch.enable_grad():
             given = conditions(self.pipe, [f"{TOKEN} {prompt}" for prompt in self.prompts], with_gradient=True)

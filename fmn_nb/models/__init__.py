@@ -14,5 +14,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "names": ["UnknownModelError", "bundled", "resolve"],
     "parameters": ["Kept", "ORIGINALS", "own_parameters", "plain_name", "unwrapped"],
     "pipelines": ["CALL_KEY", "ModelLoadError", "UnsupportedPipelineError", "denoiser", "denoiser_name", "load",
-        "text_encoders", "tokenizers", "training_kind", "uncompiled", "without_bars"],
+        "text_encoders", "tokenized_encoders", "tokenizers", "training_kind", "uncompiled", "without_bars"],
 })

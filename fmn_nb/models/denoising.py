@@ -34,6 +34,7 @@ from fmn_nb.models.pipelines import (
 )
 
 _ENCODED_AT_ONCE = 32
+_LEAST_STEPS = 4  # that every sampler takes: PNDM begins with a method that needs as many
 _ZEROED = {"encoder_hidden_states", "added_cond_kwargs.text_embeds"}  # what stands for an empty prompt in SDXL
 
 
@@ -194,6 +195,8 @@ class Noising:
                     "prediction_type='flow_prediction', use_flow_sigmas=True, or put back the scheduler it came with")
         self.steps = int(scheduler.config.num_train_timesteps)
         self._scheduler = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
+        if self._scheduler is not None:  # the configuration alone leaves out what is the sampler's own default
+            self._scheduler.alphas_cumprod = getattr(scheduler, "alphas_cumprod", self._scheduler.alphas_cumprod)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t for latents and noise [batch, ...] and timesteps [batch]."""
@@ -330,7 +333,7 @@ def _first_call(pipe: DiffusionPipeline, prompts: Sequence[str], size: tuple[int
         call = type(pipe).__call__.__wrapped__ if with_gradient else type(pipe).__call__
         noise = torch.Generator().manual_seed(0)  # its own, so that the global generator isn't touched
         with uncompiled():  # where the hook is called
-            call(pipe, prompt=list(prompts), num_inference_steps=1, guidance_scale=1.0, generator=noise,
+            call(pipe, prompt=list(prompts), num_inference_steps=_LEAST_STEPS, guidance_scale=1.0, generator=noise,
                  **size_options(pipe, size))
     except _FirstCall:
         arguments.pop("return_dict", None)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from uuid import uuid4
 
 import diffusers
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from fmn_nb.files import bundled_models
 from fmn_nb.models.gated import is_gated, is_gated_name
 from fmn_nb.models.parameters import own_tensors
-from fmn_nb.models.pipelines import denoiser, denoiser_name, text_encoders, tokenizers, training_kind
+from fmn_nb.models.pipelines import denoiser, denoiser_name, tokenized_encoders, training_kind
 
 FREEU = ("s1", "s2", "b1", "b2")  # attributes of a U-Net's blocks
+_CONFIG_OF_FILES = {"_name_or_path", "_class_name", "_diffusers_version", "_use_default_values", "transformers_version"}
 _CONFIG_THAT_MATTERS = ("attention_head_dim", "num_attention_heads", "norm_num_groups")
 
 
@@ -47,7 +49,7 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     (learned tokens). It includes the few configuration values that change what the weights mean.
     """
     encoders = (_base_weights(encoder, encoder.get_input_embeddings().weight, tokenizer.vocab_size)
-                for encoder, tokenizer in zip(text_encoders(pipe), tokenizers(pipe), strict=False))
+                for _, tokenizer, encoder in tokenized_encoders(pipe))
     return digest(chain([_settings(pipe)], _base_weights(denoiser(pipe)), *encoders))
 
 
@@ -139,18 +141,43 @@ def digest_of(module: nn.Module) -> str:
 def drawing_key(pipe: DiffusionPipeline, *settings: Any) -> str:
     """A sum over what drawn pixels or latents depend on.
 
-    These are the weights of all parts as they are now (with patches, adapters, learned tokens), their `switches`, the
-    tokenizers' added words, the scheduler's settings, the processor or card, the number of threads, the versions of the
-    libraries, and `settings`: whatever else the caller's drawings depend on, as JSON values.
+    These are the weights of all parts as they are now (with patches, adapters, learned tokens), their configurations,
+    `switches` and attention processors, the tokenizers' added words, the scheduler's settings, the processor or card,
+    the number of threads, the versions of the libraries, and `settings`: whatever else the caller's drawings depend on,
+    as JSON values.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     parts = {name: digest_of(part) for name, part in modules.items()}
     words = {name: part.get_added_vocab() for name, part in pipe.components.items() if hasattr(part, "get_added_vocab")}
     scheduler, tokens = [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)], added_tokens(pipe)
     turned = {name: on for name, part in modules.items() if (on := switches(part))}
-    more = [*([tokens] if tokens else []), *([{"switches": turned}] if turned else [])]
+    more = [*([tokens] if tokens else []), *([{"switches": turned}] if turned else []), _configuration(pipe),
+            {name: _processors(part) for name, part in modules.items()}]
     said = [type(pipe).__name__, parts, words, scheduler, _machine(pipe), settings, *more]
     return digest([json.dumps(said, sort_keys=True, default=str)])
+
+
+def _configuration(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What the configurations of the pipeline and its parts say, without names, places and versions."""
+    whole = {name: value for name, value in pipe.config.items() if name not in pipe.components}
+    found = {"": whole, **{name: getattr(part, "config", None) or {} for name, part in pipe.components.items()
+                           if isinstance(part, nn.Module)}}
+    return {name: {key: value for key, value in (config if isinstance(config, Mapping) else config.to_dict()).items()
+                   if key not in _CONFIG_OF_FILES} for name, config in found.items()}
+
+
+def _processors(part: nn.Module) -> list[Any]:
+    """Each attention processor's class and plain attributes, in the modules' order. What somebody else's does isn't
+    known, so it is never the same twice."""
+    found = []
+    for module in part.modules():
+        if (processor := getattr(module, "processor", None)) is None:
+            continue
+        kind, own = type(processor), {name: value for name, value in vars(processor).items()
+                                      if isinstance(value, str | int | float | bool | list | tuple | None)}
+        foreign = kind.__module__.partition(".")[0] not in ("diffusers", "fmn_nb")
+        found.append([f"{kind.__module__}.{kind.__qualname__}", own, *([uuid4().hex] if foreign else [])])
+    return found
 
 
 def switches(part: nn.Module) -> dict[str, Any]:
@@ -176,7 +203,7 @@ def added_tokens(pipe: DiffusionPipeline) -> dict[str, str]:
     The vectors of learned tokens stand outside the text encoders' weights, so no digest of these sees them.
     """
     vectors: dict[str, list[Tensor]] = {}
-    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=False):
+    for _, tokenizer, encoder in tokenized_encoders(pipe):
         embedding = encoder.get_input_embeddings()
         for name, number in sorted(tokenizer.get_added_vocab().items()):
             if number not in tokenizer.all_special_ids:

@@ -470,7 +470,13 @@ def image_change(first: Sequence[Image.Image], second: Sequence[Image.Image]) ->
 
 
 def to_pixels(images: Sequence[Image.Image] | np.ndarray, size: int) -> Tensor:
-    """Images as [images, 3, size, size] float32 in [-1, 1], resized if they have another size."""
+    """Images as [images, 3, size, size] float32 in [-1, 1], resized if they have another size.
+
+    Raises:
+        ValueError: an array that is no images (uint8, or floats in [0, 1], in [images, height, width, channels]).
+    """
+    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.shape[1:] != (size, size, 3)):
+        images = _from_array(images)
     if not isinstance(images, np.ndarray):
         images = np.stack([np.asarray(i.convert("RGB") if i.size == (size, size) else
                                       i.convert("RGB").resize((size, size))) for i in images])

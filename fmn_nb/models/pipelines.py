@@ -32,6 +32,7 @@ from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolv
 from fmn_nb.models.parameters import unwrapped
 
 _DENOISERS = ("unet", "transformer")
+_SUFFIXES = ("", "_2", "_3", "_4")  # of the names of text encoders and tokenizers
 CALL_KEY = "_call"  # in a denoiser's configuration: the default arguments of its pipeline's call
 _SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER_KEY = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
@@ -354,6 +355,15 @@ def tokenizers(pipe: DiffusionPipeline) -> list:
     return _numbered(pipe, "tokenizer")
 
 
+def tokenized_encoders(pipe: DiffusionPipeline) -> list[tuple[str, Any, nn.Module]]:
+    """(the tokenizer's name in the pipeline, tokenizer, text encoder) where both are there: a Stable Diffusion 3 may
+    have its T5 encoder left out, and still its tokenizer."""
+    found = [(f"tokenizer{suffix}", getattr(pipe, f"tokenizer{suffix}", None),
+              getattr(pipe, f"text_encoder{suffix}", None)) for suffix in _SUFFIXES]
+    return [(name, tokenizer, unwrapped(encoder)) for name, tokenizer, encoder in found
+            if tokenizer is not None and encoder is not None]
+
+
 def _numbered(pipe: DiffusionPipeline, stem: str) -> list:
-    parts = [getattr(pipe, stem + suffix, None) for suffix in ("", "_2", "_3", "_4")]
+    parts = [getattr(pipe, stem + suffix, None) for suffix in _SUFFIXES]
     return [unwrapped(part) for part in parts if part is not None]

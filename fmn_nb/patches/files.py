@@ -37,9 +37,15 @@ def write(folder: Path, kind: str, tensors: Mapping[str, Tensor], info: dict[str
     """Write a patch; `fmn.json` comes last, so a folder without it, or with another sum, is unfinished.
 
     Raises:
-        ValueError: `info` doesn't say for which base model the patch is, so that `read` would refuse it; the layout
-            can't hold it; or `folder` is a file.
+        ValueError: `info` doesn't say for which base model the patch is, so that `read` would refuse it, or holds what
+            JSON doesn't have; the layout can't hold it; or `folder` is a file. Nothing is written then.
     """
+    for key, value in info.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"info['{key}'] can't be saved as JSON ({error}): use plain, finite numbers, text, lists "
+                             "and dicts") from None
     if not _says_base(info):
         raise ValueError("a patch is saved with its base model: info={'base': base_of(pipe)}, from fmn_nb.models")
     if files := [place for place in (folder, *folder.parents) if place.is_file()]:

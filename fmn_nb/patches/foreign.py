@@ -181,6 +181,7 @@ def _loaded(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) -> 
         raise PatchMismatchError(f"the pipeline's {carried[0]} carries adapters: call pipe.unload_lora_weights() first")
     said = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    flags = [(one, one.requires_grad) for module in _modules(pipe).values() for one in module.parameters()]
     try:
         with torch.random.fork_rng(devices=[]), without_bars():
             pipe.load_lora_weights(dict(tensors), adapter_name=_ADAPTER)
@@ -193,6 +194,8 @@ def _loaded(file: Path, tensors: dict[str, Tensor], pipe: DiffusionPipeline) -> 
     finally:
         pipe.unload_lora_weights()
         diffusers_logging.set_verbosity(said)
+        for parameter, flag in flags:  # peft leaves only adapters to be trained
+            parameter.requires_grad_(flag)
 
 
 def _factors(name: str, layer: LoraLayer) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fmn_nb.concepts import written_out
 from fmn_nb.files import write_tensors
-from fmn_nb.models import digest, text_encoders
+from fmn_nb.models import digest, tokenized_encoders
 
-_SUFFIXES = ("", "_2", "_3", "_4")  # of the files, and of the tokenizers' names in a pipeline
+_SUFFIXES = ("", "_2", "_3", "_4")  # of the files, one for each text encoder
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 _NAMELESS = {"emb_params", "string_to_param", "*"}  # keys of trainers that keep the token's name elsewhere
 _BY_ENCODER = (("clip_l", "clip_g", "t5xxl"), ("text_encoders_0", "text_encoders_1"))  # one file, a key an encoder
@@ -130,15 +130,17 @@ class _WritesOut:
 
 @contextmanager
 def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[None]:
-    """`pipe` with additional tokens; its own tokenizers and embedding tables are restored afterwards."""
-    tokenizers = {f"tokenizer{suffix}": getattr(pipe, f"tokenizer{suffix}", None) for suffix in _SUFFIXES}
-    there = [(place, tokenizer) for place, tokenizer in tokenizers.items() if tokenizer is not None]
-    encoders = text_encoders(pipe)
-    if not len(there) == len(encoders) == len(vectors):
+    """`pipe` with additional tokens; its own tokenizers and embedding tables are restored afterwards.
+
+    Raises:
+        InversionError: a name is known already, or the vectors don't fit the text encoders.
+    """
+    there = tokenized_encoders(pipe)
+    if len(there) != len(vectors):
         raise InversionError(f"tokens for {len(vectors)} text encoders don't fit this {type(pipe).__name__}, which has "
-                             f"{len(encoders)}")
+                             f"{len(there)}")
     with ExitStack() as stack:
-        for (place, tokenizer), encoder, rows in zip(there, encoders, vectors, strict=True):
+        for (place, tokenizer, encoder), rows in zip(there, vectors, strict=True):
             table, extended = encoder.get_input_embeddings(), copy.deepcopy(tokenizer)
             if len(names) > 1 and not isinstance(extended, _WritesOut):
                 own = type(extended)
@@ -146,16 +148,23 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
             if rows.shape != (len(names), table.embedding_dim):
                 raise InversionError(
                     f"tokens of shape {tuple(rows.shape)} don't fit an encoder {table.embedding_dim} wide")
+            first, known = len(extended), {_read_as(extended, name) for name in extended.get_added_vocab()}
             extended.add_tokens(list(names))
             ids = extended.convert_tokens_to_ids(list(names))
-            if ids != list(range(ids[0], ids[0] + len(names))):
-                raise InversionError(f"the pipeline already knows some of the tokens {', '.join(names)}; rename them")
+            if ids != list(range(first, first + len(names))) or known & {_read_as(extended, name) for name in names}:
+                raise InversionError(f"the pipeline already knows some of the tokens {', '.join(names)}; rename them, "
+                                     "for example with dataclasses.replace(tokens, name='<mine>')")
             for parent, name, module in _lookups(encoder, table):
                 stack.callback(setattr, parent, name, module)
             stack.callback(setattr, pipe, place, tokenizer)
             encoder.set_input_embeddings(_ExtendedEmbedding(table, ids[0], rows))
             setattr(pipe, place, extended)
         yield
+
+
+def _read_as(tokenizer: Any, name: str) -> str:
+    """The name as the tokenizer tells it from others: CLIP's reads capitals as small letters."""
+    return name.lower() if tokenizer.tokenize("A") == tokenizer.tokenize("a") else name
 
 
 def _lookups(encoder: nn.Module, table: nn.Embedding) -> list[tuple[nn.Module, str, nn.Module]]:

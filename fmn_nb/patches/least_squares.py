@@ -221,8 +221,13 @@ def fuse(pipe: DiffusionPipeline, patches: Sequence[Patch], prompts: Sequence[Se
         kept: prompts whose images should stay as they are.
 
     Raises:
-        ValueError: not a list of prompts for each patch.
+        ValueError: no list of patches, or not a list of prompts for each.
     """
+    if isinstance(patches, Patch) or not patches:
+        raise ValueError("fuse makes one patch of several: give a list of patches")
+    if any(isinstance(some, str) for some in (prompts, kept, *prompts)):
+        raise ValueError("fuse takes lists of prompts, not a text: [['a photo of a cat'], ['a photo of a dog']], and "
+                         "kept=['a photo of a frog']")
     if len(prompts) != len(patches) or not all(prompts):
         raise ValueError(f"fuse needs prompts for each of {len(patches)} patches, and has {len(prompts)} lists of them")
     return Fusion.of(pipe, prompts, kept, weighing or Weighing())(patches)

@@ -216,9 +216,9 @@ class Patch:
         return scale
 
     def scaled(self, factor: float) -> Patch:
-        """The same patch, `factor` times as strong (a LoRA's B is scaled, so it stays a LoRA)."""
+        """The same patch, `factor` times as strong, in float32 (a LoRA's B is scaled, so it stays a LoRA)."""
         factor = finite_number("factor", factor)
-        tensors = {name: tensor if self.kind == "lora" and name.endswith(LORA_A) else tensor * factor
+        tensors = {name: tensor if self.kind == "lora" and name.endswith(LORA_A) else tensor.float() * factor
                    for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, info={**self.info, "scale": self.info.get("scale", 1.0) * factor})
 

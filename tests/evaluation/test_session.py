@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from PIL import Image
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sdxl
 
 import fmn_nb as fmn
 from fmn_nb.concepts import Concept
@@ -178,6 +179,27 @@ def test_another_vector_under_the_same_name_is_another_drawing():
         with LearnedTokens("<toy>", (vectors,)).loaded(pipe):
             keys.append(drawing_key(pipe))
     assert len({*keys, drawing_key(pipe)}) == 3
+
+
+def test_attention_processors_and_configurations_are_another_drawing():
+    pipe = tiny_sd()
+    keys, usual = [drawing_key(pipe)], pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(AttnProcessor())
+    keys.append(drawing_key(pipe))
+
+    class Other(AttnProcessor):
+        """Somebody's own: nobody knows what it does, nor whether it does the same the next time."""
+
+    pipe.unet.set_attn_processor(Other())
+    keys += [drawing_key(pipe), drawing_key(pipe)]
+    pipe.unet.set_attn_processor(usual)
+    assert drawing_key(pipe) == keys[0]
+    keys.append(drawing_key(tiny_sd(sample_size=16)))
+    pipe = tiny_sdxl()
+    keys.append(drawing_key(pipe))
+    pipe.register_to_config(force_zeros_for_empty_prompt=not pipe.config.force_zeros_for_empty_prompt)
+    keys.append(drawing_key(pipe))
+    assert len(set(keys)) == 7
 
 
 def test_freeu_and_tiles_are_another_drawing():

@@ -99,6 +99,10 @@ def test_a_token_that_would_break_the_order_is_refused() -> None:
     with LearnedTokens("<toy>_1", (torch.zeros(1, 16),)).loaded(pipe):
         with pytest.raises(InversionError, match="already knows a token '<toy>_1'"):
             invert(pipe, noise_images(1), name="<toy>", settings=QUICK)
+        for known in ("<toy>_1", "<TOY>_1"):  # CLIP's tokenizer reads both alike
+            with (pytest.raises(InversionError, match="already knows some"),
+                  LearnedTokens(known, (torch.ones(1, 16),)).loaded(pipe)):
+                pass
         with (pytest.raises(InversionError, match="already knows some"),
               LearnedTokens("<toy>", (torch.zeros(2, 16),)).loaded(pipe)):
             pass
@@ -236,6 +240,13 @@ def test_pickled_embeddings_are_told_by_file_and_folder(suffix: str, tmp_path: P
     for place in (tmp_path, file):
         with pytest.raises(InversionError, match="is pickled"):
             LearnedTokens.load(place)
+
+
+def test_tokens_are_learned_for_the_encoders_that_are_there() -> None:
+    pipe = tiny_sd3()
+    pipe.text_encoder_3 = None  # its tokenizer is still there
+    learned = invert(pipe, noise_images(2), settings=InversionSettings(tokens=1, steps=1), size=(16, 16))
+    assert len(learned.vectors) == 2
 
 
 def test_a_flipped_bit_and_too_few_encoders_are_told(tmp_path: Path) -> None:

@@ -470,6 +470,12 @@ def test_fusion_adds_up_what_it_cannot_solve_for() -> None:
         assert torch.allclose(fused[name], added[name], rtol=1e-5, atol=1e-7) != solved, name
     with pytest.raises(ValueError, match="prompts for each of 2 patches"):
         fuse(pipe, parts, [["a cat"]])
+    for texts, kept in ((["a cat", "a frog"], ()), ([["a cat"], ["a frog"]], "a dog")):
+        with pytest.raises(ValueError, match="lists of prompts, not a text"):
+            fuse(pipe, parts, texts, kept)
+    for lacking in ([], parts[0]):
+        with pytest.raises(ValueError, match="give a list of patches"):
+            fuse(pipe, lacking, [])
 
 
 def test_concepts_forgotten_apart_can_be_fused() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from judges import cats
@@ -88,6 +92,24 @@ def test_a_diffusion_model_is_noised_by_its_betas_under_any_sampler(kind) -> Non
     assert one.kind == kind and torch.equal(one.target(x, noise, times), other.target(x, noise, times))
     assert torch.equal(one.noisy(x, noise, times), other.noisy(x, noise, times))
     assert fingerprint(pipe) == fingerprint(swapped)
+
+
+@pytest.mark.parametrize("sampler", [
+    LCMScheduler(), HeunDiscreteScheduler(beta_schedule="scaled_linear"), CogVideoXDDIMScheduler(snr_shift_scale=4.0)])
+def test_betas_that_are_a_samplers_own_default_count(sampler) -> None:
+    pipe, x, times = tiny_sd(), torch.ones(1, 4, 8, 8), torch.tensor([500])
+    pipe.scheduler = sampler
+    expected = sampler.alphas_cumprod[500] ** 0.5 * x
+    assert torch.allclose(Noising(pipe).noisy(x, torch.zeros_like(x), times), expected.float())
+
+
+def test_a_sampler_that_needs_several_steps_can_be_asked() -> None:
+    pipe = tiny_sd()
+    plain = conditions(pipe, ["a cat", "a dog"])
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
+    given = conditions(pipe, ["a cat", "a dog"])
+    assert given.time_scale == plain.time_scale and torch.equal(
+        given.rows["encoder_hidden_states"], plain.rows["encoder_hidden_states"])
 
 
 @pytest.mark.parametrize("make, kind, settings", [

@@ -30,6 +30,7 @@ from fmn_nb.models.images import (
     generate_latents,
     image_change,
     load_images,
+    to_pixels,
 )
 
 
@@ -139,6 +140,18 @@ def test_deep_pictures_keep_their_brightness_and_photographs_stand_upright() -> 
     turned = Image.new("RGB", (4, 2))
     turned.getexif()[0x0112] = 6  # held upright, stored lying
     assert load_images([turned])[0].size == (2, 4)
+
+
+def test_pixels_of_arrays_are_those_of_the_same_pictures() -> None:
+    pictures = noise_images(2)
+    expected, arrays = to_pixels(pictures, 16), np.stack([np.asarray(one) for one in pictures])
+    assert expected.shape == (2, 3, 16, 16) and torch.equal(to_pixels(arrays, 16), expected)
+    assert torch.equal(to_pixels(arrays / 255, 16), expected), "as pipelines give them out with output_type='np'"
+    size = pictures[0].size[0]
+    assert torch.equal(to_pixels(arrays, size), to_pixels(pictures, size))
+    for wrong in (arrays.astype(np.float32), arrays.astype(np.int64)):
+        with pytest.raises(ValueError, match="type"):
+            to_pixels(wrong, 16)
 
 
 def test_generated_references_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

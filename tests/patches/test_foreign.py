@@ -79,6 +79,7 @@ def test_a_lora_of_any_layout_is_its_change_of_all_parts(pipe, tmp_path, layout)
     patch = read_patch(tmp_path, pipe)
     assert patch.kind == "lora" and "base" not in patch.info and torch.equal(random, torch.get_rng_state())
     assert all(now is before[name] for name, now in weights(pipe).items()) and not hasattr(pipe.unet, "peft_config")
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert_means(patch, changes, pipe)
     for refused in (lambda: patch.save(tmp_path / "out"), lambda: patch.scaled(2), lambda: patch.low_rank(1)):
         with pytest.raises(ValueError, match="also changes the text_encoder"):

@@ -213,6 +213,18 @@ def test_half_precision_states_what_it_loses(base: dict, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="too large for float16"):
         patch.scaled(1e9).save(tmp_path / "large", half=True)
     assert not (tmp_path / "large").exists()
+    for name, tensor in half.scaled(0.01).tensors.items():
+        assert torch.equal(tensor, half.tensors[name].float() * 0.01), "no more is lost"
+
+
+def test_what_json_lacks_is_refused_before_the_earlier_patch_is_touched(base, tmp_path):
+    patch = weights(base)
+    patch.save(tmp_path)
+    for bad in (float("nan"), {"a", "set"}):
+        with pytest.raises(ValueError, match=r"info\['metrics'\] can't be saved as JSON"):
+            patch.scaled(2).with_metrics({"ua": bad}).save(tmp_path)
+    again = Patch.load(tmp_path)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in patch.tensors.items())
 
 
 def test_an_application_that_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):
