@@ -161,7 +161,8 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         without: names that no scene may show.
 
     Raises:
-        ValueError: an unknown sort, or no object or style of such scenes is called `holding`, or it is to be left out.
+        ValueError: an unknown sort, or no object or style of such scenes is called `holding`, it is to be left out, or
+            nothing is left to draw it with.
     """
     if holding is not None and holding not in (*OBJECTS, *STYLES):
         raise ValueError(f"scenes hold no {holding!r}; choose one of {', '.join((*OBJECTS, *STYLES))}")
@@ -174,6 +175,9 @@ def held_out_scenes(count: int, seed: int = 0, sort: str = "pair", holding: str 
         stream = sample_scenes(sampled, seed, held_out=True, without=without, sorts={sort: 1.0})
         scenes = [s for s in stream if holding is None or holding in (*s.words, s.style)][:count]
         sampled *= 2
+        if not scenes and sampled > 20_000:  # one in hundreds would be there long ago
+            raise ValueError(f"of {sampled} scenes without {', '.join(without) or 'nothing'}, none is a {sort} with "
+                             f"{holding!r}: leave less out, or take sort='single'")
     renderer = Renderer(data_dir() / "sprites")
     images = [Image.fromarray(renderer.image(scene)) for scene in scenes]
     masks = [dict(zip(scene.words, renderer.masks(scene), strict=True)) for scene in scenes]

@@ -176,6 +176,7 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
                                 f"but not {EVERYTHING} or another preset's name")
     if list(presets) != [EVERYTHING]:
         content = {preset: settings for preset, settings in content.items() if preset in presets}
+    content = {preset: dict(settings) for preset, settings in content.items()}  # a YAML alias is the same dict
     for text in single:
         said, value = single_setting(text)
         preset, dot, name = said.rpartition(".")
@@ -237,8 +238,10 @@ def run_benchmark(bench: Bench, jobs: Sequence[Job], out: Path, *, made: Mapping
         if not done:
             raise BenchmarkError("no job is done, so there is no table\n  " + "\n  ".join(failures))
         missing = [job.name for job in jobs if job not in done]
+        now = _earlier(bench, jobs, out)  # another command may have ended meanwhile
+        others |= _others(bench, jobs, now, out)
         told = {name: lines for name, lines in (("missing", missing), ("failed", failures)) if lines}
-        said = {**made, **(_of_others(earlier, made) if others else {}), **identity_of(bench)}
+        said = {**made, **(_of_others(now or earlier, made) if others else {}), **identity_of(bench)}
         table = write_results(out, others | waiting | done, said, told)
     if failures:
         raise BenchmarkError(f"{len(failures)} of {len(todo)} jobs failed; start again to try them once more:\n  "

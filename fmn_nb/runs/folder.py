@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +193,15 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether a run with the plan's settings and parameters, of the model as it is now, is done here, and whole."""
+        state = self.state
+        try:
+            self.row(state)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return state["status"] == "done" and state["key"] == plan.key and plan.is_of_model(state)
+
     def tidy(self, everything: bool = False) -> None:
         """Remove the temporary files of a run that was killed here, or all but the lock."""
         for entry in self.path.iterdir() if everything else ():
@@ -368,8 +377,8 @@ def read_sweep(folder: str | Path) -> SweepResults:
     except (ValueError, KeyError, TypeError) as error:
         raise SweepReadingError(f"{folder / SWEEP_FILE} can't be read ({error}); the sweep's command writes it anew "
                                 "and keeps what is finished") from None
-    listed, notes = _listed(folder)
-    found, damaged = _found(folder, set(listed.index))
+    listed, notes = _listed(folder, sweep.get("texts", ()))
+    found, damaged = _found(folder, set(listed.index), sweep)
     if "folders" in sweep:  # earlier specifications may have left runs in the same folder
         listed, found = (table[table.index.isin(sweep["folders"])] for table in (listed, found))
     runs = pd.concat([table for table in (listed, found) if len(table)]) if len(listed) or len(found) else listed
@@ -380,18 +389,20 @@ def read_sweep(folder: str | Path) -> SweepResults:
 
 def _readable(value: Any) -> str:
     """A setting as a person writes it: 5, not 5.0."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) or "''"
 
 
-def _listed(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of `results.csv`."""
+def _listed(folder: Path, texts: Collection[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of `results.csv`; values of the columns in `texts` stay as they were written ("", "None", "01")."""
     import pandas as pd
 
     empty, file = pd.DataFrame(columns=[*_COLUMNS], index=pd.Index([], name="folder")), folder / TABLES[0]
     if not file.is_file():
         return empty, [f"{file.name} is not there yet: read from the runs' own folders"]
     try:
-        table = pd.read_csv(file, dtype={"folder": str, "concept": str, "error": str}).set_index("folder")
+        texts, columns = {"folder", "concept", "error", *texts}, pd.read_csv(file, nrows=0).columns
+        table = pd.read_csv(file, dtype=dict.fromkeys(texts & {*columns}, str), keep_default_na=False, na_values={
+            name: [""] for name in columns if name not in texts}).set_index("folder")
     except (ValueError, KeyError, OSError) as error:  # pandas' parser errors are ValueErrors
         return empty, [f"{file.name} can't be read ({error}): read from the runs' own folders"]
     missing = [name for name in _COLUMNS if name not in table]
@@ -400,15 +411,23 @@ def _listed(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, []
 
 
-def _found(folder: Path, known: set[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The runs that have a folder but no row, and what couldn't be read of them."""
+def _found(folder: Path, known: set[str], sweep: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs that have a folder but no row, and what couldn't be read of them. One that was finished with notebooks
+    or a model of before, as the sweep's listing tells, is unfinished."""
     import pandas as pd
 
     rows, notes = [], []
     for mark in sorted(folder.glob(f"*/{RunFolder.STATE}")):
         if mark.parent.name not in known:
             try:
-                rows.append(RunFolder(mark.parent).row())
+                state = read_json(mark)
+                made = {name: said.get("sha256") for name, said in state["notebooks"].items()}
+                now = sweep.get("model_files", {}).get(mark.parent.name)
+                if state["status"] == "done" and (not sweep.get("digests", {}).items() <= made.items()
+                                                  or now not in (None, state.get("model_files", now))):
+                    notes.append(f"{mark.parent.name} was finished with other notebooks or another model: left out")
+                    state = {**state, "status": "stopped"}
+                rows.append(RunFolder(mark.parent).row(state))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 notes.append(f"{mark.parent.name} can't be read ({error})")
     return pd.DataFrame(rows, columns=None if rows else ["folder", *_COLUMNS]).set_index("folder"), notes

@@ -23,6 +23,8 @@ from fmn_nb.models.names import UnknownModelError, bundled, check_on_hub, resolv
 from fmn_nb.runs.folder import RunFolder, StateError
 from fmn_nb.runs.parameters import SETTINGS, Parameter, check_parameters, did_you_mean, read_parameters
 
+MOST_BYTES = 100  # of a setting in a folder's name, which may have 255 in all
+OF_ROWS = ("folder", "status", "seconds", "error")  # what a run's row says besides settings, parameters and figures
 COURSE_RUN = ("01", "02", "03", "04")
 _SDXL_PART = "conditioner.embedders.1."  # of a single file's weights: the second text encoder
 _SDXL_CONFIGURATIONS = ("stabilityai/stable-diffusion-xl-base-1.0",)  # what diffusers takes for single files
@@ -113,6 +115,10 @@ def plan_run(
     reserved = [name for name in (*parameters, *texts) if name in SETTINGS or name == "out"]
     if reserved:
         raise RequestError(f"'{reserved[0]}' is a setting of the run, not a notebook's parameter: use --{reserved[0]}")
+    if twice := sorted({*parameters} & {*texts}):
+        raise RequestError(f"'{twice[0]}' is given twice; give it once")
+    if taken := [name for name in (*parameters, *texts) if name in OF_ROWS]:
+        raise RequestError(f"a run's row has a column '{taken[0]}' of its own: give the parameter another name")
 
     declared = [_said_by(path)[0] for path in paths]
     union = {name: parameter for one in reversed(declared) for name, parameter in one.items()}
@@ -152,6 +158,11 @@ def _folder(plan: Plan, out: str | Path | None, within: str | Path | None) -> Pa
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().resolve()
+
+
+def promises_of(path: Path) -> dict[str, tuple[str, ...]]:
+    """What a notebook's metadata says it needs, gives and records in metrics.json."""
+    return _promises(path, path.stat().st_mtime_ns)
 
 
 def _said_by(path: Path) -> tuple[dict[str, Parameter], dict[str, tuple[str, ...]]]:
@@ -216,7 +227,7 @@ def course_notebooks() -> dict[str, Path]:
 def measuring_notebooks() -> dict[str, Path]:
     """Section of metrics.json -> the course's first notebook that records it."""
     course = reversed(course_notebooks().values())
-    return {section: path for path in course for section in _promises(path, path.stat().st_mtime_ns)["metrics"]}
+    return {section: path for path in course for section in promises_of(path)["metrics"]}
 
 
 def check_settings(settings: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
@@ -331,4 +342,5 @@ def _listed(course: Mapping[str, Path]) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_.") or "unnamed"
+    name = re.sub(r"\W+", "_", text).strip("_.") or "unnamed"
+    return name.encode()[:MOST_BYTES].decode(errors="ignore")

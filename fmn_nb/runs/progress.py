@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -75,7 +76,7 @@ Tell = Callable[[Where], None]
 def earlier_seconds(out: Path, notebook: str) -> list[float]:
     """Seconds of each of the notebook's cells at its last execution in `out` or a folder beside it; empty if none."""
     found: list[tuple[float, Path]] = []
-    for path in out.parent.glob(f"*/{notebook}"):
+    for path in out.parent.glob(f"*/{escape(notebook)}"):
         with suppress(OSError):
             found.append((path.stat().st_mtime, path))
     try:

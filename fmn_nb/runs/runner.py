@@ -26,11 +26,13 @@ from fmn_nb.runs.plan import (
     RequestError,
     measuring_notebooks,
     plan_run,
+    promises_of,
 )
 from fmn_nb.runs.progress import Position, Tell, Where, earlier_seconds
 from fmn_nb.runs.report import write_report
 from fmn_nb.runs.stopping import Stopped, stoppable
 
+PLACES = ("out", "cache")  # parameters that say where a run works, not what it does
 _versions = cache(versions)  # read once a process: that takes 10 ms, and a sweep's worker does a thousand runs
 
 
@@ -74,6 +76,7 @@ def execute(plan: Plan, progress: Tell | None = None, *, again: bool = False, fr
         kept = 0 if again else _finished_notebooks(plan)
         state = _State(plan, kept)
         try:
+            state.drop_what_is_stale()
             record(plan.out, _header(plan, kept))
             for number in range(kept, len(plan.notebooks)):
                 _execute(plan, number, state, progress)
@@ -107,7 +110,7 @@ def _finished_notebooks(plan: Plan) -> int:
     for number, notebook in enumerate(plan.notebooks):
         try:
             said = state["notebooks"][notebook.path.name]
-            same = (state["key"], said["status"]) == (plan.key, "done") and _print_of(notebook).items() <= said.items()
+            same = (state["key"], said["status"]) == (plan.key, "done") and _same(said, _print_of(notebook))
             known = {*metrics, *metrics.get("skipped", ())}
         except (KeyError, TypeError, AttributeError):
             return number
@@ -120,6 +123,12 @@ def _finished_notebooks(plan: Plan) -> int:
 def _print_of(notebook: Notebook) -> dict[str, Any]:
     """What identifies a notebook in run.json: its content and its parameters' values."""
     return {"sha256": notebook.digest, "values": notebook.values}
+
+
+def _same(said: Mapping[str, Any], made: Mapping[str, Any]) -> bool:
+    """Whether two prints are of one notebook with one set of values, wherever the run's folder stood."""
+    values = [{name: value for name, value in one["values"].items() if name not in PLACES} for one in (said, made)]
+    return said["sha256"] == made["sha256"] and values[0] == values[1]
 
 
 def _execute(plan: Plan, number: int, state: _State, tell: Tell | None) -> None:
@@ -192,6 +201,15 @@ def _check_promises(plan: Plan, state: _State) -> None:
         raise error from problem
 
 
+def _valid(entries: Mapping[str, Any], new: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """The entries of before that still hold, and the names of those that don't: whatever was executed after a notebook
+    that is executed again may have read what that one left. Entries stand in the order of their execution."""
+    names = list(entries)
+    first = min((names.index(name) for name in new if name in entries), default=len(names))
+    return ({name: said for name, said in entries.items() if names.index(name) < first},
+            [name for name in names[first:] if name not in new])
+
+
 class _State:
     """The run's `run.json`, written anew after every step; over a finished run's only once a new notebook has ended.
 
@@ -204,6 +222,10 @@ class _State:
         self.path, self.finished = folder.state_file, kept
         before = read_json(self.path) if self.path.exists() else {}
         new = {notebook.path.name for notebook in plan.notebooks[kept:]}
+        valid, self._stale = _valid(before.get("notebooks", {}) if plan.is_of_model(before) else {}, new)
+        self._stale += [name for name in before.get("notebooks", {}) if not plan.is_of_model(before)]
+        self._out, self._made = plan.out, {name for one in plan.notebooks[kept:] for name in one.gives}
+        self._began = time.time()
         self.content = {
             "status": "running",
             "key": plan.key,
@@ -212,13 +234,21 @@ class _State:
             "parameters": plan.parameters,
             "versions": _versions(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "notebooks": {name: said for name, said in before.get("notebooks", {}).items() if name not in new},
+            "notebooks": valid,
         }
         self._metrics = folder.metrics_file
         #: a finished run's metrics.json: it is put back where this one is stopped before any notebook has ended
         self._whole = self._metrics.read_bytes() if before.get("status") == "done" and self._metrics.exists() else None
         if self._whole is None:
             self._write()
+
+    def drop_what_is_stale(self) -> None:
+        """Remove the figures of notebooks that ran after one that is executed again, or on a model of before."""
+        sections = [name for one in self._stale if (self._out / one).is_file()
+                    for name in promises_of(self._out / one)["metrics"]]
+        if sections and self._metrics.exists():
+            write_json(self._metrics, {name: section for name, section in read_json(self._metrics).items()
+                                       if name not in sections})
 
     def passed(self, notebook: Notebook, made: Mapping[str, Any], seconds: float) -> None:
         """Note a notebook that has ended; `made` is its print from before, since files may be edited meanwhile."""
@@ -240,12 +270,17 @@ class _State:
             self._note(notebook, {"status": "stopped"})
 
     def stopped(self) -> None:
-        if self._whole is not None:
+        if self._whole is not None and not self._has_begun_to_make():
             with replacing(self._metrics) as temporary:
                 temporary.write_bytes(self._whole)
             return
         self.content["status"] = "stopped"
         self._write()
+
+    def _has_begun_to_make(self) -> bool:
+        """Whether a notebook that was stopped has already put something in the place of what was there."""
+        made = [path for name in self._made for path in (self._out / name, *(self._out / name).rglob("*"))]
+        return any(path.stat().st_mtime >= self._began for path in made if path.is_file())
 
     def done(self) -> None:
         self.content["status"] = "done"

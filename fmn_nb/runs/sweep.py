@@ -1,7 +1,8 @@
 """Many runs that survive: executed on Dask's workers, resumed after any kill, with one table at the end.
 
 A run is finished if its `run.json` says "done" for the same parameters and notebooks and its `metrics.json` is valid.
-Everything else is started anew, so a killed sweep's table ends up equal to an unbroken one's.
+If it says so for other notebooks, the run goes on from what they left. Everything else is started anew, so a killed
+sweep's table ends up equal to an unbroken one's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from fmn_nb.files import write_json
+from fmn_nb.files import read_json, write_json
 from fmn_nb.runs.executors import Outcome, executed
 from fmn_nb.runs.folder import SWEEP_FILE, TABLES, Row, RunFolder, failed_row, write_table
 from fmn_nb.runs.notebook import RunError, without_slow_formats
@@ -56,6 +57,7 @@ def run_sweep(
             stack.callback(shutil.rmtree, sweep.folder.parent, ignore_errors=True)
         sweep.folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(sweep.storage.held(sweep.folder))
+        _check_folder(sweep.folder)
         if not (sweep.folder / SWEEP_FILE).exists() and (there := [n for n in TABLES if (sweep.folder / n).exists()]):
             raise SweepError(f"{sweep.folder / there[0]} is no sweep's, and would be replaced: give another folder")
         progress = stack.enter_context(progress or SweepProgress())
@@ -69,6 +71,20 @@ def run_sweep(
     return sweep.place, unfinished
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise a SweepError if the folder is a run's, or has a file that this sweep would write, of something else."""
+    if RunFolder(folder).state_file.exists():
+        raise SweepError(f"{folder} is the folder of a single run: give another folder")
+    if (folder / SWEEP_FILE).is_file():
+        try:
+            is_listing = "runs" in read_json(folder / SWEEP_FILE)
+        except (ValueError, OSError):
+            return  # a damaged listing is written anew
+        if not is_listing:
+            raise SweepError(f"{folder / SWEEP_FILE} is no listing of a sweep's runs, and would be replaced: give "
+                             "another folder, or give that file another name")
+
+
 def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bool,
              progress: SweepProgress) -> list[Row]:
     """The rows of all runs, in the order of the specification; the tables are written whatever happens."""
@@ -78,13 +94,17 @@ def _run_all(sweep: Sweep, workers: int, scheduler: str | None, retry_failed: bo
     listing = write_json(sweep.folder / SWEEP_FILE, {
         "runs": len(sweep.plans), "varied": sweep.varied, "notebooks": sweep.notebooks, "workers": workers,
         "folders": [plan.out.name for plan in sweep.plans],
+        "digests": {one.path.name: one.digest for one in sweep.plans[0].notebooks},
+        "model_files": {plan.out.name: plan.model_print for plan in sweep.plans},
+        "texts": sorted({name for plan in sweep.plans for name, value in (plan.settings | plan.parameters).items()
+                         if isinstance(value, str)}),
         "specification": {name: value for name, value in sweep.content.items() if name != "cluster"},
     })
     storage.keep([listing])
     storage.fetch(plan.out for plan in sweep.plans)
     rows = {plan.key: row for plan in sweep.plans if (row := RunFolder(plan.out).earlier_row(plan, retry_failed))}
     todo = [plan for plan in sweep.plans if plan.key not in rows]
-    for name in TABLES:  # they would tell of runs that are made anew now; until the end, the runs tell of themselves
+    for name in (*TABLES, *(["report.html"] if todo else [])):  # they would tell of runs that are made anew now
         (sweep.folder / name).unlink(missing_ok=True)
     progress.start(len(sweep.plans), list(rows.values()), workers)
     try:
@@ -116,14 +136,15 @@ def _executed(sweep: Sweep, todo: list[Plan], workers: int, scheduler: str | Non
 
 
 def attempt(plan: Plan, storage: Local = Local()) -> str | None:  # noqa: B008  it is frozen and holds nothing
-    """Execute one run from a clean folder and store it; return its error's text, or None. Runs in a worker."""
+    """Execute one run, from a clean folder unless finished notebooks of it are there, and store it; return its error's
+    text, or None. Runs in a worker."""
     without_slow_formats()
     error, run = None, RunFolder(plan.out)
     try:
         if run.status == "running":
             time.sleep(KERNEL_LAG)  # an orphaned kernel of the killed attempt may still be writing
         if run.earlier_row(plan, retry_failed=True) is None:
-            execute(plan, fresh=True, patience=10)
+            execute(plan, fresh=not run.holds(plan), patience=10)
     except (RunError, ValueError, OSError) as problem:
         error = storage.shown(str(problem), plan.out)
     try:

@@ -97,6 +97,9 @@ def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> 
     assert found == {"paper": {"learning_rate": 2e-4, "positions": ["words"], "steps": 50}}
     (job,) = plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides=found)
     assert (job.settings.learning_rate, job.settings.steps, job.settings.norm) == (2e-4, 50, "published")
+    alias = tmp_path / "alias.yaml"
+    alias.write_text("paper: &same {steps: 3}\nbalanced: *same\n")
+    assert read_overrides(alias, ["paper.steps=50"]) == {"paper": {"steps": 50}, "balanced": {"steps": 3}}
     for text in ("paper=1", "steps=3", "paper.steps"):
         with pytest.raises(SettingsError, match="name=value"):
             read_overrides(None, [text])

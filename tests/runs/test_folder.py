@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmn_nb.files import read_json, write_json
 from fmn_nb.plots.tradeoff import cost_and_quality, forgotten_and_kept, measure_along
-from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep, record
+from fmn_nb.runs.folder import RunFolder, SweepReadingError, read_sweep, record, write_table
 from fmn_nb.runs.metrics import MetricsError
 from fmn_nb.widgets import SweepExplorer
 
@@ -82,6 +82,34 @@ def test_a_sweep_that_was_killed_before_its_table_is_read_from_its_runs(folder):
     assert results.runs.loc["cat-5", "seconds"] == 2.5
     assert results.measures()[["value", "low", "high"]].to_numpy().tolist() == [[0.5, 0.4, 0.6]]
     assert "results.csv is not there yet" in results.notes[0] and "cat-35 can't be read" in results.notes[1]
+
+
+def test_runs_of_notebooks_or_a_model_of_before_are_told_apart_from_those_of_now(folder):
+    (folder / "results.csv").unlink()
+    write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {
+        "digests": {"03": "new"}, "model_files": {"frog-35": "another"}})
+    for (concept, steps), digest in zip(GRID, ("new", "old", "new", "new"), strict=True):
+        run = folder / f"{concept}-{steps}"
+        write_json(run / "run.json", {
+            "status": "done", "settings": {"concept": concept, "seed": 0}, "parameters": {"steps": steps},
+            "notebooks": {"03": {"seconds": 2.5, "sha256": digest}}, "model_files": "one"})
+        write_json(run / "metrics.json", {
+            "schema": 1, "model": "emoji", "concept": {"name": concept, "kind": "object"}, "preset": "balanced",
+            "seed": 0, "versions": {"python": "3.11"}, "after": {"ua": 0.5, "ci95": {"ua": [0.4, 0.6]}}})
+    results = read_sweep(folder)
+    assert list(results.done.index) == ["cat-5", "frog-5"] and results.runs.loc["cat-35", "status"] == "unfinished"
+    assert [note for note in results.notes if "other notebooks or another model" in note][0].startswith("cat-35")
+
+
+def test_texts_are_read_as_they_were_written(folder):
+    rows = [{**row("cat", 5), "folder": name, "mode": mode} for name, mode in (
+        ("a", ""), ("b", "None"), ("c", "01"), ("d", "1"))]
+    write_table(folder, rows)
+    write_json(folder / "sweep.json", {"runs": 4, "varied": ["mode"], "notebooks": ["03"],
+                                        "texts": ["concept", "mode"]})
+    results = read_sweep(folder)
+    assert [results.label(run) for run in "abcd"] == ["mode ''", "mode None", "mode 01", "mode 1"]
+    assert results.runs.loc["a", "steps"] == 5 and results.measures()["low"].notna().any()
 
 
 @pytest.mark.parametrize("damage", ["", "a,b\n1,2\n", '"'])

@@ -13,7 +13,7 @@ from fmn_nb.models import names
 from fmn_nb.models.names import UnknownModelError
 from fmn_nb.runs import plan as plans
 from fmn_nb.runs.parameters import ParameterError
-from fmn_nb.runs.plan import RequestError, check_concept, find_notebooks, plan_run
+from fmn_nb.runs.plan import RequestError, _slug, check_concept, find_notebooks, plan_run
 
 CELL = """\
 concept: str = "cat"  # what to forget
@@ -117,6 +117,16 @@ def test_notebooks_are_found_by_path(course):
 def test_a_wrong_request_is_one_clear_error(course, request_, says):
     with pytest.raises((RequestError, ParameterError, UnknownModelError), match=says):
         plan_run(**{"notebooks": "01,03", **request_})
+
+
+def test_a_parameter_is_given_once_and_is_called_like_no_column_of_a_row(write_notebook, tmp_path):
+    path = str(write_notebook("03_own.ipynb", 'folder: str = ""  # of images\nsteps: int = 2  # steps'))
+    with pytest.raises(RequestError, match="a run's row has a column 'folder' of its own"):
+        plan_run(notebooks=[path], parameters={"folder": "x"}, out=tmp_path / "out")
+    with pytest.raises(RequestError, match="'steps' is given twice"):
+        plan_run(notebooks=[path], parameters={"steps": 3}, texts={"steps": "4"}, out=tmp_path / "out")
+    long = plan_run(notebooks="03", model="emoji", concept="cat", within=tmp_path).out
+    assert len(long.name.encode()) < 255 and len(_slug("\u732b" * 90).encode()) <= 100
 
 
 def test_the_kind_is_found_out_and_foreign_models_take_any_concept():

@@ -14,7 +14,7 @@ from filelock import FileLock
 from PIL import Image
 
 import fmn_nb as fmn
-from fmn_nb.runs.folder import record
+from fmn_nb.runs.folder import RunFolder, record
 from fmn_nb.runs.notebook import RunError
 from fmn_nb.runs.plan import Plan, RequestError, plan_run
 from fmn_nb.runs.progress import Position
@@ -357,3 +357,49 @@ def test_a_model_trained_again_makes_another_run(write_notebook, tmp_path, monke
     assert is_finished(plan)
     monkeypatch.setattr(Plan, "model_print", "another")
     assert not is_finished(plan)
+
+
+GIVEN = "import pathlib; (pathlib.Path(out) / 'patch').mkdir(exist_ok=True); (pathlib.Path(out) / 'patch' / 'x')"
+
+
+def test_what_ran_after_a_notebook_that_is_made_anew_is_stale_with_its_figures(write_notebook, tmp_path, monkeypatch):
+    out, two = tmp_path / "out", write_notebook("04_measure.ipynb", CELL, FORGET, metrics=["forgetting"])
+
+    def first(number: int) -> Path:
+        return write_notebook("03_forget.ipynb", CELL, f"{GIVEN}.write_text('{number}')", gives=["patch"])
+
+    both = [str(first(1)), str(two)]
+    execute(plan_run(notebooks=both, out=out))
+    assert "forgetting" in RunFolder(out).metrics and is_finished(plan_run(notebooks=both, out=out))
+    first(2)
+    execute(plan_run(notebooks=both[:1], out=out))
+    assert (out / "patch" / "x").read_text() == "2" and "forgetting" not in RunFolder(out).metrics, "of before"
+    assert not is_finished(plan_run(notebooks=both, out=out))
+    execute(plan_run(notebooks=both, out=out))
+    execute(plan_run(notebooks=both[1:], out=out), again=True)
+    assert is_finished(plan_run(notebooks=both, out=out)), "what ran before the one that is made anew stays"
+    monkeypatch.setattr(Plan, "model_print", "another")
+    execute(plan_run(notebooks=both[:1], out=out))
+    assert list(RunFolder(out).state["notebooks"]) == ["03_forget.ipynb"], "the other one is of the model of before"
+
+
+def test_a_stop_after_a_notebook_has_made_something_is_no_finished_run(write_notebook, tmp_path):
+    out = tmp_path / "out"
+    one = write_notebook("03_forget.ipynb", CELL, f"{GIVEN}.write_text('1')", gives=["patch"])
+    execute(plan_run(notebooks=[str(one)], out=out))
+    write_notebook("03_forget.ipynb", CELL, f"{GIVEN}.write_text('2')", "import time; time.sleep(30)", gives=["patch"])
+
+    def stop(_where):
+        if (out / "patch" / "x").read_text() == "2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped):
+        execute(plan_run(notebooks=[str(one)], out=out), stop)
+    assert RunFolder(out).status == "stopped"
+
+
+def test_a_run_that_was_moved_is_still_finished(write_notebook, tmp_path):
+    one = write_notebook("03_forget.ipynb", CELL, FORGET, metrics=["forgetting"])
+    execute(plan_run(notebooks=[str(one)], out=tmp_path / "out"))
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert is_finished(plan_run(notebooks=[str(one)], out=tmp_path / "elsewhere"))

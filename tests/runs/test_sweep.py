@@ -238,6 +238,25 @@ def test_a_damaged_run_is_made_anew(spec, tmp_path):
     assert not (plan.out / "images").exists()
 
 
+def test_other_notebooks_go_on_from_what_a_finished_run_left(spec, write_notebook, tmp_path):
+    content = spec("import pathlib; (pathlib.Path(out) / 'patch').mkdir()")
+    assert attempt(plan_sweep(content, tmp_path / "out").plans[0]) is None
+    second = write_notebook("04_more.ipynb", "seed: int = 0  # seed\nout: str = ''  # folder",
+                            "import pathlib; assert (pathlib.Path(out) / 'patch').is_dir()")
+    plan = plan_sweep({**content, "notebook": str(second)}, tmp_path / "out").plans[0]
+    assert attempt(plan) is None and (plan.out / "patch").is_dir() and (plan.out / "03_stub.ipynb").is_file()
+
+
+def test_a_runs_folder_and_a_file_that_is_no_listing_are_left_alone(spec, tmp_path):
+    plan = _finished(plan_sweep(spec(), tmp_path).plans[0])
+    with pytest.raises(SweepError, match="is the folder of a single run"):
+        run_sweep(plan_sweep(spec(), plan.out))
+    write_json(tmp_path / "exp" / "sweep.json", spec())
+    with pytest.raises(SweepError, match="is no listing of a sweep's runs, and would be replaced"):
+        run_sweep(plan_sweep(tmp_path / "exp" / "sweep.json", tmp_path / "exp"))
+    assert json.loads((tmp_path / "exp" / "sweep.json").read_text()) == spec()
+
+
 def test_two_sweeps_never_share_a_folder(spec, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(SweepError, match="another sweep is working"):
