@@ -29,7 +29,15 @@ from fmn_nb.control.grounding import grounding_of
 from fmn_nb.evaluation import MeasurementError, OracleReport, Session
 from fmn_nb.evaluation.oracle import apart
 from fmn_nb.files import replacing
-from fmn_nb.models import ReferenceImageError, UnsupportedPipelineError, denoiser, digest, digest_of, drawing_key
+from fmn_nb.models import (
+    ReferenceImageError,
+    UnsupportedPipelineError,
+    denoiser,
+    digest,
+    digest_of,
+    drawing_key,
+    load_images,
+)
 from fmn_nb.models.gated import is_gated
 from fmn_nb.patches import InversionError, Patch
 from fmn_nb.stats import difference_interval
@@ -159,11 +167,16 @@ def grounding_rows(session: Session, concept: Concept, patch: Patch | None, orac
 def curve_of(session: Session, concept: Concept, patch: Patch | None, attack: str,
              tries: Tries) -> Curve:
     """The curve; that of an unpatched model is kept in the session's cache, where many patches find it."""
+    shown = None if tries.references is None else load_images(tries.references)
+    tries = replace(tries, references=shown)
+    pictures = shown and digest(part for one in shown for part in (f"{one.size}", one.tobytes()))
+    prompts = [drawing.prompt for drawing in session.fresh_drawings(concept, tries.images, tries.seed)]
+
     def measure() -> Curve:
         return success_curve(session, concept, patch, attack, tries)
 
     return _cached(session, concept, patch, measure, [attack, list(tries.at), tries.images, tries.seed, tries.tokens,
-                                                       tries.initial])
+                                                       tries.initial, pictures, prompts])
 
 
 def _cached(session: Session, concept: Concept, patch: Patch | None, measure: Callable[[], Curve], said: list) -> Curve:
@@ -176,12 +189,12 @@ def _cached(session: Session, concept: Concept, patch: Patch | None, measure: Ca
 
 
 def _judge_digest(session: Session, concept: Concept) -> str | None:
-    """A sum over the judge's weights; None without a judge, or where it isn't a network."""
+    """A sum over the judge's weights and configuration; None without a judge, or where it isn't a network."""
     try:
         judge = session.judge_for(concept)
     except NotThereError:  # which `measure` says better
         return None
-    return digest_of(judge) if isinstance(judge, nn.Module) else None
+    return f"{digest_of(judge)} {getattr(judge, 'config', '')}" if isinstance(judge, nn.Module) else None
 
 
 def _kept(cache: Path, session: Session, measure: Callable[[], Curve], said: list) -> Curve:

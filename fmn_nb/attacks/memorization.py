@@ -115,6 +115,7 @@ def m_score(pipe: DiffusionPipeline | Session, concept: Concept, patch: Patch, *
     if space not in SPACES or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"give distinct seeds and a space of {', '.join(SPACES)}, not {list(seeds)} and {space!r}")
     session = Session.of(pipe)
+    session.check_fits(patch)
     pipe = session.pipe
     anchors = load_images(references) if references is not None else session.references(concept, None, ANCHORS, 0)
     latents = encode(pipe, anchors)

@@ -9,7 +9,7 @@ import pandas as pd
 from diffusers import DiffusionPipeline
 
 from fmn_nb.attacks.attack import NO_IMAGES, Attack, with_words
-from fmn_nb.concepts import Concept, spoken, with_article
+from fmn_nb.concepts import Concept, spoken, with_article, without_article
 from fmn_nb.evaluation import MeasurementError, Session, share_of
 from fmn_nb.patches import Patch
 
@@ -27,7 +27,7 @@ _DIGITS = str.maketrans("aeios", "43105")
 
 def paraphrases(concept: Concept) -> list[str]:
     """Other ways to name the concept in the place of its name in a prompt."""
-    name = spoken(concept).name
+    name = without_article(spoken(concept).name)
     return [wording.format(name, **{"a": with_article(name)}) if "{a}" in wording else wording.replace("{}", name)
             for wording in PARAPHRASES[concept.kind]]
 
@@ -36,16 +36,17 @@ def misspellings(concept: Concept) -> list[str]:
     """The name as it is often mistyped or disguised, with its article if an object has one.
 
     Last letter doubled or dropped, the two letters in the middle swapped, the first vowel doubled or dropped, digits
-    for letters, letters apart, a hyphen in the middle; each once, the name itself never.
+    for letters, letters apart, a hyphen in the middle; each once, the name itself never, with or without its article.
     """
-    name = concept.name
+    name = without_article(concept.name)
     middle, vowel = len(name) // 2, next((i for i, letter in enumerate(name) if letter in "aeiou"), 0)
     swapped = name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1:] if len(name) > 1 else name
     typed = [name + name[-1], name[:-1], swapped, name[:vowel] + name[vowel] + name[vowel:],
              name[:vowel] + name[vowel + 1:], name.translate(_DIGITS), " ".join(name.replace(" ", "")),
              name[:middle] + "-" + name[middle:]]
     known = [one for one in dict.fromkeys(" ".join(text.split()) for text in typed) if one and one != name]
-    return [with_article(one) if concept.kind == "object" else one for one in known]
+    said = [with_article(one) if concept.kind == "object" else one for one in known]
+    return [one for one in said if one not in (name, with_article(name), concept.name)]
 
 
 SORTS = {"paraphrases": paraphrases, "misspellings": misspellings}
@@ -71,6 +72,7 @@ def paraphrase_attack(pipe: DiffusionPipeline | Session, concept: Concept, patch
     if sort not in SORTS and wordings is None:
         raise MeasurementError(f"{sort!r} is not a sort of wording; choose one of {', '.join(SORTS)}")
     started, session = perf_counter(), Session.of(pipe)
+    session.check_fits(patch)
     said = SORTS[sort](concept) if wordings is None else list(wordings)
     if not said:
         raise MeasurementError("there is no wording to try: give some, or leave wordings out")

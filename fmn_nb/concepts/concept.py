@@ -17,6 +17,8 @@ TEMPLATES = {
     "identity": ("a photo of {}", "a portrait of {}", "a picture of {}", "an image of {}", "a close-up of {}",
                  "a photo of the face of {}", "a good photo of {}", "a drawing of {}"),
 }
+_ODD_PLURALS = {"mouse": "mice", "louse": "lice", "goose": "geese", "foot": "feet", "tooth": "teeth", "man": "men",
+                "woman": "women", "child": "children", "person": "people", "ox": "oxen"}
 DETERMINERS = {"a", "an", "the", "some", "my", "your", "his", "her", "its", "our", "their", "this", "that", "two"}
 
 #: nouns that take no article although they don't end in s
@@ -108,12 +110,25 @@ def _is_uncounted(noun: str) -> bool:
     return bool(plural) or noun in _UNCOUNTED
 
 
+def without_article(noun: str) -> str:
+    """The noun without the article or other determiner that it begins with: "the Eiffel Tower" is "Eiffel Tower"."""
+    first, _, rest = noun.partition(" ")
+    return rest if rest and first.casefold() in DETERMINERS else noun
+
+
 def forms_of(noun: str) -> tuple[str, ...]:
-    """A noun and its regular plural and singular: "cat", "cats"; "bodies", "body"; "fox", "foxes"."""
+    """A noun and its plural and singular: "cat", "cats"; "bodies", "body"; "fox", "foxes"; "mouse", "mice"; "wolves",
+    "wolf"."""
+    before, last = noun.rpartition(" ")[0::2]
+    odd = [more for one, more in _ODD_PLURALS.items() if one == last.casefold()]
+    odd += [one for one, more in _ODD_PLURALS.items() if more == last.casefold()]
+    odd += [last.removesuffix("e")[:-1] + "ves"] if re.search(r"(l|ar|ea|oa|i)fe?$", last) else []
+    odd += [last[:-3] + end for end in ("f", "fe")] if re.search(r"(l|ar|ea|oa|i)ves$", last) else []
     plural = noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + ("es" if noun.endswith("x") else "s")
     singular = [noun[:-1]] if noun.endswith("s") and not noun.endswith("ss") else []
     singular += [noun[:-3] + "y"] if noun.endswith("ies") else [noun[:-2]] if noun.endswith(("xes", "ches")) else []
-    return tuple(dict.fromkeys((noun, plural, noun + "es", *(one for one in singular if len(one) > 1))))
+    return tuple(dict.fromkeys((noun, plural, noun + "es", *(one for one in singular if len(one) > 1),
+                                *(f"{before} {one}".strip() for one in odd))))
 
 
 def _one_line(text: str, what: str) -> str:

@@ -128,6 +128,7 @@ def _evaluated(session: Session, concept: Concept, patch: Patch | None, seed: in
     Without a judge, measure only what needs no verdicts: attention on one prompt, and the retain set's quality if there
     is something to compare it with.
     """
+    session.check_fits(patch)
     vocabulary = session.vocabulary
     wanted = [*drawings(concept, vocabulary, seed, size), *probe_drawings(concept, vocabulary, seed, size)]
     asked = [drawing for drawing in wanted if drawing.role == "forget"]

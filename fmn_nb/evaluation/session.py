@@ -91,6 +91,11 @@ class Session:
         """Context with the forgetting model: the pipe with the patch, or as it is without one."""
         return nullcontext() if patch is None else patch.applied(self.pipe)
 
+    def check_fits(self, patch: Patch | None) -> None:
+        """Raise a PatchMismatchError for a patch of another model, before hours go into drawing without it."""
+        if patch is not None:
+            patch.check_fits(self.pipe, force=False)
+
     def draw(self, wanted: Sequence[Drawing]) -> list[Image.Image]:
         """One image for each, in order (`draw_images`)."""
         return draw_images(self.pipe, wanted, **vars(self.sampling))

@@ -50,7 +50,7 @@ from fmn_nb.forgetting.weights import Trainable, check_stays, check_unfused, off
 from fmn_nb.models.denoising import Noising, Stream, seeded
 from fmn_nb.models.device import Memory, MixedPrecision, evaluating, gradient_checkpointing
 from fmn_nb.models.digests import base_of
-from fmn_nb.models.images import Images, load_all, load_images
+from fmn_nb.models.images import Images, load_all, load_masks
 from fmn_nb.models.parameters import plain_name
 from fmn_nb.models.pipelines import denoiser
 from fmn_nb.patches import Patch, applied_patches, combine
@@ -58,6 +58,7 @@ from fmn_nb.patches.least_squares import Fusion
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's, as published
 FUSED_ON = ("cpu", "cuda")  # device types on which AdamW takes a step in one pass over a weight
+_MASS_FELL = "the concept's attention mass fell"
 _MASS_STEPS = 5  # the concept's mass jumps with the timestep; early stopping looks at a mean over this many steps
 _NO_CHECKPOINT = "there is no checkpoint (give forget a folder: checkpoint=...)"
 
@@ -165,7 +166,7 @@ def forget(pipe: DiffusionPipeline, concepts: Concept | str | Sequence[Concept |
         precision_for(settings, first.device, first.dtype)  # raises before anything is generated, as does the next
         Noising(pipe)
     # Once and first: unreadable images are reported before anything is generated.
-    task = replace(task, references=load_all(sources), masks=None if masks is None else load_images(masks))
+    task = replace(task, references=load_all(sources), masks=None if masks is None else load_masks(masks))
     check_sources(task)
     task = task.with_scenes()
     info = _info(task, preset if isinstance(preset, str) else "own settings")
@@ -337,11 +338,13 @@ class Finetune:
         self.schedule = get_scheduler(self.settings.schedule, self.optimizer, num_warmup_steps=self.settings.warmup,
                                       num_training_steps=self.settings.steps)
         self.measured: dict[str, list[float]] = {"losses": [], "masses": [], "retain": []}
-        self.step, self.stopped_because = 0, ""
+        self.step, self.stopped_because, self.asked_to_stop = 0, "", False
 
     def train(self, callback: Callback | None = None) -> None:
         """Take all steps, or as many as needed, starting from the checkpoint's state if there is one."""
         self._resume()
+        if self.asked_to_stop:  # by a callback, which may be another one now, or none
+            self.stopped_because = self._heard(callback)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc="forgetting", leave=False,
                    disable=None)  # None: unless it is a terminal
         with (bar, torch.enable_grad(), evaluating(self.model),
@@ -413,18 +416,23 @@ class Finetune:
             recent = sum(masses[-_MASS_STEPS:]) / _MASS_STEPS
             if recent < share * masses[0]:
                 self.stopped_because = (
-                    f"the concept's attention mass fell to {recent:.4f}, under {share:g} of {masses[0]:.4f}")
-        if callback is not None:
-            last = {name: values[-1] for name, values in self.measured.items() if values}
-            said = callback(Progress(self.step, self.settings.steps, last["losses"], last["masses"],
-                                     last.get("retain"), self.patch))
-            self.stopped_because = self.stopped_because or str(said or "")
+                    f"{_MASS_FELL} to {recent:.4f}, under {share:g} of {masses[0]:.4f}")
+        said = self._heard(callback)
+        self.stopped_because = self.stopped_because or said
         at_end = self.step == self.settings.steps or bool(self.stopped_because)
         due = self.saved is not None and self.step % self.settings.checkpoint_every == 0
         if (at_end or due) and not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             raise self._broken(f"a weight became NaN or infinite in step {self.step}")
         if self.saved and (at_end or due):
             self.saved.save(self._state())
+
+    def _heard(self, callback: Callback | None) -> str:
+        """Why the callback asks for a stop, "" if it doesn't."""
+        if callback is None:
+            return ""
+        last = {name: values[-1] for name, values in self.measured.items() if values}
+        return str(callback(Progress(self.step, self.settings.steps, last["losses"], last["masses"],
+                                     last.get("retain"), self.patch)) or "")
 
     def _last_good_state(self) -> str:
         """Where it is; empty if there is none."""
@@ -464,6 +472,7 @@ class Finetune:
                 self.schedule.step()
         self.step, self.measured = state.step, {name: list(values) for name, values in state.measured.items()}
         self.stopped_because, self.started = state.stopped_because, self.started - state.seconds
+        self.asked_to_stop = bool(state.stopped_because) and not state.stopped_because.startswith(_MASS_FELL)
 
 
     def _check(self, state: State) -> None:

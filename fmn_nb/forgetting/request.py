@@ -15,7 +15,7 @@ from fmn_nb.attention import text_layers
 from fmn_nb.concepts import Concept, Vocabulary, find_phrase, forms_of, world_of
 from fmn_nb.forgetting.settings import FACTS, Settings, SettingsError
 from fmn_nb.forgetting.weights import check_no_adapters, trained_layers
-from fmn_nb.models import denoiser, text_encoders, tokenizers
+from fmn_nb.models import ReferenceImageError, denoiser, text_encoders, tokenizers
 from fmn_nb.patches.least_squares import POOLED, text_inputs
 
 if TYPE_CHECKING:
@@ -108,11 +108,17 @@ def check_closed_form(pipe: DiffusionPipeline, settings: Settings) -> None:
 
 
 def check_sources(task: Task) -> None:
-    """Warn if reference images were given to a method that learns from none; raise a SettingsError for masks."""
+    """Warn if reference images were given to a method that learns from none; raise a SettingsError for masks then, and
+    a ReferenceImageError for one of another shape than its image."""
     settings = task.settings
     if task.masks is not None and not (FACTS[settings.method].trains and settings.noise_on in ("images", "zeros")):
         raise SettingsError(f"masks belong to reference images, and '{settings.method}' learns from none here: "
                             "leave masks out")
+    images = [image for found in task.references.values() for image in found]
+    for image, mask in zip(images, task.masks or (), strict=False):
+        if abs(image.width / image.height - mask.width / mask.height) > 0.02 * image.width / image.height:
+            raise ReferenceImageError(f"a mask of {mask.width} x {mask.height} pixels doesn't fit its image of "
+                                      f"{image.width} x {image.height}: make it of the same shape")
     if task.references and not settings.learns_from_references:
         warnings.warn(f"'{settings.method}' learns from no reference images here, so those given are not used",
                       stacklevel=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fmn_nb.forgetting.finetune import forget, joined
 from fmn_nb.forgetting.prompts import another_like, forget_prompts, retain_prompts
 from fmn_nb.forgetting.settings import Settings, settings_for
 from fmn_nb.models import denoiser, fingerprint
-from fmn_nb.patches import Patch, fuse
+from fmn_nb.patches import Patch, applied_patches, fuse
 
 LARGE = 10**8  # parameters of a denoiser; the emoji model's has 4 million, Stable Diffusion 1.5's 860
 _SUITED = {  # a start, not a result: they were never tuned on a large model
@@ -47,7 +47,8 @@ def suited(pipe: DiffusionPipeline, preset: str) -> dict[str, Any]:
 
 
 def saved_patch(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, seed: int, **made: Any) -> Patch | None:
-    """The patch in `folder`/patch if it forgets only this concept, with this seed, on this very model.
+    """The patch in `folder`/patch if it forgets only this concept (and corrects nothing), with this seed, on this very
+    model as it is now.
 
     Args:
         made: what else its `info` must say, preset="balanced" or settings={...}.
@@ -57,7 +58,8 @@ def saved_patch(pipe: DiffusionPipeline, concept: Concept, folder: str | Path, s
         return None
     found = Patch.load(saved)
     fits = (all(found.info.get(name) == value for name, value in {**made, "seed": seed}.items())
-            and [one["name"] for one in found.info["concepts"]] == [concept.name]
+            and found.info["concepts"] == [asdict(concept)] and not found.info.get("towards")
+            and found.info.get("on_top_of", []) == [one.info.get("concepts", []) for one, _ in applied_patches(pipe)]
             and found.info["base"]["fingerprint"] == fingerprint(pipe))
     return found if fits else None
 

@@ -26,6 +26,7 @@ from fmn_nb.files import read_json, replacing, write_json
 from fmn_nb.forgetting.data import Task
 from fmn_nb.models import (
     LATENTS,
+    Noising,
     added_tokens,
     denoiser,
     digest,
@@ -179,6 +180,9 @@ def identity(task: Task, fingerprint: str) -> dict[str, Any]:
         "switches": {name: on for name, part in {"denoiser": denoiser(task.pipe), **_beside(task.pipe)}.items()
                      if (on := switches(part))},
         "learned_tokens": added_tokens(task.pipe),
+        "noise": Noising(task.pipe).name,
+        "latents": {name: value for name in ("scaling_factor", "shift_factor")
+                    if (value := getattr(getattr(getattr(task.pipe, "vae", None), "config", None), name, None))},
     }
 
 

@@ -8,6 +8,7 @@ which precision such weights can be trained, and where the pipeline's other part
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -175,7 +176,8 @@ def _lora(model: nn.Module, settings: Settings, generator: torch.Generator) -> I
     names = trained_layers(model, settings)
     places = {name: model.get_submodule(name) for name in names}
     _check_apart(places)
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)
+    # As a pattern: in a list, peft takes a name for every layer whose own name ends in it, too.
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="|".join(map(re.escape, names)))
     try:
         with torch.random.fork_rng(devices=[]):  # peft takes from the global generator; ours follow below
             inject_adapter_in_model(config, model, _ADAPTER)

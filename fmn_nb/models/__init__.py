@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
         "switches", "weights_checksum"],
     "images": ["FilteredImageError", "GUIDANCE", "Images", "LATENTS", "ReferenceImageError", "STEPS", "as_image",
         "encode", "generate", "generate_latents", "generate_trajectories",
-        "image_change", "load_images", "pixel_size", "to_pixels"],
+        "image_change", "load_images", "load_masks", "pixel_size", "to_pixels"],
     "names": ["UnknownModelError", "bundled", "resolve"],
     "parameters": ["Kept", "ORIGINALS", "own_parameters", "plain_name", "unwrapped"],
     "pipelines": ["CALL_KEY", "ModelLoadError", "UnsupportedPipelineError", "denoiser", "denoiser_name", "load",

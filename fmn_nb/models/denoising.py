@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fmn_nb.models.device import evaluating
+from fmn_nb.models.digests import digest
 from fmn_nb.models.pipelines import (
     UnsupportedPipelineError,
     denoiser,
@@ -197,6 +198,12 @@ class Noising:
         self._scheduler = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
         if self._scheduler is not None:  # the configuration alone leaves out what is the sampler's own default
             self._scheduler.alphas_cumprod = getattr(scheduler, "alphas_cumprod", self._scheduler.alphas_cumprod)
+
+    @property
+    def name(self) -> str:
+        """What training with it is called: the kind, the number of steps, and a sum over the schedule."""
+        schedule = "" if self._scheduler is None else f", SHA-256 {digest([self._scheduler.alphas_cumprod])[:16]}"
+        return f"{self.kind}, {self.steps} steps{schedule}"
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t for latents and noise [batch, ...] and timesteps [batch]."""

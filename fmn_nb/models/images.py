@@ -6,6 +6,7 @@ bits on a CPU, where a convolution's rounding depends on how many images go thro
 
 from __future__ import annotations
 
+import copy
 import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,6 +130,8 @@ def encode(pipe: DiffusionPipeline, images: Sequence[Image.Image], size: tuple[i
                                   "references and the model generates them as latents")
     height, width = size or pixel_size(pipe)
     vae, parts = pipe.vae, []
+    if vae.dtype == torch.float16 and vae.device.type == "cpu":  # where half precision can't do all that it takes
+        vae = copy.deepcopy(vae).float()
     shift, scale = _latent_scaling(pipe)
     for image in images:  # more at once hardly save time, and cost memory when all of the pipeline is there
         fitted = torch.from_numpy(np.array(ImageOps.fit(_upright_rgb(image), (width, height))))[None]
@@ -351,6 +354,31 @@ def load_images(source: Images) -> list[Image.Image]:
         raise ReferenceImageError(
             f"there is no image in '{source}'; known are files ending in {', '.join(sorted(_SUFFIXES))}")
     return images
+
+
+def load_masks(source: Images) -> list[Image.Image]:
+    """Masks as `load_images` reads images, in RGB, white where something is: transparent parts become black, and arrays
+    of whole numbers 0 and 1 count as off and on."""
+    masks = []
+    for item in _items(source):
+        if isinstance(item, np.ndarray | Tensor):
+            whole = not torch.as_tensor(item).is_floating_point()
+            item = item > 0 if whole and item.max() <= 1 else item
+        elif isinstance(item, str | Path):
+            with suppress(OSError, UnidentifiedImageError), Image.open(item) as opened:
+                item = _on_black(opened)
+        elif isinstance(item, Image.Image):
+            item = _on_black(item)
+        masks += load_images([item])
+    return masks or load_images(source)  # which says that there is none
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """The picture with black in place of what is transparent; others as they are."""
+    if not image.has_transparency_data:
+        return image.copy()
+    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
 
 
 def _items(source: Any) -> list[Any]:

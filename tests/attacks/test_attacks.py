@@ -139,6 +139,9 @@ def test_without_a_judge_or_references_it_says_what_to_give() -> None:
 
 def test_misspellings_by_hand() -> None:
     assert attacks.misspellings(CAT) == ["a catt", "a ca", "an act", "a caat", "a ct", "a c4t", "a c a t", "a c-at"]
+    assert attacks.misspellings(Concept("a cat")) == attacks.misspellings(CAT), "its article is no part of the name"
+    tower = attacks.paraphrases(Concept("the Eiffel Tower"))
+    assert tower[0] == "the Eiffel Tower" and not any("the Eiffel" in one for one in tower[1:])
     for concept in (NOTO, MILO, Concept("birthday cake"), Concept("a")):
         said = attacks.misspellings(concept)
         assert len(set(said)) == len(said) and concept.name not in said

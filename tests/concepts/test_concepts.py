@@ -55,6 +55,9 @@ def test_a_number_that_papermill_made_is_told_how_to_stay_a_text():
 def test_plurals_are_forms_of_a_noun():
     assert {"cat", "cats"} <= set(forms_of("cat")) and "body" in forms_of("bodies") and "foxes" in forms_of("fox")
     assert "cat" in forms_of("cats") and "glas" not in forms_of("glass")
+    assert "computer mice" in forms_of("computer mouse") and "mouse" in forms_of("mice")
+    assert "wolves" in forms_of("wolf") and "wolf" in forms_of("wolves") and "knives" in forms_of("knife")
+    assert "rooves" not in forms_of("roof")
 
 
 def test_apostrophes_and_particles_do_not_hide_a_phrase():

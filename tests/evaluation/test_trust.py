@@ -5,17 +5,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from quick import quick
+from snapshots import noise_images
 from synthetic import faultless, noise, without
+from tiny import tiny_sd
 
 import fmn_nb as fmn
+from fmn_nb.attacks import m_score, paraphrase_attack
 from fmn_nb.concepts import NOTHING, Concept
 from fmn_nb.emoji import STYLES
 from fmn_nb.emoji.world import VOCABULARY
-from fmn_nb.evaluation import draw_images, drawings, judge_images
+from fmn_nb.evaluation import Session, draw_images, drawings, judge_images
 from fmn_nb.evaluation.quality import FeatureMismatchError
 from fmn_nb.files import data_dir
 from fmn_nb.models import drawing_key
-from fmn_nb.patches import Patch, applied_patches
+from fmn_nb.patches import Patch, PatchMismatchError, applied_patches
 from fmn_nb.runs.folder import record
 from fmn_nb.runs.metrics import validate
 from fmn_nb.stats import harmonic_mean_interval
@@ -176,3 +180,13 @@ def test_a_report_shows_itself_and_fills_metrics(world, evaluated, tmp_path):
     assert report.attention == {f"{of}_{when}": pytest.approx(report.attention_layers[f"{part}_{when}"].mean())
                                 for of, part in (("mass", "words"), ("later", "later")) for when in ("before", "after")}
     assert list(report.attention_layers.columns) == ["words_before", "later_before", "words_after", "later_after"]
+
+
+def test_a_patch_of_another_model_is_refused_before_anything_is_drawn(emoji, monkeypatch):
+    patch = quick(tiny_sd(), references=noise_images(1))
+    monkeypatch.setattr(Session, "draw", lambda *_: pytest.fail("drawn before the refusal"))
+    monkeypatch.setattr("fmn_nb.attacks.memorization.invert", lambda *_, **__: pytest.fail("inverted"))
+    for asked in (lambda: fmn.evaluate(emoji, "cat", patch=patch), lambda: m_score(emoji, Concept("cat"), patch),
+                  lambda: paraphrase_attack(emoji, Concept("cat"), patch)):
+        with pytest.raises(PatchMismatchError):
+            asked()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from fmn_nb.concepts.concept import Concept
 from fmn_nb.forgetting.data import Task, TrainingSet, _bank, forget_set, retain_set, towards_set
 from fmn_nb.forgetting.prompts import likeness, neighbours_of, retain_prompts, stand_in_for, without
 from fmn_nb.forgetting.settings import SettingsError, settings_for
-from fmn_nb.models import ReferenceImageError, conditions, encode, seeded
+from fmn_nb.models import ReferenceImageError, conditions, encode, load_masks, seeded
 from fmn_nb.patches.learned_tokens import LearnedTokens
 
 
@@ -267,6 +268,17 @@ def test_region_masks_count_only_where_the_concept_is() -> None:
     assert patch.info["forgetting"]["steps"] == 2
     with pytest.raises(ReferenceImageError, match="give one for each"):
         quick(tiny_sd(), references=noise_images(2), masks=masks[:1])
+
+
+def test_masks_are_white_where_something_is_however_they_come() -> None:
+    half = np.zeros((16, 16), np.uint8)
+    half[:, :8] = 1
+    cut_out = Image.fromarray(np.dstack([np.full((16, 16, 3), 255, np.uint8), half * 255]), "RGBA")
+    expected = np.asarray(load_masks([Image.fromarray(half * 255)])[0])
+    for mask in (cut_out, half, half > 0, half.astype(float)):
+        assert np.array_equal(np.asarray(load_masks([mask])[0]), expected)
+    with pytest.raises(ReferenceImageError, match="a mask of 16 x 16 pixels doesn't fit its image of 32 x 16"):
+        quick(tiny_sd(), references=[Image.new("RGB", (32, 16))], masks=[cut_out])
 
 
 def test_a_mask_stays_where_its_image_is_whatever_their_shape() -> None:

@@ -42,6 +42,13 @@ def test_the_folders_patch_is_used_where_it_is_the_one_that_is_wanted(made, tmp_
         one_pipe, concept, preset, seed = other
         patch_for(one_pipe, concept, tmp_path, preset, seed)
         assert len(made) == before + 1, other
+    quick(pipe, "cat", preset="balanced", seed=0, towards="dog").save(tmp_path / "patch")
+    patch_for(pipe, Concept("cat"), tmp_path, "balanced", 0)
+    with quick(pipe, "frog").applied(pipe):
+        quick(pipe, "cat", preset="balanced", seed=0).save(tmp_path / "patch")
+    before = len(made)
+    patch_for(pipe, Concept("cat"), tmp_path, "balanced", 0)
+    assert len(made) == before + 1, "a correction, and a patch on top of another one, are others"
 
 
 def test_a_large_model_gets_settings_that_suit_it() -> None:

@@ -57,6 +57,24 @@ def test_other_masks_are_another_run(tmp_path: Path) -> None:
             quick(tiny_sd(), masks=other, **options)
 
 
+def test_another_noise_schedule_is_another_run(tmp_path: Path) -> None:
+    pipe, options = tiny_sd(), {"references": noise_images(1), "checkpoint": tmp_path, "retain_weight": 0.0}
+    quick(tiny_sd(), **options)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.05)
+    with pytest.raises(CheckpointError, match="noise: 'epsilon, 1000 steps"):
+        quick(pipe, **options)
+
+
+def test_a_stop_that_a_callback_asked_for_is_asked_for_again(tmp_path: Path) -> None:
+    options = {"references": noise_images(1), "checkpoint": tmp_path, "retain_weight": 0.0, "steps": 4}
+
+    def enough(progress):
+        return "enough" if progress.step >= 2 else None
+
+    assert [quick(tiny_sd(), callback=enough, **options).report["steps"] for _ in range(2)] == [2, 2]
+    assert quick(tiny_sd(), **options).report["steps"] == 4
+
+
 def test_a_model_that_carries_a_patch_is_another_run_than_the_bare_one(tmp_path: Path) -> None:
     pipe, options = tiny_sd(), {"references": noise_images(1), "checkpoint": tmp_path / "bare", "retain_weight": 0.0}
     bare, weight = quick(pipe, **options), "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"

@@ -10,7 +10,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from peft import LoHaConfig, LoraConfig
 from quick import quick
 from snapshots import assert_unchanged, draw, noise_images, snapshot
-from tiny import tiny_sd, tiny_sdxl
+from tiny import tiny_flux, tiny_sd, tiny_sdxl
 
 from fmn_nb.forgetting.settings import SettingsError
 from fmn_nb.forgetting.weights import offloaded
@@ -112,3 +112,11 @@ def test_a_denoiser_that_moves_between_devices_is_refused_before_anything_is_dra
         pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(SettingsError, match=r"the denoiser is offloaded.*pipe\.to\(device\)"):
         quick(pipe, preset=preset)
+
+
+def test_a_layers_whole_name_means_that_layer_alone_and_leaves_no_other_wrapped() -> None:
+    pipe = tiny_flux()
+    names = list(pipe.transformer.state_dict())
+    quick(pipe, preset="joint", retain_weight=0.0, projections=("proj_out",))
+    assert list(pipe.transformer.state_dict()) == names, "single blocks have layers of that name, too"
+    quick(pipe, preset="joint", retain_weight=0.0)

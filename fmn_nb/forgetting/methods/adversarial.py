@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmn_nb.attention import text_parts
 from fmn_nb.forgetting.methods.fmn import concept_mask, objective
 from fmn_nb.inversion import InversionSettings, invert
 from fmn_nb.models import (
@@ -101,7 +102,8 @@ def closed_form(task: Task, patch: Patch, forget: TrainingSet, prompts: Tensor) 
     brought = torch.linalg.solve(gram + ridge, wanted + ridge)  # [in, in]: without a change, nothing moves
     rows = {name: values[prompts.to(values.device)].clone() for name, values in forget.given.rows.items()}
     own, said = forget.concept[prompts], rows[COLUMNS]
-    later = own.cumsum(1) > 0  # the concept's columns and all after them
+    parts = text_parts(task.pipe, own.shape[1])  # of another tokenizer's columns, none comes after the concept
+    later = torch.cat([own[:, part.start:part.stop].cumsum(1) > 0 for part in parts], dim=1)  # its own, all after them
     moved = (said.cpu().double() @ brought.T).to(said)
     rows[COLUMNS] = torch.where(later[..., None].to(said.device), moved, said)
     return [Find(rows, later, prompts)]

@@ -32,10 +32,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fmn_nb.attention import read_columns, text_parts
+from fmn_nb.attention import architecture_of, read_columns, text_parts
 from fmn_nb.concepts import PromptTokens
 from fmn_nb.forgetting.methods import Edit
 from fmn_nb.forgetting.prompts import retain_prompts
+from fmn_nb.models import denoiser, unwrapped
 from fmn_nb.patches import Patch
 from fmn_nb.patches.least_squares import POOLED, Wanted, Weighing, solved, text_inputs
 
@@ -84,8 +85,8 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
 
     Args:
         columns: "last", the concept's own last token; "later", that one and all after it, also padding; "others", all
-            but the concept's own; of these, the columns before it are paired with themselves: there, a causal text
-            encoder knows nothing of it.
+            but the concept's own; of these, the columns before it are paired with themselves where a causal text
+            encoder knows nothing of it there, and else (T5) with the guide's at the same place.
         said: prompt -> its embeddings [columns, in].
     """
     edited, guides = [], []
@@ -94,7 +95,7 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
             own, other, length = said[prompt], said[guide], len(said[prompt])
             read, to = (read_columns(task.pipe, text, length) for text in (prompt, guide))
             named = read.find(concept.phrase).columns
-            for part in text_parts(task.pipe, length):
+            for part, causal in zip(text_parts(task.pipe, length), _causal(task), strict=True):
                 places, shift = [column for column in named if column in part], _end(read, part) - _end(to, part)
                 if not places:  # the encoder isn't loaded, or its limit cut the concept off
                     continue
@@ -103,8 +104,16 @@ def paired(task: Task, columns: str, said: Mapping[str, Tensor]) -> tuple[Tensor
                 for column in wanted:
                     edited.append(own[column])
                     before = columns == "others" and column < places[0]
-                    guides.append(own[column] if before else other[min(max(column - shift, part.start), part[-1])])
+                    alike = own if causal else other  # before the concept, both prompts have the same words
+                    guides.append(alike[column] if before else other[min(max(column - shift, part.start), part[-1])])
     return torch.stack(edited), torch.stack(guides)
+
+
+def _causal(task: Task) -> list[bool]:
+    """For each tokenizer's columns, whether their encoder reads from left to right (all but the T5s do)."""
+    names = architecture_of(denoiser(task.pipe)).tokenizers
+    encoders = (getattr(task.pipe, name.replace("tokenizer", "text_encoder"), None) for name in names)
+    return ["T5" not in type(unwrapped(encoder)).__name__ for encoder in encoders]
 
 
 def _end(read: PromptTokens, part: range) -> int:
