@@ -308,7 +308,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
             raise ValueError(f"'{model}' belongs to no known world, so there is no judge for its images")
         file = file or (usual if usual.is_file() else None)
         concepts, presets, seeds = (_items(request[name]) for name in ("concepts", "presets", "seeds"))
-        overrides = read_overrides(file, single, presets)
+        overrides, chosen_on = read_overrides(file, single, presets), tuned_on(file, vocabulary)
         presets = list(overrides) if presets == [EVERYTHING] else presets
         seeds, attacked = _whole("--seeds", seeds), _whole("--attack-seeds", _items(request["attack_seeds"]))
         attacked = attacked or seeds[:1]
@@ -332,7 +332,7 @@ def benchmark(file: Path | None, single: tuple[str, ...], out: Path | None, work
         if request["plan"]:
             click.echo("\n".join(schedule(bench, jobs, workers, request["limit"], kept_rows(bench, jobs, out))))
             return
-        made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), TUNED_ON: tuned_on(file),
+        made = {"command": shlex.join(["fmn-nb", *sys.argv[1:]]), TUNED_ON: chosen_on,
                 **({"note": note} if note else {})}
         table = run_benchmark(bench, jobs, out, made=made, limit=request["limit"], workers=workers, log=click.echo)
         click.echo(f"results: {table}")

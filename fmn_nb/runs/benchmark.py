@@ -32,6 +32,7 @@ from fmn_nb.forgetting.settings import PRESETS, Settings, SettingsError, setting
 from fmn_nb.models.arguments import checked_seed
 from fmn_nb.runs.earlier import TABLE_FILE, Earlier
 from fmn_nb.runs.means import TUNED_ON
+from fmn_nb.runs.parameters import did_you_mean
 from fmn_nb.runs.single import single_setting
 from fmn_nb.runs.stopping import telling
 from fmn_nb.runs.tables import write_results
@@ -186,9 +187,17 @@ def read_overrides(file: Path | None, single: Sequence[str] = (),
     return content
 
 
-def tuned_on(file: Path | None) -> list[str]:
-    """The concepts that a settings file says its settings were chosen on; none if it says nothing."""
-    return list((read_yaml(file) or {}).get(TUNED_ON, ())) if file is not None else []
+def tuned_on(file: Path | None, vocabulary: Vocabulary | None = None) -> list[str]:
+    """The concepts that a settings file says its settings were chosen on; none if it says nothing.
+
+    Raises:
+        SettingsError: one that the vocabulary, if there is one, doesn't have: it would count in means by mistake.
+    """
+    chosen = list((read_yaml(file) or {}).get(TUNED_ON, ())) if file is not None else []
+    if vocabulary is not None and (unknown := [one for one in chosen if one not in vocabulary.concepts()]):
+        raise SettingsError(f"{file} says {TUNED_ON} '{unknown[0]}', which the {vocabulary.world} world doesn't have"
+                            f"{did_you_mean(unknown[0], vocabulary.concepts())}")
+    return chosen
 
 
 # ---- doing them ------------------------------------------------------------------------------------------------------

@@ -92,7 +92,10 @@ def test_wrong_requests_tell_what_there_is(wrong, text) -> None:
 def test_settings_come_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("paper: {learning_rate: 1e-4, positions: [words]}\nbalanced: {steps: 9}\ntuned_on: [cat]\n")
-    assert tuned_on(file) == ["cat"] and tuned_on(None) == []
+    assert tuned_on(file, VOCABULARY) == ["cat"] and tuned_on(None) == []
+    (tmp_path / "wrong.yaml").write_text("tuned_on: [Cat]")
+    with pytest.raises(SettingsError, match="tuned_on 'Cat', which the emoji world doesn't have .did you mean 'cat'"):
+        tuned_on(tmp_path / "wrong.yaml", VOCABULARY)
     found = read_overrides(file, ["paper.steps=50", "paper.learning_rate=2e-4"], ["paper"])
     assert found == {"paper": {"learning_rate": 2e-4, "positions": ["words"], "steps": 50}}
     (job,) = plan_jobs(VOCABULARY, ["cat"], ["paper"], overrides=found)
