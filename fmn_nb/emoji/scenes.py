@@ -72,15 +72,25 @@ class Scene:
         return hashlib.sha256(content.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
+MOST_TRIED = 50_000  # for each scene that is found
+
+
 def sample_scenes(count: int, seed: int, *, held_out: bool = False, without: Sequence[str] = (),
                   sorts: dict[str, float] = SHARES) -> list[Scene]:
     """`count` scenes of one split, the same for the same arguments.
 
     `without` names objects, styles, identities, words or readings that must not appear (for an oracle).
+
+    Raises:
+        ValueError: without these, hardly any such scene is left, or none.
     """
     rng = random.Random(f"scenes-{seed}")
     scenes: list[Scene] = []
+    tried = 0
     while len(scenes) < count:
+        tried += 1
+        if tried > MOST_TRIED * (len(scenes) + 1):
+            raise ValueError(f"of {tried} scenes, {len(scenes)} are without {', '.join(without)}: leave less out")
         scene = _sample(rng.choices(list(sorts), list(sorts.values()))[0], rng, frozenset(without))
         if scene is not None and scene.held_out == held_out:
             scenes.append(scene)

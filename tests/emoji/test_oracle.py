@@ -15,6 +15,7 @@ from fmn_nb.emoji.training.card import Quality
 from fmn_nb.emoji.training.oracle import take_parts, write_oracle
 from fmn_nb.emoji.training.recipe import Pretraining, pretrain
 from fmn_nb.emoji.training.request import Request
+from fmn_nb.emoji.world import OBJECTS
 from fmn_nb.files import bundled_models, data_dir
 from fmn_nb.models import ModelLoadError, UnknownModelError, fingerprint
 
@@ -36,6 +37,8 @@ def test_the_untaught_are_shown_by_no_training_scene_and_all_else_is():
     assert everything - shown == set(untaught_by(without))
     assert "bat" in {word for scene in scenes for word in scene.words}
     assert not [p for p in held_out_scenes(20, without=without)[1] if "cat" in p.split() or "fluent" in p]
+    with pytest.raises(ValueError, match="leave less out"):
+        held_out_scenes(1, holding="cat", without=[one for one in OBJECTS if one != "cat"])
 
 
 def test_an_oracle_has_the_emoji_models_tokenizer_and_vae(oracle_folder, emoji):
