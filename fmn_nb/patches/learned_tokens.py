@@ -7,7 +7,7 @@ Each stands for one vector per text encoder, beside the encoder's own table of e
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,10 +148,11 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
             if rows.shape != (len(names), table.embedding_dim):
                 raise InversionError(
                     f"tokens of shape {tuple(rows.shape)} don't fit an encoder {table.embedding_dim} wide")
-            first, known = len(extended), {_read_as(extended, name) for name in extended.get_added_vocab()}
+            first, read = len(extended), _reading(extended)
+            known = {read(name) for name in extended.get_added_vocab()}
             extended.add_tokens(list(names))
             ids = extended.convert_tokens_to_ids(list(names))
-            if ids != list(range(first, first + len(names))) or known & {_read_as(extended, name) for name in names}:
+            if ids != list(range(first, first + len(names))) or known & {*map(read, names)}:
                 raise InversionError(f"the pipeline already knows some of the tokens {', '.join(names)}; rename them, "
                                      "for example with dataclasses.replace(tokens, name='<mine>')")
             for parent, name, module in _lookups(encoder, table):
@@ -162,9 +163,9 @@ def with_tokens(pipe: DiffusionPipeline, names: Sequence[str], vectors: Sequence
         yield
 
 
-def _read_as(tokenizer: Any, name: str) -> str:
-    """The name as the tokenizer tells it from others: CLIP's reads capitals as small letters."""
-    return name.lower() if tokenizer.tokenize("A") == tokenizer.tokenize("a") else name
+def _reading(tokenizer: Any) -> Callable[[str], str]:
+    """A name as the tokenizer tells it from others: CLIP's reads capitals as small letters."""
+    return str.lower if tokenizer.tokenize("A") == tokenizer.tokenize("a") else str
 
 
 def _lookups(encoder: nn.Module, table: nn.Embedding) -> list[tuple[nn.Module, str, nn.Module]]:
